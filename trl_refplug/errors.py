@@ -1,0 +1,69 @@
+"""
+Everything trl-refplug raises on purpose.
+
+```
+RefPlugError
+├── ConfigurationError (ValueError)      a flag, an option or a combination of them cannot work
+│   ├── OptionsError                     `ref_provider_kwargs` do not fit the provider's options
+│   ├── UnknownProviderError (LookupError)   no installed plugin registers that provider name
+│   └── ImpureReferenceError             the policy's set-up would make the reference drift or be something else
+├── PluginError                          the selected provider's plugin failed to load; its own error is the cause
+├── SeamError                            TRL does not look as this release of trl-refplug expects
+├── ReferenceMismatchError               the log-probs, or the reference itself, are not those that were declared
+├── InvalidLogProbsError                 a provider answered with a wrong shape, dtype or a non-finite value
+└── UnsupportedInputError                this provider cannot score this batch
+```
+
+Every message says what was found, what was expected and which option to change.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RefPlugError(Exception):
+    """Base of all exceptions of trl-refplug."""
+
+
+class ConfigurationError(RefPlugError, ValueError):
+    """A flag, an option or a combination of them cannot work. Raised before any long work starts."""
+
+
+class OptionsError(ConfigurationError):
+    """`ref_provider_kwargs` do not fit the options of the selected provider."""
+
+
+class UnknownProviderError(ConfigurationError, LookupError):
+    """No installed plugin registers the provider name that was asked for."""
+
+
+class ImpureReferenceError(ConfigurationError):
+    """The policy is set up so that the declared reference would drift during training or be another distribution."""
+
+
+class PluginError(RefPlugError):
+    """The plugin of the selected provider failed to load. `__cause__` is the plugin's own error."""
+
+
+class SeamError(RefPlugError):
+    """TRL's trainer does not reach its reference in the way this release of trl-refplug supports."""
+
+
+class ReferenceMismatchError(RefPlugError):
+    """The reference in use is not the one declared: other values, another identity after resume or on another rank."""
+
+
+class InvalidLogProbsError(RefPlugError):
+    """A provider answered with a wrong shape, a wrong dtype or a non-finite value at a scored position."""
+
+
+class UnsupportedInputError(RefPlugError):
+    """The provider cannot score this batch (multimodal inputs, rows that cannot be sliced, ...)."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'frozen'?"` when one of `known` is close to `word`, else an empty string."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {matches[0]!r}?" if matches else ""

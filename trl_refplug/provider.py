@@ -1,0 +1,257 @@
+"""
+What a reference provider is: the contract between the trainers' seam and whoever answers with log-probabilities.
+
+This module knows no provider and no trainer, and imports no torch, so that listing providers stays instant.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+    from pathlib import Path
+
+    from accelerate import Accelerator
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ReferenceBatch:
+    """
+    Rows to score, as the trainer collated them.
+
+    Args:
+        input_ids (`Tensor`): int64 `[batch, seq]`, padded on either side.
+        attention_mask (`Tensor`): `[batch, seq]`, 1 for real tokens and 0 for padding.
+        labels (`Tensor`): int64 `[batch, seq]`; the token id where it is scored, -100 elsewhere. Unshifted: the
+            log-prob of `labels[:, t]` is found at position `t - 1` of the answer.
+        extras (`Mapping[str, Tensor]`): further model inputs (`pixel_values`, `token_type_ids`, ...).
+        rows_sliceable (`bool`): `False` where `extras` are indexed by patch or tile and not by row, so that the batch
+            can only be scored whole.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    rows_sliceable: bool = True
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """
+    What a provider can do. The trainers' seam refuses misuse before any long work starts.
+
+    Args:
+        local_model (`bool`): Holds or borrows a model in the trainer's process.
+        moving (`bool`): The reference changes during training; `on_step_end` is called after every optimiser step.
+        overlap (`bool`): `submit` may be called ahead of time, from the trainer's thread, while the policy works.
+        temperature (`bool`): Divides logits by the trainer's temperature, as GRPO and RLOO require when it is not 1.
+        multimodal (`bool`): Scores batches with `extras`.
+        offline (`bool`): Gives the same values whether asked before or during training, so they can be stored.
+    """
+
+    local_model: bool = False
+    moving: bool = False
+    overlap: bool = False
+    temperature: bool = False
+    multimodal: bool = False
+    offline: bool = False
+
+
+@dataclass(frozen=True)
+class ReferenceIdentity:
+    """
+    Which distribution a provider answers with. Two identities with the same digest give the same log-probs.
+
+    Args:
+        provider (`str`): Name the provider is registered under.
+        digest (`str`): Hex digest of all that changes the number: weights, configuration, adapter state.
+        details (`Mapping[str, Any]`): The same for people: model name, adapter, dtype. JSON values only.
+        parts (`tuple[ReferenceIdentity, ...]`): Identities of the providers this one is made of.
+    """
+
+    provider: str
+    digest: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+    parts: tuple[ReferenceIdentity, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The identity as JSON-serialisable values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ReferenceIdentity:
+        """The inverse of [`to_dict`]."""
+        return cls(
+            provider=values["provider"],
+            digest=values["digest"],
+            details=dict(values.get("details", {})),
+            parts=tuple(cls.from_dict(part) for part in values.get("parts", ())),
+        )
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{key}={value}" for key, value in self.details.items())
+        return f"{self.provider}[{self.digest[:12]}]" + (f" ({shown})" if shown else "")
+
+
+class ReferenceContext(Protocol):
+    """
+    What a provider may know of the run it serves. `trainers/` implements it; plugin tests use the one of
+    `trl_refplug.testing`.
+    """
+
+    @property
+    def policy(self) -> nn.Module:
+        """The policy. In `pin`: exactly as it was passed in; later: the trainer's model, wrapped as it is by then."""
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """The trainer's accelerator. Not there yet in `pin`."""
+
+    @property
+    def processing_class(self) -> Any:
+        """The trainer's tokenizer or processor. Not there yet in `pin`."""
+
+    @property
+    def args(self) -> Any:
+        """The trainer's arguments."""
+
+    @property
+    def temperature(self) -> float:
+        """Temperature the trainer divides logits by: 1.0 for DPO and KTO."""
+
+    @property
+    def peft_config(self) -> Any:
+        """The `peft_config` argument of the trainer: the adapter TRL will add to the policy, or `None`."""
+
+    @property
+    def resuming(self) -> bool:
+        """Whether training goes on from a checkpoint."""
+
+    @property
+    def reference_model(self) -> nn.Module | None:
+        """In `setup`: the module returned by `pin`, placed by TRL (dropout, LM head, DeepSpeed, FSDP, device)."""
+
+    def create(self, name: str, options: Mapping[str, Any] | None = None) -> ReferenceProvider:
+        """Another provider by name, pinned; it is set up and closed with the one that asked. Call it in `pin`."""
+
+    def planned(self, split: str) -> Iterable[ReferenceBatch] | None:
+        """The batches this run will ask for, where that is known; `None` for GRPO, RLOO and streams."""
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Options of a provider that has none."""
+
+
+class ReferenceProvider(ABC):
+    """
+    Base of all reference providers.
+
+    The trainer's life, as a provider sees it:
+
+    1. `__init__(options)`: keep the options, do nothing expensive.
+    2. `pin(context)`: the policy is exactly as it was passed in. Snapshot, load or digest the reference now; nothing
+       seen later is guaranteed to be the start of training.
+    3. `setup(context)`: TRL's trainer is built. Connect, check, borrow.
+    4. `log_probs(batch)` (or `submit`) for every batch; `on_step_end(step)` after every optimiser step if `moving`.
+    5. `save_state`/`load_state` with every checkpoint, `close` at the end.
+
+    Example:
+
+    ```python
+    class UniformProvider(ReferenceProvider):
+        capabilities = Capabilities(temperature=True)
+
+        def pin(self, context):
+            self.vocab_size = context.policy.config.get_text_config().vocab_size
+
+        def identity(self):
+            return ReferenceIdentity("uniform", digest=f"uniform-{self.vocab_size}")
+
+        def log_probs(self, batch):
+            scored = batch.labels[:, 1:] != -100
+            return scored.float() * -math.log(self.vocab_size)
+    ```
+    """
+
+    Options: ClassVar[type] = NoOptions
+    """Frozen dataclass that `ref_provider_kwargs` are parsed into; unknown or ill-typed keys are errors."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities()
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = self.Options() if options is None else options
+
+    @property
+    def starts_as_policy(self) -> bool:
+        """
+        Whether this reference is declared to be the policy as it starts. If so, `ref_check` compares the first answer
+        of training with the policy's own log-probs.
+        """
+        return False
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The in-process copy behind this reference, for `trainer.ref_model.named_parameters()`, if there is one."""
+        return None
+
+    def pin(self, context: ReferenceContext) -> nn.Module | None:
+        """
+        Fix the reference while the policy is exactly as it was passed in.
+
+        Returns:
+            `nn.Module` or `None`: A model for TRL to place where its own reference would go (dropout, fused LM head,
+            DeepSpeed, FSDP, device); it comes back as `context.reference_model` in `setup`. `None` to have no model.
+        """
+        return None
+
+    def setup(self, context: ReferenceContext) -> None:  # noqa: B027 (optional hook)
+        """Get ready to answer. Called once, when TRL's trainer is built and before any checkpoint is loaded."""
+
+    @abstractmethod
+    def identity(self) -> ReferenceIdentity:
+        """Which distribution this is. Callable from `setup` on; the same on every rank and after resume."""
+
+    @abstractmethod
+    def log_probs(self, batch: ReferenceBatch) -> Tensor:
+        """
+        The reference's log-probability of every scored token.
+
+        Args:
+            batch ([`ReferenceBatch`]): Rows to score.
+
+        Returns:
+            `Tensor`: float32 `[batch, seq - 1]` in nats, on the device of `batch.input_ids`; entry `t` belongs to
+            `labels[:, t + 1]` and is 0 where that is -100. The caller may change it in place.
+        """
+
+    def submit(self, batch: ReferenceBatch) -> Future[Tensor]:
+        """Start on a batch that `log_probs` will ask for later. Only called with `capabilities.overlap`."""
+        raise NotImplementedError(f"{type(self).__name__} declares capabilities.overlap but has no submit()")
+
+    def on_step_end(self, step: int) -> None:  # noqa: B027 (optional hook)
+        """Called after optimiser step `step` (from 1). Only with `capabilities.moving`."""
+
+    def counters(self) -> dict[str, float]:
+        """Numbers for TRL's logs, reported as `ref/<name>` (cache hits, bytes sent, ...)."""
+        return {}
+
+    def metadata(self) -> dict[str, Any]:
+        """JSON-serialisable facts that every checkpoint carries beside the identity."""
+        return {}
+
+    def save_state(self, directory: Path) -> None:  # noqa: B027 (optional hook)
+        """Write what a resumed run needs into `directory`, which exists. Called on every rank."""
+
+    def load_state(self, directory: Path) -> None:  # noqa: B027 (optional hook)
+        """Restore what `save_state` wrote. Called on every rank, before the first step."""
+
+    def close(self) -> None:  # noqa: B027 (optional hook)
+        """Release everything. May be called more than once."""
