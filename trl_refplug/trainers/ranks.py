@@ -7,6 +7,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from ..errors import ReferenceMismatchError
+from ..plugins import plugin_manager
 from ..provider import ReferenceProvider
 
 
@@ -20,26 +21,21 @@ def agree(accelerator: Any, provider: ReferenceProvider, name: str) -> None:
     if accelerator.num_processes == 1:
         return
     identity = provider.identity()
-    mine = {"provider": name, "version": _version_of(provider), "identity": identity.digest, "reference": str(identity)}
+    mine = {"provider": name, "version": _version_of(provider, name), "identity": identity.digest, "reference": str(identity)}
     everyone = gather_object([mine])
     for rank, other in enumerate(everyone):
         for fact in ("provider", "version", "identity"):
             if other[fact] != everyone[0][fact]:
                 raise ReferenceMismatchError(
                     f"Ranks disagree about the reference: rank 0 has {everyone[0]['reference']} "
-                    f"({everyone[0]['provider']} {everyone[0]['version']}), rank {rank} has {other['reference']} "
-                    f"({other['provider']} {other['version']}). Every rank must see the same packages, model files "
+                    f"(ref_provider={everyone[0]['provider']!r}, {everyone[0]['version']}), rank {rank} has "
+                    f"{other['reference']} (ref_provider={other['provider']!r}, {other['version']}). Every rank must see the same packages, model files "
                     "and arguments."
                 )
 
 
-def _version_of(provider: ReferenceProvider) -> str:
-    from importlib.metadata import PackageNotFoundError, packages_distributions, version
-
-    package = type(provider).__module__.partition(".")[0]
-    for distribution in packages_distributions().get(package, ()):
-        try:
-            return version(distribution)
-        except PackageNotFoundError:  # a distribution that was removed while we look
-            continue
-    return "unknown"
+def _version_of(provider: ReferenceProvider, name: str) -> str:
+    registered = plugin_manager().providers.get(name)
+    if registered is not None:
+        return f"{registered.plugin.distribution} {registered.plugin.version}"
+    return type(provider).__module__

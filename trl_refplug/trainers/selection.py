@@ -61,7 +61,7 @@ def select_name(selection: Selection) -> str | None:
     if chosen is not None:
         return chosen
     for flag, name in meant.items():
-        if name in plugin_manager().provider_names():
+        if name in plugin_manager().providers:
             return name
         logger.warning(
             "`%s=True` means ref_provider=%r, which this release of trl-refplug does not have yet. TRL's own "
@@ -73,10 +73,10 @@ def select_name(selection: Selection) -> str | None:
     return "adapter" if selection.policy_is_peft else "frozen"
 
 
-def make_provider(name: str, options: Mapping[str, Any] | None) -> ReferenceProvider:
+def make_provider(name: str, options: Mapping[str, Any] | str | None) -> ReferenceProvider:
     """An instance of the provider registered as `name`, its options validated."""
     provider_class = plugin_manager().provider_class(name)
-    return provider_class(parse_options(name, provider_class.Options, options or {}))
+    return provider_class(parse_options(name, provider_class.Options, options))
 
 
 def check_capabilities(provider: ReferenceProvider, name: str, *, temperature: float) -> None:

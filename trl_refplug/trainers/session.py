@@ -110,6 +110,7 @@ class ReferenceSession:
     def start(self, trainer: Any, adapters_before: frozenset[str]) -> ReferenceModel:
         """Set the provider up and return the stand-in for `trainer.ref_model`."""
         self.trainer = trainer
+        self.args = trainer.args
         if not self._pinned:
             raise seam_error("TRL constructed its trainer without loading the policy through the expected name")
         with policies.rng_kept():
@@ -223,7 +224,7 @@ def open_session(
     if name is None:
         return None
     if ref_model is None:
-        provider = make_provider(name, flags.ref_provider_kwargs)  # type: ignore[arg-type]
+        provider = make_provider(name, flags.ref_provider_kwargs)
     elif name == "frozen":
         provider = policies.frozen_from(ref_model, flags.ref_provider_kwargs)
     else:
