@@ -12,6 +12,8 @@ RefPlugError
 ├── ReferenceMismatchError               the log-probs, or the reference itself, are not those that were declared
 ├── InvalidLogProbsError                 a provider answered with a wrong shape, dtype or a non-finite value
 └── UnsupportedInputError                this provider cannot score this batch
+
+RefPlugWarning (UserWarning)             something is wrong that does not concern the reference in use
 ```
 
 Every message says what was found, what was expected and which option to change.
@@ -61,6 +63,10 @@ class InvalidLogProbsError(RefPlugError):
 
 class UnsupportedInputError(RefPlugError):
     """The provider cannot score this batch (multimodal inputs, rows that cannot be sliced, ...)."""
+
+
+class RefPlugWarning(UserWarning):
+    """Something is wrong that does not concern the reference in use: a broken plugin nobody selected, for example."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -1,0 +1,113 @@
+"""
+trl-refplug: where a TRL trainer's reference log-probabilities come from is a plugin that one flag selects.
+
+```python
+from trl_refplug import RefPlugDPOConfig, RefPlugDPOTrainer  # was: from trl import DPOConfig, DPOTrainer
+```
+
+Importing this package loads no torch: what needs it is imported when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+from trl_refplug.errors import (
+    ConfigurationError,
+    ImpureReferenceError,
+    InvalidLogProbsError,
+    OptionsError,
+    PluginError,
+    ReferenceMismatchError,
+    RefPlugError,
+    RefPlugWarning,
+    SeamError,
+    UnknownProviderError,
+    UnsupportedInputError,
+)
+from trl_refplug.hookspecs import API_VERSION, hookimpl
+from trl_refplug.provider import (
+    Capabilities,
+    NoOptions,
+    ReferenceBatch,
+    ReferenceContext,
+    ReferenceIdentity,
+    ReferenceProvider,
+)
+
+
+if TYPE_CHECKING:
+    from trl_refplug.arguments import (
+        ReferenceArguments,
+        RefPlugDPOConfig,
+        RefPlugGRPOConfig,
+        RefPlugKTOConfig,
+        RefPlugRLOOConfig,
+    )
+    from trl_refplug.trainers import RefPlugDPOTrainer, RefPlugGRPOTrainer, RefPlugKTOTrainer, RefPlugRLOOTrainer, plug
+
+
+__version__ = "0.1.0"
+
+_IMPORTED_LATE = {
+    "trl_refplug.arguments": (
+        "ReferenceArguments",
+        "RefPlugDPOConfig",
+        "RefPlugGRPOConfig",
+        "RefPlugKTOConfig",
+        "RefPlugRLOOConfig",
+    ),
+    "trl_refplug.trainers": (
+        "RefPlugDPOTrainer",
+        "RefPlugGRPOTrainer",
+        "RefPlugKTOTrainer",
+        "RefPlugRLOOTrainer",
+        "plug",
+    ),
+}
+
+__all__ = [
+    "API_VERSION",
+    "Capabilities",
+    "ConfigurationError",
+    "ImpureReferenceError",
+    "InvalidLogProbsError",
+    "NoOptions",
+    "OptionsError",
+    "PluginError",
+    "RefPlugDPOConfig",
+    "RefPlugDPOTrainer",
+    "RefPlugError",
+    "RefPlugGRPOConfig",
+    "RefPlugGRPOTrainer",
+    "RefPlugKTOConfig",
+    "RefPlugKTOTrainer",
+    "RefPlugRLOOConfig",
+    "RefPlugRLOOTrainer",
+    "RefPlugWarning",
+    "ReferenceArguments",
+    "ReferenceBatch",
+    "ReferenceContext",
+    "ReferenceIdentity",
+    "ReferenceMismatchError",
+    "ReferenceProvider",
+    "SeamError",
+    "UnknownProviderError",
+    "UnsupportedInputError",
+    "__version__",
+    "hookimpl",
+    "plug",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _IMPORTED_LATE.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,68 @@
+"""
+The hooks a plugin may implement. A plugin is a module or an instance that an entry point of the group `trl_refplug`
+names:
+
+```toml
+[project.entry-points.trl_refplug]
+uniform = "uniform_reference.plugin"
+```
+
+```python
+from trl_refplug import hookimpl
+
+API_VERSION = 1  # the interface this plugin was written for
+
+
+@hookimpl
+def refplug_register_providers(register):
+    register("uniform", "uniform_reference.provider:UniformProvider")
+```
+
+A hook implementation names the arguments it wants, and may leave out the others.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import pluggy
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trl_refplug.provider import ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
+
+
+API_VERSION = 1
+"""The plugin interface of this release. A plugin that declares another one is left out; none declared means 1."""
+
+PROJECT = "trl_refplug"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Marks a function of a plugin as the implementation of the hook of that name."""
+
+
+class Register(Protocol):
+    def __call__(self, name: str, target: type[ReferenceProvider] | str) -> None:
+        """Offer `target`, a class or a lazy `"package.module:Class"`, as `ref_provider=name`."""
+
+
+@hookspec
+def refplug_register_providers(register: Register) -> None:
+    """Call `register(name, target)` for every provider on offer. Lazy targets keep listing and starting up fast."""
+
+
+@hookspec(firstresult=True)
+def refplug_select_provider(context: ReferenceContext) -> str | None:
+    """Answer `ref_provider="auto"`: the name of a provider, or `None` to leave the choice to others."""
+
+
+@hookspec
+def refplug_scored(identity: ReferenceIdentity, batch: ReferenceBatch, log_probs: Tensor, seconds: float) -> None:
+    """
+    Observe an answer of the reference: for monitoring; what is returned is ignored.
+
+    `log_probs` (float32 `[batch, seq - 1]`) is a copy, `batch` is the trainer's own and must not be changed; `seconds`
+    is how long the trainer waited. An exception is reported once and does not reach training.
+    """

@@ -1,0 +1,104 @@
+"""What is wrong with a plugin or a provider, as sentences for people; an empty answer where nothing is."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Container, Iterator
+from typing import Any
+
+import pluggy
+
+from trl_refplug.errors import did_you_mean
+from trl_refplug.hookspecs import API_VERSION
+from trl_refplug.provider import Capabilities, ReferenceProvider
+
+
+def incompatibility(plugin: object) -> str:
+    """Whether the plugin was written for another interface than this release's."""
+    spoken = getattr(plugin, "API_VERSION", 1)
+    if type(spoken) is int and spoken == API_VERSION:
+        return ""
+    if type(spoken) is not int:
+        remedy = "API_VERSION must be an integer"
+    elif spoken > API_VERSION:
+        remedy = "upgrade trl-refplug, or install an older release of the plugin"
+    else:
+        remedy = "install a newer release of the plugin, or an older trl-refplug"
+    return f"It speaks plugin interface {spoken!r}, this trl-refplug speaks {API_VERSION}: {remedy}."
+
+
+def hook_problems(plugin: object, hooks: pluggy.PluginManager) -> Iterator[str]:
+    """Misspelt, unmarked, wrongly declared or missing hook implementations; pluggy accepts most of them silently."""
+    if inspect.isclass(plugin):
+        yield f"The entry point names the class {plugin.__qualname__}; expected a module or an instance."
+        return
+    specs = {name: hook.spec for name, hook in vars(hooks.hook).items() if hook.spec}
+    looked_like_hooks = 0
+    for attribute in dir(plugin):
+        options = hooks.parse_hookimpl_opts(plugin, attribute)
+        if options is None and not (
+            attribute.startswith("refplug_") and inspect.isroutine(getattr(plugin, attribute, None))
+        ):
+            continue
+        looked_like_hooks += 1
+        if options is None:
+            yield f"{attribute}() has no @hookimpl marker, and the prefix refplug_ is for hooks."
+        hook = (options and options.get("specname")) or attribute
+        if hook not in specs:
+            yield f"There is no hook {hook!r}.{did_you_mean(hook, specs)}"
+        elif options is not None:
+            yield from _implementation_problems(attribute, getattr(plugin, attribute), options, specs[hook].argnames)
+    if not looked_like_hooks:
+        yield f"It implements no hook; there are {', '.join(specs)}."
+
+
+def _implementation_problems(
+    name: str, function: Callable[..., object], options: Any, arguments: tuple[str, ...]
+) -> Iterator[str]:
+    if options.get("wrapper") or options.get("hookwrapper"):
+        yield f"{name}() is a hook wrapper; expected a plain implementation."
+    elif inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        yield f"{name}() is asynchronous or a generator and would never run; expected a plain function."
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.name not in arguments and parameter.default is parameter.empty:
+            yield (
+                f"{name}() takes {str(parameter)!r}; expected arguments from ({', '.join(arguments)})."
+                f"{did_you_mean(parameter.name, arguments)}"
+            )
+
+
+def registration_problem(name: object, target: object, builtin: Container[str], own: Container[str]) -> str:
+    """Why `register(name, target)` is refused, given the built-in names and those the plugin has registered so far."""
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
+        return (
+            f"Found provider name {name!r}; expected a lower-case letter, then lower-case letters, digits, '-' or '_'."
+        )
+    if name == "auto":
+        return "The provider name 'auto' is reserved; refplug_select_provider is the hook that answers it."
+    if name in builtin:
+        return f"The provider name {name!r} is taken by trl-refplug itself, and the built-in provider stays."
+    if name in own:
+        return f"The provider name {name!r} is registered twice by this plugin."
+    if not isinstance(target, str):
+        return " ".join(f"Provider {name!r}: {problem}" for problem in class_problems(target))
+    if not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", target):
+        return f"Provider {name!r}: found target {target!r}; expected a class or 'package.module:Class'."
+    return ""
+
+
+def class_problems(provider: object) -> list[str]:
+    """Why `provider` is no complete provider class."""
+    if not (inspect.isclass(provider) and issubclass(provider, ReferenceProvider)):
+        return [f"found {provider!r}; expected a subclass of trl_refplug.ReferenceProvider."]
+    problems = []
+    if missing := sorted(provider.__abstractmethods__):
+        problems.append(f"{provider.__qualname__} does not define {', '.join(f'{name}()' for name in missing)}.")
+    if not (inspect.isclass(provider.Options) and dataclasses.is_dataclass(provider.Options)):
+        problems.append(f"found {provider.__qualname__}.Options = {provider.Options!r}; expected a dataclass.")
+    if not isinstance(provider.capabilities, Capabilities):
+        problems.append(
+            f"found {provider.__qualname__}.capabilities = {provider.capabilities!r}; expected Capabilities."
+        )
+    return problems
