@@ -102,10 +102,6 @@ class Plugged:
             )
         if not isinstance(model, str):
             session.pin(model)
-            if policies.is_peft(model) and not seam.online and given.get("ref_model") is None:
-                # With a reference of its own TRL adds no `ref` adapter to the policy.
-                given["ref_model"] = session.module_for_trl
-                session.passes_ref_model = given["ref_model"] is not None
         with flags_masked(config), policies.default_adapter_known(model), session.loading_replaced(self):
             super().__init__(*bound.args[1:], **bound.kwargs)
         self.ref_model = session.start(self, adapters_before)

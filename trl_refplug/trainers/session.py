@@ -95,15 +95,10 @@ class ReferenceSession:
             self.seam, trainer, policy_loaded=self.pin, reference=self._reference_for_trl, expected=expected
         )
 
-    @property
-    def module_for_trl(self) -> nn.Module | None:
-        """The provider's module, where TRL can place it as it would its own."""
-        return self._module if self.provider.device is None else None
-
     def _reference_for_trl(self) -> nn.Module | None:
         if not self._pinned:
             raise seam_error("TRL asked for its reference before it loaded the policy")
-        return self.module_for_trl
+        return self._module if self.provider.device is None else None  # else it is placed by us, later
 
     # When TRL has constructed
 
