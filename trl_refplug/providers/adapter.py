@@ -68,9 +68,12 @@ class AdapterProvider(ReferenceProvider):
     def pin(self, context: ReferenceContext) -> None:
         from ..identity import combine_digests, digest_tensors
         from .peft_policy import is_peft, policy_adapter
+        from .purity import check_policy
 
         policy: Any = context.policy
         self._is_new = not is_peft(policy)
+        if not self._is_new:
+            check_policy(policy)
         if self._is_new and context.peft_config is None:
             raise ConfigurationError(
                 "ref_provider='adapter' needs a PEFT policy: pass `peft_config=` or a PeftModel, or use "
@@ -105,7 +108,8 @@ class AdapterProvider(ReferenceProvider):
         from .purity import check_policy, rewritten_tensors
 
         policy = peft_model_of(context.policy)
-        check_policy(policy)
+        if self._is_new:
+            check_policy(policy)
         own = policy_adapter(policy)
         if self._copies_adapter:
             self._reference_adapter = add_reference_adapter(policy, own)

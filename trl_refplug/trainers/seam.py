@@ -55,7 +55,7 @@ class Seam:
             init: Any = candidate.__dict__.get("__init__")
             if init is None:
                 continue
-            names = inspect.unwrap(init).__code__.co_names
+            names = inspect.unwrap(init).__code__.co_names if inspect.isfunction(init) else ()
             module = sys.modules[candidate.__module__]
             if _LOADER in names and "ref_model" in names and hasattr(module, _LOADER):
                 signature = inspect.signature(init)
