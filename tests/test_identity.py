@@ -41,7 +41,9 @@ def test_dtype_and_shape_count(model):
     assert digest_model(copy.deepcopy(model).to(torch.bfloat16)) != digest_model(model)
 
 
-@pytest.mark.parametrize("change", [{"rms_norm_eps": 1e-3}, {"rope_parameters": {"rope_type": "default", "rope_theta": 9.0}}])
+@pytest.mark.parametrize(
+    "change", [{"rms_norm_eps": 1e-3}, {"rope_parameters": {"rope_type": "default", "rope_theta": 9.0}}]
+)
 def test_configuration_counts(model, change):
     assert digest_model(tiny.model("llama", **change)) != digest_model(model)
 

@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 
 WORDS = (
-    "the cat sat on a warm mat and looked at the rain while one small bird sang to nobody in particular because it was "
-    "a good day for singing what is two plus three it is five why do leaves fall they fall in autumn when days are short"
+    "the cat sat on a warm mat and looked at the rain while one small bird sang to nobody in particular because it "
+    "was a good day for singing what is two plus three it is five why do leaves fall they fall in autumn when days "
+    "are short"
 )
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -45,7 +46,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     base.decoder = decoders.ByteLevel()
     special = ["<unk>", "<pad>", "<eos>", "<|user|>", "<|assistant|>", "<|end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     base.train_from_iterator([WORDS], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=base, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
@@ -119,11 +123,14 @@ def length_reward(completions: list[str], **_: Any) -> list[float]:
 def vision_processor() -> Any:
     from transformers import CLIPImageProcessorPil, LlavaProcessor
 
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer()._tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer()._tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>"
+    )
     fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
     template = (
         "{% for m in messages %}<|{{ m['role'] }}|>{% if m['content'] is string %}{{ m['content'] }}{% else %}"
-        "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+        "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}"
+        "{% endfor %}"
         "{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
@@ -153,7 +160,9 @@ def vision_model(seed: int = 0) -> PreTrainedModel:
         projection_dim=16,
     )
     image_token = processor.tokenizer.convert_tokens_to_ids("<image>")
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=image_token, vision_feature_layer=-2)
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=image_token, vision_feature_layer=-2
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlavaForConditionalGeneration(config)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from trl import DPOTrainer, GRPOTrainer, SFTTrainer
+from trl import DPOTrainer, SFTTrainer
 
 from trl_refplug import (
     Capabilities,
@@ -243,7 +243,9 @@ def test_metrics_in_trls_logs(tmp_path):
         def counters(self):
             return {"answers": 7}
 
-    trainer = build("dpo", tmp_path, tiny.saved(tmp_path), reference=Counting(), args={"gradient_accumulation_steps": 2})
+    trainer = build(
+        "dpo", tmp_path, tiny.saved(tmp_path), reference=Counting(), args={"gradient_accumulation_steps": 2}
+    )
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(steps) == 3

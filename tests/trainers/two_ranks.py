@@ -10,7 +10,6 @@ import transformers
 from datasets import disable_progress_bars
 from peft import LoraConfig
 
-from tests import tiny
 from tests.trainers.runs import build, finished
 from trl_refplug import ReferenceIdentity, ReferenceProvider
 

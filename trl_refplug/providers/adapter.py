@@ -162,14 +162,15 @@ class AdapterProvider(ReferenceProvider):
         name = str(self.options.adapter)
         if name not in known:
             raise ConfigurationError(
-                f"ref_provider='adapter': the policy has no adapter {name!r}; it has {known}.{did_you_mean(name, known)}"
+                f"ref_provider='adapter': the policy has no adapter {name!r}; it has {known}."
+                f"{did_you_mean(name, known)}"
             )
         from .peft_policy import policy_adapter
 
         if name == policy_adapter(policy):
             raise ConfigurationError(
-                f"ref_provider='adapter': adapter {name!r} is the one being trained. Activate the policy's own adapter "
-                "before training (`model.set_adapter(...)`), or use {'start': 'adapter'} for a frozen copy of it."
+                f"ref_provider='adapter': adapter {name!r} is the one being trained. Activate the policy's own "
+                "adapter before training (`model.set_adapter(...)`), or use {'start': 'adapter'} for a frozen copy."
             )
         return name
 
