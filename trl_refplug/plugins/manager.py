@@ -196,8 +196,8 @@ class PluginManager:
         choices = [record.distribution if several_distributions else record.name for record in claimants]
         blocked = f"{self._blocked}," if self._blocked else ""
         return (
-            f"The provider name {name!r} is claimed by the {' and the '.join(map(str, claimants))}, so neither is "
-            f"used. Uninstall one, or leave it out with {' or '.join(f'{BLOCK}={blocked}{choice}' for choice in choices)}."
+            f"The provider name {name!r} is claimed by the {' and the '.join(map(str, claimants))}: it is nobody's. "
+            f"Uninstall one, or leave it out: {' or '.join(f'{BLOCK}={blocked}{choice}' for choice in choices)}."
         )
 
     # Resolving
@@ -240,8 +240,8 @@ class PluginManager:
         for record in self.records:
             if record.status in ("failed", "incompatible"):
                 self._warn_once(
-                    f"The {record} is {record.status} and not used. {record.reason} This does not concern the provider "
-                    f"in use; to silence it, uninstall {record.distribution} or name it in {BLOCK}."
+                    f"The {record} is {record.status} and not used. {record.reason} The provider in use is another "
+                    f"one; to silence this, uninstall {record.distribution} or name it in {BLOCK}."
                 )
             # The frames of a traceback keep the local variables of all callers alive, so maybe a whole policy. Now
             # that a provider is found and the process goes on, the text of a failure is enough.
