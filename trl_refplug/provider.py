@@ -41,6 +41,16 @@ class ReferenceBatch:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     rows_sliceable: bool = True
 
+    def to(self, device: Any) -> ReferenceBatch:
+        """The batch with every tensor on `device`."""
+        return ReferenceBatch(
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            labels=self.labels.to(device),
+            extras={name: value.to(device) if hasattr(value, "to") else value for name, value in self.extras.items()},
+            rows_sliceable=self.rows_sliceable,
+        )
+
 
 @dataclass(frozen=True)
 class Capabilities:
@@ -196,6 +206,11 @@ class ReferenceProvider(ABC):
         of training with the policy's own log-probs.
         """
         return False
+
+    @property
+    def device(self) -> str | None:
+        """Device of the module that `pin` returns; `None` for wherever TRL would put its own reference."""
+        return None
 
     @property
     def module(self) -> nn.Module | None:

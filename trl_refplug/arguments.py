@@ -1,0 +1,117 @@
+"""The flags that select a reference, alone and mixed into the four trainer configurations of TRL."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import DPOConfig, GRPOConfig, KTOConfig, RLOOConfig
+
+from .errors import ConfigurationError, OptionsError, did_you_mean
+
+
+_CHECKS = ("error", "warn", "off")
+
+
+@dataclass
+class ReferenceArguments:
+    r"""
+    Where the reference's log-probabilities come from. Inherited by all `RefPlug*Config` classes; usable on its own with
+    [`~trl.TrlParser`], YAML files and the command line.
+
+    Parameters:
+        ref_provider (`str`, *optional*, defaults to `"auto"`):
+            Name of the reference provider. `trl-refplug plugins` lists those installed. `"auto"` is what TRL's own
+            flags mean: a PEFT policy with its adapter disabled, otherwise a frozen copy.
+        ref_provider_kwargs (`dict` or `str`, *optional*):
+            Options of the provider, as a dictionary or as JSON text. They end in logs and checkpoints, so they never
+            carry secrets: a provider takes the name of an environment variable instead.
+        ref_check (`str`, *optional*, defaults to `"error"`):
+            What to do if the first reference log-probs of training differ from the declared reference's: `"error"`,
+            `"warn"` or `"off"`.
+    """
+
+    ref_provider: str = field(
+        default="auto",
+        metadata={
+            "help": "Name of the reference provider; `trl-refplug plugins` lists those installed. `auto` is what TRL's "
+            "own flags mean: a PEFT policy with its adapter disabled, otherwise a frozen copy."
+        },
+    )
+    ref_provider_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Options of the provider, as JSON text on the command line. Never put a secret here."},
+    )
+    ref_check: str = field(
+        default="error",
+        metadata={
+            "help": "What to do if the first reference log-probs of training differ from the declared reference's: "
+            "`error`, `warn` or `off`.",
+            "choices": list(_CHECKS),
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ref_provider_kwargs, str):
+            self.ref_provider_kwargs = _parse_json(self.ref_provider_kwargs)
+        if self.ref_provider_kwargs is not None and not isinstance(self.ref_provider_kwargs, Mapping):
+            raise OptionsError(
+                "`ref_provider_kwargs` must be a dictionary (a JSON object on the command line), got "
+                f"{type(self.ref_provider_kwargs).__name__}."
+            )
+        if self.ref_check not in _CHECKS:
+            raise ConfigurationError(
+                f"`ref_check` must be one of {', '.join(_CHECKS)}, got {self.ref_check!r}."
+                f"{did_you_mean(self.ref_check, _CHECKS)}"
+            )
+        # The configurations of TRL have a __post_init__ of their own further along the MRO.
+        after = getattr(super(), "__post_init__", None)
+        if after is not None:
+            after()
+
+    @classmethod
+    def of(cls, args: Any) -> ReferenceArguments:
+        """The reference flags of any training arguments; TRL's own configurations have the defaults."""
+        if isinstance(args, cls):
+            return args
+        return cls()
+
+
+def _parse_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise OptionsError(
+            f"`ref_provider_kwargs` is not valid JSON ({error.msg} at column {error.colno}): {text}\n"
+            'Write it as, for example, \'{"model": "Qwen/Qwen3-0.6B"}\'.'
+        ) from None
+
+
+@dataclass
+class RefPlugDPOConfig(ReferenceArguments, DPOConfig):  # type: ignore[misc]
+    """[`~trl.DPOConfig`] with the flags of [`ReferenceArguments`]."""
+
+    _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "ref_provider_kwargs"]
+
+
+@dataclass
+class RefPlugKTOConfig(ReferenceArguments, KTOConfig):  # type: ignore[misc]
+    """[`~trl.KTOConfig`] with the flags of [`ReferenceArguments`]."""
+
+    _VALID_DICT_FIELDS = [*KTOConfig._VALID_DICT_FIELDS, "ref_provider_kwargs"]
+
+
+@dataclass
+class RefPlugGRPOConfig(ReferenceArguments, GRPOConfig):  # type: ignore[misc]
+    """[`~trl.GRPOConfig`] with the flags of [`ReferenceArguments`]."""
+
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "ref_provider_kwargs"]
+
+
+@dataclass
+class RefPlugRLOOConfig(ReferenceArguments, RLOOConfig):  # type: ignore[misc]
+    """[`~trl.RLOOConfig`] with the flags of [`ReferenceArguments`]."""
+
+    _VALID_DICT_FIELDS = [*RLOOConfig._VALID_DICT_FIELDS, "ref_provider_kwargs"]

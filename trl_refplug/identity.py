@@ -1,0 +1,197 @@
+"""
+Digests of models: which distribution is this, whatever wrapper or device it sits in.
+
+A digest covers every tensor's canonical name, shape, dtype and bytes, and the configuration, so that two models with
+the same digest give the same log-probs. Wrappers (PEFT, DDP, `torch.compile`) do not change it; sharded tensors are
+gathered one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import xxhash
+
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+# Configuration that cannot change a log-prob: names, versions, and what the tensors or the caller say already.
+_IRRELEVANT_CONFIG = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "dtype",
+        "torch_dtype",
+        "pad_token_id",
+        "transformers_version",
+        "use_cache",
+    }
+)
+_IRRELEVANT_ADAPTER_CONFIG = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "init_lora_weights",
+        "lora_dropout",
+        "peft_version",
+        "revision",
+        "runtime_config",
+        "task_type",
+    }
+)
+_WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+def digest_model(model: nn.Module, adapter: str | None = None) -> str:
+    """
+    Digest of the distribution that `model` computes.
+
+    Args:
+        model (`nn.Module`): A transformers model, possibly wrapped. Collective under ZeRO-3 and tensor parallelism.
+        adapter (`str`, *optional*): For a PEFT model, the adapter whose tensors belong to the distribution; by default
+            none do, and the digest is that of the base model, equal to that of the same model never wrapped.
+
+    Returns:
+        `str`: 32 hex digits (xxh3-128).
+    """
+    return combine_digests(model, digest_tensors(model, adapter), adapter)
+
+
+def digest_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, str]:
+    """The digest of every tensor `digest_model` covers, by canonical name: to say *which* weights differ."""
+    tensors = dict(sorted(_canonical_tensors(model, adapter)))
+    meta = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if meta:
+        raise ValueError(f"Cannot digest a model whose weights are not loaded: {meta[0]!r} is on the meta device.")
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        # Gathering a shard is collective, so this thread fetches tensors in order; only the hashing is spread.
+        pending = {}
+        for name, tensor in tensors.items():
+            with _gathered(tensor) as whole:
+                pending[name] = pool.submit(_digest_tensor, whole.cpu())
+        return {name: future.result() for name, future in pending.items()}
+
+
+def combine_digests(model: nn.Module, tensors: Mapping[str, str], adapter: str | None = None) -> str:
+    """[`digest_model`] from tensor digests already made."""
+    digest = xxhash.xxh3_128(json.dumps(tensors, sort_keys=True).encode())
+    digest.update(_canonical_json(getattr(model, "config", None), _IRRELEVANT_CONFIG))
+    if adapter is not None:
+        digest.update(_canonical_json(model.peft_config[adapter], _IRRELEVANT_ADAPTER_CONFIG))  # type: ignore[index]
+    return digest.hexdigest()
+
+
+def adapter_tensor_name(name: str, adapter_attributes: frozenset[str]) -> tuple[str, str] | None:
+    """
+    `(adapter, canonical name)` if the parameter called `name` belongs to a PEFT adapter, else `None`.
+
+    `q_proj.lora_A.default.weight` gives `("default", "q_proj.lora_A.weight")`, and
+    `lm_head.modules_to_save.default.weight` gives `("default", "lm_head.modules_to_save.weight")`.
+    """
+    components = name.split(".")
+    for position, component in enumerate(components[:-1]):
+        if component in adapter_attributes:
+            return components[position + 1], ".".join(components[: position + 1] + components[position + 2 :])
+    return None
+
+
+def adapter_attributes(model: nn.Module) -> frozenset[str]:
+    """Names of the sub-modules under which PEFT keeps one entry per adapter (`lora_A`, `modules_to_save`, ...)."""
+    attributes = {"modules_to_save", "prompt_encoder", "trainable_tokens_delta", "trainable_tokens_original"}
+    for module in model.modules():
+        for kind in ("adapter_layer_names", "other_param_names"):
+            attributes.update(getattr(module, kind, ()))
+    return frozenset(attributes)
+
+
+def _canonical_tensors(model: nn.Module, adapter: str | None) -> Iterator[tuple[str, Tensor]]:
+    is_peft = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+    attributes = adapter_attributes(model) if is_peft else frozenset()
+    prefix = _peft_prefix(model) if is_peft else ""
+    seen: set[int] = set()
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        if not isinstance(tensor, torch.Tensor) or id(tensor) in seen:  # tied weights count once
+            continue
+        seen.add(id(tensor))
+        if is_peft:
+            owned = adapter_tensor_name(name, attributes)
+            if owned is not None:
+                if owned[0] == adapter:
+                    yield "adapter|" + _strip_wrappers(owned[1].removeprefix(prefix)), tensor
+                continue
+        yield _strip_wrappers(name.removeprefix(prefix)), tensor
+
+
+def _peft_prefix(model: nn.Module) -> str:
+    # Tuners (LoRA, ...) hold the model one level deeper than prompt learning does.
+    config: Any = next(iter(model.peft_config.values()))  # type: ignore[union-attr,operator]
+    return "base_model." if config.is_prompt_learning else "base_model.model."
+
+
+def _strip_wrappers(name: str) -> str:
+    name = name.removeprefix("module.")
+    components = [c for c in name.split(".") if c not in _WRAPPER_COMPONENTS]
+    # PEFT moves what it wraps below `base_layer` or `original_module`.
+    return ".".join(c for c in components if c not in ("base_layer", "original_module"))
+
+
+def _gathered(tensor: Tensor) -> Any:
+    """A context with the whole of a tensor that may be sharded by ZeRO-3 or as a DTensor."""
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        return _ThenYield(deepspeed.zero.GatheredParameters([tensor]), tensor)
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return nullcontext(whole.detach())
+
+
+class _ThenYield:
+    """Enters a context manager that yields nothing useful and hands out `value` instead."""
+
+    def __init__(self, context: Any, value: Tensor) -> None:
+        self.context, self.value = context, value
+
+    def __enter__(self) -> Tensor:
+        self.context.__enter__()
+        # A copy: the gathered storage is freed when the context ends, while hashing goes on in a thread.
+        return self.value.detach().clone()
+
+    def __exit__(self, *exc: Any) -> None:
+        self.context.__exit__(*exc)
+
+
+def _digest_tensor(tensor: Tensor) -> str:
+    digest = xxhash.xxh3_128(f"{tuple(tensor.shape)}|{tensor.dtype}".encode())
+    flat = tensor.contiguous().reshape(-1)
+    if flat.numel():
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _canonical_json(config: Any, irrelevant: frozenset[str]) -> bytes:
+    if config is None:
+        return b"null"
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    return json.dumps(_without(values, irrelevant), sort_keys=True, default=str).encode()
+
+
+def _without(value: Any, keys: frozenset[str]) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _without(v, keys) for k, v in value.items() if k not in keys}
+    if isinstance(value, set | frozenset):
+        return sorted(_without(v, keys) for v in value)
+    if isinstance(value, list | tuple):
+        return [_without(v, keys) for v in value]
+    return value

@@ -1,0 +1,173 @@
+"""The `adapter` provider: the PEFT policy itself, with its adapters disabled or with a frozen adapter active."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import ConfigurationError, ImpureReferenceError, did_you_mean
+from ..provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
+
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """Options of `adapter`."""
+
+    start: Literal["adapter", "base"] | None = field(
+        default=None,
+        metadata={
+            "help": "`adapter`: a frozen copy of the policy's adapter as it starts. `base`: the model with adapters "
+            "disabled. By default `adapter` for a policy that comes with one, `base` for a new one, as TRL does."
+        },
+    )
+    adapter: str | None = field(
+        default=None, metadata={"help": "Name of another adapter of the policy that is the reference, frozen."}
+    )
+    scoring: Literal["exact", "packed"] = field(
+        default="exact",
+        metadata={"help": "`exact`: the trainer's own shapes, bit for bit. `packed`: shared prompts computed once."},
+    )
+
+
+class AdapterProvider(ReferenceProvider):
+    """
+    Scores with the policy's own weights: no second copy, one forward per step.
+
+    What makes such a reference drift, or be another distribution than declared, is refused in `setup`.
+    """
+
+    Options = AdapterOptions
+    capabilities = Capabilities(local_model=True, temperature=True, multimodal=True, offline=True)
+    options: AdapterOptions
+
+    def __init__(self, options: AdapterOptions | None = None) -> None:
+        super().__init__(options)
+        self._context: ReferenceContext | None = None
+        self._identity: ReferenceIdentity | None = None
+        self._base_tensors: dict[str, str] = {}
+        self._starts_as_policy = False
+        if self.options.adapter is not None and self.options.start is not None:
+            raise ConfigurationError(
+                "ref_provider='adapter': options 'adapter' (a named adapter) and 'start' (the policy's own) exclude "
+                "each other. Keep one."
+            )
+
+    @property
+    def starts_as_policy(self) -> bool:
+        return self._starts_as_policy
+
+    @property
+    def reference_adapter(self) -> str | None:
+        """Name of the adapter that is the reference; `None` where it is the base model with adapters disabled."""
+        return self._reference_adapter
+
+    def pin(self, context: ReferenceContext) -> None:
+        from ..identity import combine_digests, digest_tensors
+        from .peft_policy import is_peft, policy_adapter
+
+        policy: Any = context.policy
+        self._is_new = not is_peft(policy)
+        if self._is_new and context.peft_config is None:
+            raise ConfigurationError(
+                "ref_provider='adapter' needs a PEFT policy: pass `peft_config=` or a PeftModel, or use "
+                "ref_provider='frozen' for full fine-tuning."
+            )
+        start = self.options.start or ("base" if self._is_new else "adapter")
+        self._base_tensors = digest_tensors(policy)
+        pinned: str | None
+        if self.options.adapter is not None:
+            pinned = self._named_adapter(policy)
+        else:
+            pinned = None if self._is_new or start == "base" else policy_adapter(policy)
+        self._copies_adapter = self.options.adapter is None and start == "adapter"
+        self._reference_adapter = self.options.adapter
+        tensors = self._base_tensors if pinned is None else digest_tensors(policy, pinned)
+        self._identity = ReferenceIdentity(
+            provider="adapter",
+            digest=combine_digests(policy, tensors, pinned),
+            details={"reference": self.options.adapter or start},
+        )
+
+    def setup(self, context: ReferenceContext) -> None:
+        from ..identity import combine_digests, digest_tensors
+        from .peft_policy import (
+            add_reference_adapter,
+            base_model_of,
+            freeze_adapter,
+            peft_model_of,
+            policy_adapter,
+            starts_as_identity,
+        )
+        from .purity import check_policy, rewritten_tensors
+
+        policy = peft_model_of(context.policy)
+        check_policy(policy)
+        own = policy_adapter(policy)
+        if self._copies_adapter:
+            self._reference_adapter = add_reference_adapter(policy, own)
+        if self._reference_adapter is not None:
+            freeze_adapter(policy, self._reference_adapter)
+        if self._is_new:
+            rewritten = rewritten_tensors(self._base_tensors, policy, context.args)
+            if rewritten and self.options.start is None:
+                method = getattr(policy.peft_config[own], "init_lora_weights", None)
+                raise ImpureReferenceError(
+                    f"The adapter's initialisation (init_lora_weights={method!r}) rewrote {len(rewritten)} weights of "
+                    f"the base model ({rewritten[0]}, ...), so the policy with its adapter disabled is not the model "
+                    "that was passed in. Say which reference you mean: ref_provider_kwargs={'start': 'adapter'} (the "
+                    "policy as it starts: rewritten base plus a frozen copy of the initial adapter, usually right), "
+                    "{'start': 'base'} (the rewritten base alone), or ref_provider='frozen' (a copy of the original)."
+                )
+            if self.options.start is not None:
+                # What was declared exists only now that PEFT has wrapped the model.
+                assert self._identity is not None
+                tensors = digest_tensors(policy, self._reference_adapter)
+                digest = combine_digests(base_model_of(policy), tensors, None)
+                self._identity = ReferenceIdentity("adapter", digest, self._identity.details)
+            self._starts_as_policy = self._copies_adapter or (not rewritten and starts_as_identity(policy, own))
+        else:
+            self._starts_as_policy = self._copies_adapter
+        self._context = context
+        self._scorer = self._make_scorer(context)
+
+    def identity(self) -> ReferenceIdentity:
+        assert self._identity is not None, "identity() before pin()"
+        return self._identity
+
+    def log_probs(self, batch: ReferenceBatch) -> Tensor:
+        from .peft_policy import reference_active
+
+        assert self._context is not None, "log_probs() before setup()"
+        policy = self._context.policy  # looked up each time: accelerate and FSDP replace it when training starts
+        with reference_active(policy, self._reference_adapter):
+            return self._make_scorer(self._context).log_probs(batch)
+
+    def _make_scorer(self, context: ReferenceContext) -> Any:
+        from ..scoring import Scorer
+
+        if getattr(self, "_scorer", None) is None or self._scorer.model is not context.policy:
+            self._scorer = Scorer(context.policy, mode=self.options.scoring, temperature=context.temperature)
+        return self._scorer
+
+    def _named_adapter(self, policy: nn.Module) -> str:
+        known = list(getattr(policy, "peft_config", {}))
+        name = str(self.options.adapter)
+        if name not in known:
+            raise ConfigurationError(
+                f"ref_provider='adapter': the policy has no adapter {name!r}; it has {known}.{did_you_mean(name, known)}"
+            )
+        from .peft_policy import policy_adapter
+
+        if name == policy_adapter(policy):
+            raise ConfigurationError(
+                f"ref_provider='adapter': adapter {name!r} is the one being trained. Activate the policy's own adapter "
+                "before training (`model.set_adapter(...)`), or use {'start': 'adapter'} for a frozen copy of it."
+            )
+        return name
+
+    def close(self) -> None:
+        self._context = None

@@ -1,0 +1,83 @@
+"""Making a second, frozen model: from the policy in memory, or from a name."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .frozen import FrozenOptions
+
+
+def snapshot(policy: nn.Module, dtype: str | None = None) -> nn.Module:
+    """
+    A frozen copy of `policy` as it is in memory, in eval mode, sharing no storage with it.
+
+    Under ZeRO-3 the parameters hold only this rank's shard and cannot be deep-copied: a model is built anew from the
+    configuration, partitioned the same way, and each shard is copied.
+    """
+    if any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
+        module = _zero3_copy(policy)
+    else:
+        module = copy.deepcopy(policy)
+    if dtype not in (None, "auto"):
+        module = module.to(getattr(torch, str(dtype)))
+    return freeze(module)
+
+
+def load_model(options: FrozenOptions, policy: nn.Module, args: Any) -> nn.Module:
+    """The model that `options` name, loaded as TRL loads a reference, in the policy's dtype unless another is named."""
+    from transformers import BitsAndBytesConfig
+    from trl.trainer.utils import create_model_from_path
+
+    assert options.model is not None
+    kwargs = dict(getattr(args, "model_init_kwargs", None) or {})
+    kwargs.pop("revision", None)  # the policy's revision says nothing about another model
+    config: Any = policy.config
+    kwargs.update(
+        dtype=options.dtype or policy.dtype,
+        attn_implementation=kwargs.get("attn_implementation") or config._attn_implementation,
+        trust_remote_code=getattr(args, "trust_remote_code", False),
+    )
+    if options.revision is not None:
+        kwargs["revision"] = options.revision
+    if options.quantization_config is not None:
+        kwargs["quantization_config"] = BitsAndBytesConfig(**options.quantization_config)
+    if options.device is not None:
+        kwargs["device_map"] = {"": options.device}
+    elif str(getattr(args.distributed_state, "distributed_type", "")).endswith(("MULTI_GPU", "DEEPSPEED")):
+        kwargs["device_map"] = None
+    return freeze(create_model_from_path(options.model, **kwargs))
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Put `module` in eval mode and out of reach of autograd."""
+    module.eval()
+    module.requires_grad_(False)
+    for parameter in module.parameters():
+        parameter.grad = None
+    return module
+
+
+def _zero3_copy(policy: nn.Module) -> nn.Module:
+    if hasattr(policy, "peft_config"):
+        from ..errors import ConfigurationError
+
+        raise ConfigurationError(
+            "ref_provider='frozen' cannot copy a PEFT policy under DeepSpeed ZeRO-3. Use ref_provider='adapter', which "
+            "needs no copy, or name the reference: ref_provider_kwargs={'model': ...}."
+        )
+    policy_class: Any = type(policy)
+    module: nn.Module = policy_class._from_config(copy.deepcopy(policy.config), dtype=policy.dtype)
+    copies = dict(module.named_parameters())
+    for name, parameter in policy.named_parameters():
+        copies[name].ds_tensor.data.copy_(parameter.ds_tensor.data)  # type: ignore[attr-defined]
+    buffers = dict(module.named_buffers())
+    for name, buffer in policy.named_buffers():
+        buffers[name].data.copy_(buffer.data)
+    return module

@@ -1,0 +1,163 @@
+"""Using a PEFT policy as its own reference, and leaving it exactly as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import ConfigurationError
+from ..identity import adapter_attributes, adapter_tensor_name
+
+
+if TYPE_CHECKING:
+    from torch import nn
+
+REFERENCE_ADAPTER = "ref"  # TRL's own name for it
+
+
+def is_peft(model: nn.Module) -> bool:
+    """Whether `model` is a `PeftModel`, wrapped or not."""
+    from peft import PeftModel
+
+    return isinstance(_unwrapped(model), PeftModel)
+
+
+def peft_model_of(model: nn.Module) -> Any:
+    """The `PeftModel` inside DDP, DeepSpeed or `torch.compile` wrappers."""
+    return _unwrapped(model)
+
+
+def base_model_of(model: Any) -> Any:
+    """The transformers model inside a `PeftModel`."""
+    return model.get_base_model() if is_peft(model) else model
+
+
+def policy_adapter(model: Any) -> str:
+    """Name of the adapter being trained."""
+    active = model.active_adapter
+    names = [active] if isinstance(active, str) else list(active)
+    if len(names) != 1:
+        raise ConfigurationError(
+            f"The policy has {len(names)} active adapters ({names}); a reference needs exactly one to start from. "
+            "Activate one with `model.set_adapter(name)`."
+        )
+    return str(names[0])
+
+
+def adapter_parameters(model: Any, adapter: str) -> dict[str, nn.Parameter]:
+    """The parameters of one adapter, by their name without the adapter's."""
+    attributes = adapter_attributes(model)
+    found = {}
+    for name, parameter in model.named_parameters():
+        owned = adapter_tensor_name(name, attributes)
+        if owned is not None and owned[0] == adapter:
+            found[owned[1]] = parameter
+    return found
+
+
+def add_reference_adapter(model: Any, source: str) -> str:
+    """Give `model` an adapter that is a frozen copy of `source`, or fill the one TRL has added, and return its name."""
+    if REFERENCE_ADAPTER not in model.peft_config:
+        with _flags_kept(model):
+            model.add_adapter(REFERENCE_ADAPTER, model.peft_config[source])
+    copies = adapter_parameters(model, REFERENCE_ADAPTER)
+    originals = adapter_parameters(model, source)
+    if copies.keys() != originals.keys():
+        odd = sorted(copies.keys() ^ originals.keys())
+        raise ConfigurationError(
+            f"Cannot copy adapter {source!r}: PEFT made {len(copies)} tensors for the copy where the original has "
+            f"{len(originals)} (first difference: {odd[0]}). Use ref_provider='frozen'."
+        )
+    with torch.no_grad():
+        for name, parameter in originals.items():
+            copies[name].data = parameter.data.to(copies[name].device).clone()
+    return REFERENCE_ADAPTER
+
+
+def freeze_adapter(model: Any, adapter: str) -> None:
+    """Keep the reference adapter out of the optimiser."""
+    for parameter in adapter_parameters(model, adapter).values():
+        parameter.requires_grad_(False)
+
+
+def starts_as_identity(model: Any, adapter: str) -> bool:
+    """Whether a new LoRA adapter changes nothing yet: one factor of every product is zero, and it has no DoRA rounding."""
+    factors: dict[str, list[bool]] = {}
+    for name, parameter in adapter_parameters(model, adapter).items():
+        module, _, rest = name.partition(".lora_")
+        if not rest:
+            continue  # modules_to_save start as copies of what they replace
+        if rest.startswith(("A", "B", "embedding_A", "embedding_B")):
+            factors.setdefault(module, []).append(bool((parameter == 0).all()))
+    return bool(factors) and all(any(zero) for zero in factors.values())
+
+
+@contextmanager
+def reference_active(model: nn.Module, adapter: str | None) -> Iterator[None]:
+    """
+    The policy as its own reference: adapters disabled (`None`) or `adapter` active, in eval mode.
+
+    On exit the active adapters, every `requires_grad` flag and every module's mode are what they were. No random number
+    is drawn inside: eval mode switches off dropout, functional attention dropout included.
+    """
+    peft_model = _unwrapped(model)
+    modes = [(module, module.training) for module in model.modules()]
+    with ExitStack() as stack:
+        stack.enter_context(_flags_kept(peft_model))
+        stack.callback(_restore_modes, modes)
+        # Casts made under no_grad must not be reused by the policy's own pass: they carry no gradient.
+        stack.callback(torch.clear_autocast_cache)
+        for module, _ in modes:
+            module.training = False
+        if adapter is None:
+            stack.enter_context(peft_model.disable_adapter())
+        else:
+            stack.enter_context(_active(peft_model, adapter))
+        yield
+
+
+@contextmanager
+def _active(peft_model: Any, adapter: str) -> Iterator[None]:
+    previous = peft_model.active_adapter
+    tuner_previous = list(peft_model.active_adapters)
+    disabled = peft_model._adapters_disabled
+    if disabled:
+        peft_model.base_model.enable_adapter_layers()
+    peft_model.set_adapter(adapter)
+    try:
+        yield
+    finally:
+        peft_model.set_adapter(previous)
+        if not peft_model.peft_config[previous].is_prompt_learning:
+            peft_model.base_model.set_adapter(tuner_previous)
+        if disabled:
+            peft_model.base_model.disable_adapter_layers()
+
+
+@contextmanager
+def _flags_kept(model: nn.Module) -> Iterator[None]:
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+
+
+def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
+
+
+def _unwrapped(model: Any) -> Any:
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "module") and isinstance(model.module, torch.nn.Module):
+            model = model.module
+        else:
+            return model

@@ -1,0 +1,53 @@
+"""What would make a policy's own base an impure reference, and how to fix it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import ImpureReferenceError
+from ..identity import adapter_attributes, adapter_tensor_name, digest_tensors
+
+
+def check_policy(policy: Any) -> None:
+    """
+    Refuse a PEFT policy whose base weights would move with training, or that would not train at all.
+
+    Raises:
+        ImpureReferenceError: All problems found, each with its remedy.
+    """
+    problems = []
+    for name, config in policy.peft_config.items():
+        bias = getattr(config, "bias", "none")
+        if bias != "none":
+            problems.append(
+                f"adapter {name!r} has bias={bias!r}: it trains biases of the base model in place, so the reference "
+                "drifts. Set bias='none' in the adapter's configuration, or use ref_provider='frozen'."
+            )
+    attributes = adapter_attributes(policy)
+    trainable = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    base = [name for name in trainable if adapter_tensor_name(name, attributes) is None]
+    if problems:
+        base = [name for name in base if not name.endswith("bias")]  # already named
+    if base:
+        problems.append(
+            f"{len(base)} weights of the base model are trainable ({base[0]}, ...), so the reference drifts. Freeze "
+            "them, move the modules to `modules_to_save` of the adapter, or use ref_provider='frozen'."
+        )
+    if not trainable:
+        problems.append(
+            "the policy's adapter has nothing trainable, so training would change nothing. Load it with "
+            "`PeftModel.from_pretrained(..., is_trainable=True)`."
+        )
+    if problems:
+        raise ImpureReferenceError("ref_provider='adapter' cannot use this policy: " + " Also: ".join(problems))
+
+
+def rewritten_tensors(before: Mapping[str, str], policy: Any, args: Any) -> list[str]:
+    """Names of base tensors that wrapping with PEFT changed (PiSSA, OLoRA, CorDA, LoftQ, ... rewrite them)."""
+    after = digest_tensors(policy)
+    changed = [name for name, digest in before.items() if name in after and after[name] != digest]
+    if getattr(args, "cast_lm_head_to_fp32", False):
+        # TRL casts the head (and what is tied to it) in place; its values are the same.
+        changed = [name for name in changed if "lm_head" not in name and "embed_tokens" not in name]
+    return changed

@@ -1,0 +1,26 @@
+"""The TRL seam: the only part of the package that knows how TRL's trainers work inside."""
+
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer
+
+from .plug import plug
+from .seam import Seam
+from .stand_in import ReferenceModel
+
+
+RefPlugDPOTrainer = plug(DPOTrainer)
+RefPlugKTOTrainer = plug(KTOTrainer)
+RefPlugGRPOTrainer = plug(GRPOTrainer)
+RefPlugRLOOTrainer = plug(RLOOTrainer)
+
+for _trainer in (RefPlugDPOTrainer, RefPlugKTOTrainer, RefPlugGRPOTrainer, RefPlugRLOOTrainer):
+    _trainer.__module__ = __name__
+
+__all__ = [
+    "RefPlugDPOTrainer",
+    "RefPlugGRPOTrainer",
+    "RefPlugKTOTrainer",
+    "RefPlugRLOOTrainer",
+    "ReferenceModel",
+    "Seam",
+    "plug",
+]

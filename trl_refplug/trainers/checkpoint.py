@@ -1,0 +1,76 @@
+"""What every checkpoint says about the reference, and what a resumed run compares it with."""
+
+from __future__ import annotations
+
+import json
+import logging
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..errors import ReferenceMismatchError
+from ..provider import ReferenceIdentity, ReferenceProvider
+
+
+logger = logging.getLogger("trl_refplug")
+
+DIRECTORY = "refplug"
+_RECORD = "reference.json"
+_STATE = "state"
+
+
+def write_to_checkpoint(checkpoint: str, provider: ReferenceProvider, name: str, *, main_process: bool) -> None:
+    """Write the reference's record, and the provider's state, into a checkpoint that is not complete yet."""
+    directory = Path(checkpoint) / DIRECTORY
+    state = directory / _STATE
+    state.mkdir(parents=True, exist_ok=True)
+    provider.save_state(state)
+    if main_process:
+        record = {
+            "provider": name,
+            "identity": provider.identity().to_dict(),
+            "metadata": provider.metadata(),
+            "versions": {package: version(package) for package in ("trl", "transformers", "peft", "torch")},
+        }
+        (directory / _RECORD).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def compare_with_checkpoint(checkpoint: str, provider: ReferenceProvider) -> None:
+    """
+    Refuse to go on against another reference than the one the checkpoint was trained with; restore the provider.
+
+    Raises:
+        ReferenceMismatchError: The identities differ, or a moving reference's state is missing.
+    """
+    directory = Path(checkpoint) / DIRECTORY
+    record_file = directory / _RECORD
+    if not record_file.is_file():
+        if provider.capabilities.moving:
+            raise ReferenceMismatchError(
+                f"{checkpoint} has no reference state ({DIRECTORY}/{_RECORD}), so the moving reference cannot go on "
+                "where it was. Start anew, or resume from a checkpoint written with this provider."
+            )
+        logger.warning(
+            "%s does not say which reference it was trained with (it was written without trl-refplug); going on with "
+            "%s.",
+            checkpoint,
+            provider.identity(),
+        )
+        return
+    saved = ReferenceIdentity.from_dict(_read(record_file)["identity"])
+    current = provider.identity()
+    if saved.digest != current.digest:
+        raise ReferenceMismatchError(
+            f"{checkpoint} was trained against the reference {saved}, and this run has {current}: another model, "
+            "revision, adapter or precision. Pass the policy as it was passed when training started (not the "
+            "checkpoint itself: `resume_from_checkpoint` loads that), and the same reference options."
+        )
+    provider.load_state(directory / _STATE)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return values
+    except (json.JSONDecodeError, OSError) as error:
+        raise ReferenceMismatchError(f"{path} cannot be read ({error}); the checkpoint is damaged.") from error

@@ -1,0 +1,57 @@
+"""Placing a reference model that TRL would not have loaded itself: beside a PEFT policy, on another device, or nested."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
+
+from ..errors import ConfigurationError
+
+
+def place(module: Any, trainer: Any, *, temperature: float, device: str | None) -> nn.Module:
+    """
+    Do to `module` what TRL does to a reference of its own: dropout, LM head, temperature, sharding, device.
+
+    Args:
+        module (`nn.Module`): A transformers model or a `PeftModel`, as it was loaded.
+        trainer: The trainer, constructed.
+        temperature (`float`): What logits are divided by.
+        device (`str` or `None`): Where it lives; `None` for wherever the trainer puts models.
+    """
+    args = trainer.args
+    base = module.get_base_model() if hasattr(module, "get_base_model") else module
+    if args.disable_dropout:
+        disable_dropout_in_model(module)
+    cast_lm_head = getattr(args, "cast_lm_head_to_fp32", False)
+    if cast_lm_head:
+        _cast_lm_head(base)
+    add_fused_lm_head(base, temperature=temperature, cast_lm_head_to_fp32=cast_lm_head)
+    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    if device is not None:
+        if sharded:
+            raise ConfigurationError(
+                f"A reference on its own device ({device!r}) cannot be combined with DeepSpeed or FSDP, which place it "
+                "themselves. Remove the option 'device'."
+            )
+        module = module.to(device)
+        placed = trainer.accelerator.prepare_model(module, device_placement=False, evaluation_mode=True)
+    elif trainer.is_deepspeed_enabled:
+        placed = prepare_deepspeed(module, trainer.accelerator)
+    elif trainer.is_fsdp_enabled:
+        placed = prepare_fsdp(module, trainer.accelerator)
+    else:
+        placed = trainer.accelerator.prepare_model(module, evaluation_mode=True)
+    result: nn.Module = placed.eval()
+    return result
+
+
+def _cast_lm_head(model: Any) -> None:
+    """`cast_lm_head_to_fp32`, as GRPO applies it to its own reference: the tied embedding keeps its output dtype."""
+    dtype = model.lm_head.weight.dtype
+    model.lm_head = model.lm_head.float()
+    if model.config.tie_word_embeddings and dtype != torch.float32:
+        model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.to(dtype))

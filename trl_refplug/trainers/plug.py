@@ -1,0 +1,184 @@
+"""`plug`: any of TRL's reference-using trainers, with its reference taken from a provider."""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..errors import ConfigurationError
+from ..provider import ReferenceProvider
+from . import policy as policies
+from .checkpoint import write_to_checkpoint
+from .seam import Seam, flags_masked, seam_error
+from .session import ReferenceSession, open_session
+
+
+T = TypeVar("T")
+
+
+def plug(trainer_class: type[T]) -> type[T]:
+    """
+    A subclass of `trainer_class` whose reference log-probs come from the provider that `ref_provider` selects.
+
+    Works for TRL's `DPOTrainer`, `KTOTrainer`, `GRPOTrainer`, `RLOOTrainer` and for subclasses of them. The result takes
+    two more keyword arguments: `reference=`, a provider instance, and, where TRL has none, `ref_model=`.
+
+    Raises:
+        SeamError: The trainer does not reach its reference as TRL's trainers do.
+
+    Example:
+
+    ```python
+    from trl import DPOTrainer
+    from trl_refplug import plug
+
+
+    class MyTrainer(DPOTrainer): ...
+
+
+    trainer = plug(MyTrainer)(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
+    ```
+    """
+    if issubclass(trainer_class, Plugged):
+        return trainer_class
+    seam = Seam.of(trainer_class)
+    plugged = _plugged_owner(seam.owner)
+    # Seated between the user's class and TRL's, so that the user's `__init__` sees the trainer with its reference.
+    bases = (plugged,) if trainer_class is seam.owner else (trainer_class, plugged)
+    return type(
+        f"RefPlug{trainer_class.__name__}",
+        (_Outermost, *bases),
+        {"__doc__": trainer_class.__doc__, "__module__": trainer_class.__module__},
+    )
+
+
+class _Outermost:
+    """Takes the arguments that the trainer's own `__init__`, and those of its subclasses, know nothing about."""
+
+    def __init__(self, *args: Any, reference: ReferenceProvider | None = None, **kwargs: Any) -> None:
+        self._refplug_reference = reference
+        self._refplug_ref_model = None
+        if type(self)._refplug_seam.online:  # type: ignore[attr-defined]
+            self._refplug_ref_model = kwargs.pop("ref_model", None)
+        super().__init__(*args, **kwargs)
+        if not hasattr(self, "_refplug_session"):
+            raise seam_error(f"{type(self).__name__}.__init__ does not call `super().__init__()`")
+
+
+class Plugged:
+    """Mixed in right above the class of TRL that loads the reference."""
+
+    _refplug_seam: Seam
+    _refplug_reference: ReferenceProvider | None
+    _refplug_ref_model: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        seam = self._refplug_seam
+        bound = seam.signature.bind(self, *args, **kwargs)
+        given = bound.arguments
+        model = given["model"]
+        config = given["args"] = given.get("args") or seam.default_args(model)
+        session = open_session(
+            seam,
+            model=model,
+            args=config,
+            peft_config=given.get("peft_config"),
+            reference=self._refplug_reference,
+            ref_model=given.get("ref_model", self._refplug_ref_model),
+        )
+        self._refplug_session: ReferenceSession | None = session
+        if session is None:
+            super().__init__(*bound.args[1:], **bound.kwargs)
+            return
+        adapters_before = policies.adapter_names(model)
+        if "ref" in adapters_before:
+            raise ConfigurationError(
+                "The policy already has an adapter called 'ref', the name TRL gives to its own reference adapter. Load "
+                "yours under another name (`model.load_adapter(path, adapter_name='reference')`)."
+            )
+        if not isinstance(model, str):
+            session.pin(model)
+        with flags_masked(config), policies.default_adapter_known(model), session.loading_replaced(self):
+            super().__init__(*bound.args[1:], **bound.kwargs)
+        self.ref_model = session.start(self, adapters_before)
+        self._refplug_timer = _StepTimer(session)
+        self.add_callback(self._refplug_timer)  # type: ignore[attr-defined]
+        self._refplug_saving = False
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if self._refplug_session is not None and resume_from_checkpoint:
+            checkpoint = resume_from_checkpoint
+            if checkpoint is True:
+                checkpoint = get_last_checkpoint(self.args.output_dir)  # type: ignore[attr-defined]
+            if checkpoint:  # if there is none, the trainer says so
+                self._refplug_session.resume(str(checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self._refplug_session is not None and self.model.training:  # type: ignore[attr-defined]
+            logs.update(self._refplug_timer.take())
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._refplug_saving = True
+        try:
+            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._refplug_saving = False
+
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
+        # Inside a checkpoint the model is saved first and `trainer_state.json`, which makes it complete, last.
+        if self._refplug_session is not None and self._refplug_saving and output_dir is not None:
+            session = self._refplug_session
+            main_process = self.args.should_save  # type: ignore[attr-defined]
+            write_to_checkpoint(output_dir, session.provider, session.name, main_process=main_process)
+
+
+class _StepTimer(TrainerCallback):  # type: ignore[misc]
+    """Seconds per optimiser step that the reference takes, and its share of them."""
+
+    def __init__(self, session: ReferenceSession) -> None:
+        self.session = session
+        self._step_started: float | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._steps = 0
+        self._step_seconds = 0.0
+        self._reference_seconds = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        assert self.session.stand_in is not None
+        self._step_started = time.perf_counter()
+        self._reference_before = self.session.stand_in.seconds
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.session.stand_in is not None
+        if self._step_started is not None:
+            self._step_seconds += time.perf_counter() - self._step_started
+            self._reference_seconds += self.session.stand_in.seconds - self._reference_before
+            self._steps += 1
+            self._step_started = None
+        self.session.step_ended(state.global_step)
+
+    def take(self) -> dict[str, float]:
+        """The averages since the last call, empty if no step has ended since."""
+        if self._steps == 0:
+            return {}
+        logs = {
+            "ref/time": self._reference_seconds / self._steps,
+            "ref/time_share": self._reference_seconds / max(self._step_seconds, 1e-9),
+        }
+        logs.update({f"ref/{name}": float(value) for name, value in self.session.provider.counters().items()})
+        self._reset()
+        return logs
+
+
+@lru_cache(maxsize=None)
+def _plugged_owner(owner: type) -> type:
+    return type(f"Plugged{owner.__name__}", (Plugged, owner), {"_refplug_seam": Seam.of(owner)})

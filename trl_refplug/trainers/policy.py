@@ -1,0 +1,121 @@
+"""What is read from, or put right about, the policy and its random streams."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..options import parse_options
+from ..provider import ReferenceBatch, ReferenceProvider
+
+
+_REF = "ref"  # the adapter TRL adds as its reference
+
+
+def is_peft(model: Any) -> bool:
+    """Whether `model` is a `PeftModel`."""
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def frozen_from(ref_model: nn.Module, options: Any) -> ReferenceProvider:
+    """The `frozen` provider around a model that the user passed."""
+    from ..providers.frozen import FrozenOptions, FrozenProvider
+
+    return FrozenProvider(parse_options("frozen", FrozenOptions, options or {}), model=ref_model)
+
+
+@contextmanager
+def rng_kept() -> Iterator[None]:
+    """Whatever happens inside, the global random streams go on as if it had not."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def adapter_names(model: Any) -> frozenset[str]:
+    """Names of the adapters of a PEFT policy; empty for any other, or for a path."""
+    return frozenset(model.peft_config) if is_peft(model) else frozenset()
+
+
+@contextmanager
+def default_adapter_known(model: Any) -> Iterator[None]:
+    """TRL looks up the configuration of an adapter called `default`; answer with that of the policy's own adapter."""
+    if not is_peft(model) or "default" in model.peft_config:
+        yield
+        return
+    active = model.active_adapter
+    model.peft_config["default"] = model.peft_config[active if isinstance(active, str) else active[0]]
+    try:
+        yield
+    finally:
+        del model.peft_config["default"]
+
+
+def remove_unused_reference_adapter(
+    model: Any, before: frozenset[str], providers: list[ReferenceProvider]
+) -> None:
+    """Delete the `ref` adapter that TRL adds to a policy with an adapter of its own, unless it is the reference."""
+    used = any(getattr(provider, "reference_adapter", None) == _REF for provider in providers)
+    if is_peft(model) and _REF in model.peft_config and _REF not in before and not used:
+        model.delete_adapter(_REF)
+
+
+def disable_functional_dropout(model: nn.Module) -> None:
+    """
+    What `disable_dropout` promises, also for dropout that is a number and not an `nn.Dropout`: TRL misses
+    `attention_dropout`, so the policy would be compared with its reference under noise.
+    """
+    for module in model.modules():
+        for name in _dropout_attributes(module):
+            setattr(module, name, 0.0)
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether any dropout is active in train mode."""
+    return any(
+        (isinstance(module, nn.Dropout) and module.p > 0) or _dropout_attributes(module) for module in model.modules()
+    )
+
+
+def _dropout_attributes(module: nn.Module) -> list[str]:
+    if isinstance(module, nn.Dropout):
+        return []
+    return [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, float) and value > 0 and ("dropout" in name or name.endswith("pdrop"))
+    ]
+
+
+@torch.no_grad()
+def policy_log_probs(model: nn.Module, batch: ReferenceBatch) -> Tensor:
+    """The policy's own log-probs, with dropout off: float32 `[batch, seq - 1]`. Leaves every mode as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        outputs = model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            **batch.extras,
+            labels=batch.labels,
+            fused_lm_head=True,
+        )
+    finally:
+        for module, training in modes:
+            module.training = training
+        torch.clear_autocast_cache()  # casts made without gradient must not serve the training pass
+    log_probs: Tensor = outputs.log_probs[:, -(batch.labels.shape[1] - 1) :]
+    return log_probs

@@ -1,0 +1,58 @@
+"""Which rows of a collated batch the trainer will ask its reference for: one pure function per trainer family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ..provider import ReferenceBatch
+from .seam import Seam
+
+
+_PREFERENCE_NON_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
+_UNPAIRED_NON_MODEL = {"completion_mask", "label", "ref_logps", "ref_KL_logps"}
+
+
+def preference_requests(inputs: Mapping[str, Any]) -> list[ReferenceBatch]:
+    """DPO: one batch, chosen rows first and rejected rows after them."""
+    return [_request({k: v for k, v in inputs.items() if k not in _PREFERENCE_NON_MODEL}, inputs["completion_mask"])]
+
+
+def unpaired_requests(inputs: Mapping[str, Any]) -> list[ReferenceBatch]:
+    """KTO: the mismatched KL rows first, where the loss has a KL term, then the completions."""
+    main = {k: v for k, v in inputs.items() if k not in _UNPAIRED_NON_MODEL and not k.startswith("KL_")}
+    requests = [_request(main, inputs["completion_mask"])]
+    if "KL_input_ids" in inputs:
+        kl = {**main, **{k[3:]: v for k, v in inputs.items() if k.startswith("KL_") and k != "KL_completion_mask"}}
+        requests.insert(0, _request(kl, inputs["KL_completion_mask"]))
+    return requests
+
+
+def planned(trainer: Any, seam: Seam, split: str) -> Iterator[ReferenceBatch] | None:
+    """The requests of a whole split in dataset order, or `None` where they are not known beforehand."""
+    dataset = trainer.train_dataset if split == "train" else trainer.eval_dataset
+    if isinstance(dataset, Mapping):
+        dataset = dataset.get(split)
+    if seam.online or dataset is None or not hasattr(dataset, "__getitem__"):
+        return None
+    args = trainer.args
+    size = args.per_device_train_batch_size if split == "train" else args.per_device_eval_batch_size
+    requests = unpaired_requests if "label" in dataset.column_names else preference_requests
+    return _planned(dataset, size, trainer.data_collator, requests, args.device)
+
+
+def _planned(dataset: Any, size: int, collate: Any, requests: Any, device: torch.device) -> Iterator[ReferenceBatch]:
+    # No DataLoader: iterating one draws from the global random stream.
+    for start in range(0, len(dataset), size):
+        rows = [dataset[index] for index in range(start, min(start + size, len(dataset)))]
+        for request in requests(collate(rows)):
+            yield request.to(device)
+
+
+def _request(inputs: dict[str, Any], completion_mask: torch.Tensor) -> ReferenceBatch:
+    input_ids = inputs.pop("input_ids")
+    attention_mask = inputs.pop("attention_mask")
+    labels = input_ids.masked_fill(completion_mask == 0, -100)
+    return ReferenceBatch(input_ids, attention_mask, labels, inputs, rows_sliceable=not inputs)

@@ -1,0 +1,165 @@
+"""
+What TRL does with its reference, and the one place where we change it.
+
+All four trainers load their own reference inside `__init__` by calling `create_model_from_path`, a name imported into
+each trainer's module, and later call `self.ref_model(..., labels=..., fused_lm_head=True).log_probs`. For the time of
+`__init__` that name is replaced, so that TRL's second copy is never loaded; everything else TRL does to a reference
+(dropout, LM head, temperature, DeepSpeed, FSDP, device) it goes on doing to the module it is given instead.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import trl
+from trl.trainer.utils import get_config_model_id
+
+from ..errors import ConfigurationError, SeamError
+
+
+SUPPORTED = ">=1.15"
+_LOADER = "create_model_from_path"
+_MASKED_FLAGS = ("precompute_ref_log_probs", "sync_ref_model")
+
+
+@dataclass(frozen=True)
+class Seam:
+    """
+    Where one TRL trainer class reaches its reference.
+
+    Args:
+        owner (`type`): The class of TRL whose `__init__` loads the reference.
+        signature (`inspect.Signature`): Of that `__init__`.
+        online (`bool`): Whether the trainer generates its completions (GRPO, RLOO): no `ref_model` argument, a
+            temperature, and no reference at all when `beta` is 0.
+    """
+
+    owner: type
+    signature: inspect.Signature
+    online: bool
+
+    @classmethod
+    def of(cls, trainer_class: type) -> Seam:
+        """
+        Find the seam of a trainer of TRL or of a subclass of one.
+
+        Raises:
+            SeamError: The class has no reference, or TRL reaches it in a way this release does not know.
+        """
+        for candidate in trainer_class.__mro__:
+            init: Any = candidate.__dict__.get("__init__")
+            if init is None:
+                continue
+            names = inspect.unwrap(init).__code__.co_names
+            module = sys.modules[candidate.__module__]
+            if _LOADER in names and "ref_model" in names and hasattr(module, _LOADER):
+                signature = inspect.signature(init)
+                return cls(candidate, signature, online="ref_model" not in signature.parameters)
+        raise seam_error(f"{trainer_class.__name__} does not load a reference in the way of TRL's DPO, KTO, GRPO or RLOO")
+
+    def needs_reference(self, args: Any) -> bool:
+        """Whether TRL uses a reference at all: GRPO and RLOO do not when `beta` is 0."""
+        return not (self.online and args.beta == 0.0)
+
+    def default_args(self, model: Any) -> Any:
+        """What TRL makes of `args=None`."""
+        owner: Any = self.owner
+        config_class = getattr(sys.modules[owner.__module__], owner.__name__.replace("Trainer", "Config"))
+        model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+        return config_class(f"{model_id.split('/')[-1]}-{owner._name}")
+
+
+def seam_error(found: str) -> SeamError:
+    """The error for a TRL that is not as expected."""
+    return SeamError(
+        f"{found}. trl {trl.__version__} is installed; trl-refplug supports trl{SUPPORTED} where the reference is called "
+        "with `fused_lm_head=True`. Install a supported release, or use TRL's own trainer."
+    )
+
+
+def check_flags(seam: Seam, args: Any) -> None:
+    """Combinations of TRL's own flags that TRL refuses, and that masking the flags would hide from it."""
+    if getattr(args, "sync_ref_model", False):
+        if getattr(args, "precompute_ref_log_probs", False):
+            raise ConfigurationError(
+                "`sync_ref_model=True` moves the reference, so its log-probs cannot be precomputed: "
+                "set one of `sync_ref_model` and `precompute_ref_log_probs` to False."
+            )
+        if not seam.needs_reference(args):
+            raise ConfigurationError(
+                "`sync_ref_model=True` has nothing to synchronise: with `beta=0.0` no reference is used. "
+                "Set `beta` to a non-zero value, or `sync_ref_model=False`."
+            )
+
+
+@contextmanager
+def flags_masked(args: Any) -> Iterator[None]:
+    """
+    TRL's own reference flags switched off while it constructs: the first would precompute inside `__init__`, past the
+    stand-in, and the second raises for PEFT.
+    """
+    kept = {name: getattr(args, name) for name in _MASKED_FLAGS if getattr(args, name, False)}
+    for name in kept:
+        setattr(args, name, False)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(args, name, value)
+
+
+@contextmanager
+def loading_replaced(
+    seam: Seam,
+    trainer: Any,
+    *,
+    policy_loaded: Callable[[Any], None],
+    reference: Callable[[], Any],
+    expected: Callable[[], int],
+) -> Iterator[None]:
+    """
+    Replace TRL's loading of its reference for the duration of `__init__`.
+
+    Args:
+        seam ([`Seam`]): Where.
+        trainer: The trainer under construction.
+        policy_loaded: Called with the policy when TRL loads it from a string, before TRL touches it.
+        reference: Called where TRL would load its reference; what it returns, possibly `None`, is used instead.
+        expected: How many loads must have been replaced by the end.
+
+    Raises:
+        SeamError: TRL did not load its reference exactly as often as expected, through this name.
+    """
+    module = sys.modules[seam.owner.__module__]
+    original = getattr(module, _LOADER)
+    replaced = 0
+    policy_seen = False
+
+    def load(model_id: str, *args: Any, **kwargs: Any) -> Any:
+        nonlocal replaced, policy_seen
+        # `trainer.model` exists from `Trainer.__init__` on, and so tells the policy's own load from the reference's.
+        policy = getattr(trainer, "model", None)
+        if policy is not None and model_id == get_config_model_id(policy.config):
+            replaced += 1
+            return reference()
+        loaded = original(model_id, *args, **kwargs)
+        if policy is None and not policy_seen:
+            policy_seen = True
+            policy_loaded(loaded)
+        return loaded
+
+    setattr(module, _LOADER, load)
+    try:
+        yield
+    finally:
+        setattr(module, _LOADER, original)
+    if replaced != expected():
+        raise seam_error(
+            f"{seam.owner.__name__} was expected to load {expected()} reference model(s) while being constructed and "
+            f"loaded {replaced}"
+        )

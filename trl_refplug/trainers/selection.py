@@ -1,0 +1,94 @@
+"""From flags to a provider: what `auto` means, which combinations contradict each other, and how one is made."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..arguments import ReferenceArguments
+from ..errors import ConfigurationError
+from ..options import parse_options
+from ..plugins import plugin_manager
+from ..provider import ReferenceProvider
+
+
+logger = logging.getLogger("trl_refplug")
+
+# What TRL's own flags mean, in the order in which they are looked at.
+_FLAG_MEANINGS = {"precompute_ref_log_probs": "cached", "sync_ref_model": "ema"}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """
+    What `refplug_select_provider` may look at to answer `auto`.
+
+    Args:
+        args: The trainer's arguments.
+        policy_is_peft (`bool`): Whether the policy is, or will be, a PEFT model.
+        has_ref_model (`bool`): Whether a reference model was passed to the trainer.
+        online (`bool`): Whether the trainer generates its completions (GRPO, RLOO).
+    """
+
+    args: Any
+    policy_is_peft: bool
+    has_ref_model: bool
+    online: bool
+
+
+def select_name(selection: Selection) -> str | None:
+    """
+    The provider to use. `None` leaves the reference to TRL, where its flag means a provider that is not installed.
+
+    Raises:
+        ConfigurationError: The flags contradict each other.
+    """
+    flags = ReferenceArguments.of(selection.args)
+    meant = {flag: name for flag, name in _FLAG_MEANINGS.items() if getattr(selection.args, flag, False)}
+    if flags.ref_provider != "auto":
+        for flag, name in meant.items():
+            if flags.ref_provider != name:
+                raise ConfigurationError(
+                    f"`{flag}=True` asks for the {name!r} reference and ref_provider={flags.ref_provider!r} for "
+                    f"another. Remove one of the two."
+                )
+        return flags.ref_provider
+    if selection.has_ref_model:
+        return "frozen"
+    chosen = plugin_manager().select(selection)
+    if chosen is not None:
+        return chosen
+    for flag, name in meant.items():
+        if name in plugin_manager().providers:
+            return name
+        logger.warning(
+            "`%s=True` means ref_provider=%r, which this release of trl-refplug does not have yet. TRL's own "
+            "implementation is used, without any of trl-refplug's checks.",
+            flag,
+            name,
+        )
+        return None
+    return "adapter" if selection.policy_is_peft else "frozen"
+
+
+def make_provider(name: str, options: Mapping[str, Any] | str | None) -> ReferenceProvider:
+    """An instance of the provider registered as `name`, its options validated."""
+    provider_class = plugin_manager().provider_class(name)
+    return provider_class(parse_options(name, provider_class.Options, options))
+
+
+def check_capabilities(provider: ReferenceProvider, name: str, *, temperature: float) -> None:
+    """
+    Refuse what the provider says it cannot do.
+
+    Raises:
+        ConfigurationError: GRPO or RLOO at another temperature than 1 with a provider that ignores it.
+    """
+    if temperature != 1.0 and not provider.capabilities.temperature:
+        raise ConfigurationError(
+            f"`temperature={temperature}` divides the policy's logits, and reference provider {name!r} cannot divide "
+            "the reference's, so the KL term would be wrong. Use `temperature=1.0`, or another provider "
+            "(`trl-refplug plugins` lists what each can do)."
+        )

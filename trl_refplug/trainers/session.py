@@ -1,0 +1,235 @@
+"""One trainer's reference from construction to the end: pinned, placed, checked, timed, saved."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..arguments import ReferenceArguments
+from ..errors import ConfigurationError, SeamError
+from ..provider import ReferenceBatch, ReferenceProvider
+from . import policy as policies
+from .check import check_against_policy
+from .checkpoint import compare_with_checkpoint
+from .context import TrainerContext
+from .placement import place
+from .ranks import agree
+from .seam import Seam, check_flags, loading_replaced, seam_error
+from .selection import Selection, check_capabilities, make_provider, select_name
+from .stand_in import ReferenceModel
+
+
+logger = logging.getLogger("trl_refplug")
+
+
+class ReferenceSession:
+    """
+    Owns the provider of one trainer.
+
+    Args:
+        seam ([`Seam`]): Where the trainer's class reaches its reference.
+        provider ([`ReferenceProvider`]): The selected provider.
+        name (`str`): What it is called in messages.
+        args: The trainer's arguments.
+        peft_config: The trainer's `peft_config` argument.
+        passes_ref_model (`bool`): Whether TRL itself is given a `ref_model`.
+    """
+
+    def __init__(
+        self, seam: Seam, provider: ReferenceProvider, name: str, args: Any, peft_config: Any, passes_ref_model: bool
+    ) -> None:
+        self.seam = seam
+        self.provider = provider
+        self.name = name
+        self.args = args
+        self.peft_config = peft_config
+        self.passes_ref_model = passes_ref_model
+        self.flags = ReferenceArguments.of(args)
+        self.resuming = bool(getattr(args, "resume_from_checkpoint", None))
+        self.trainer: Any = None
+        self.stand_in: ReferenceModel | None = None
+        self._nested: list[tuple[ReferenceProvider, TrainerContext, nn.Module | None]] = []
+        self._context = TrainerContext(self)
+        self._module: nn.Module | None = None
+        self._pinned = False
+        check_capabilities(provider, name, temperature=self._context.temperature)
+
+    # Before TRL touches anything
+
+    def pin(self, policy: nn.Module) -> None:
+        """Fix the reference: `policy` is exactly as it was passed in."""
+        with policies.rng_kept():
+            self._module = self._pin(self.provider, self._context, policy)
+        self._pinned = True
+
+    def create_nested(self, name: str, options: Mapping[str, Any] | None, policy: nn.Module) -> ReferenceProvider:
+        """A provider made by another one, for composition."""
+        provider = make_provider(name, options)
+        context = TrainerContext(self)
+        check_capabilities(provider, name, temperature=context.temperature)
+        self._nested.append((provider, context, self._pin(provider, context, policy)))
+        return provider
+
+    @staticmethod
+    def _pin(provider: ReferenceProvider, context: TrainerContext, policy: nn.Module) -> nn.Module | None:
+        context.pinned_policy = policy
+        try:
+            return provider.pin(context)
+        finally:
+            context.pinned_policy = None
+
+    # While TRL constructs
+
+    def loading_replaced(self, trainer: Any) -> AbstractContextManager[None]:
+        """TRL's loading of its own reference replaced by ours."""
+
+        def expected() -> int:
+            return int(not self.passes_ref_model and not policies.is_peft(trainer.model))
+
+        return loading_replaced(
+            self.seam, trainer, policy_loaded=self.pin, reference=self._reference_for_trl, expected=expected
+        )
+
+    def _reference_for_trl(self) -> nn.Module | None:
+        if not self._pinned:
+            raise seam_error("TRL asked for its reference before it loaded the policy")
+        return self._module if self.provider.device is None else None  # else it is placed by us, later
+
+    # When TRL has constructed
+
+    def start(self, trainer: Any, adapters_before: frozenset[str]) -> ReferenceModel:
+        """Set the provider up and return the stand-in for `trainer.ref_model`."""
+        self.trainer = trainer
+        self.args = trainer.args
+        if not self._pinned:
+            raise seam_error("TRL constructed its trainer without loading the policy through the expected name")
+        with policies.rng_kept():
+            for provider, context, module in self._nested:
+                context.reference_model = self._placed(provider, context, module)
+                provider.setup(context)
+            placed = trainer.ref_model
+            self._context.reference_model = placed or self._placed(self.provider, self._context, self._module)
+            self._module = None
+            self.provider.setup(self._context)
+        policies.remove_unused_reference_adapter(trainer.model, adapters_before, self.providers)
+        if trainer.args.disable_dropout:
+            policies.disable_functional_dropout(trainer.model)
+        elif policies.has_dropout(trainer.model) and self.provider.capabilities.local_model:
+            logger.warning(
+                "The policy has dropout and `disable_dropout=False`: the reference is scored without dropout (TRL's "
+                "own adapter reference would draw random numbers), the policy with it, so their log-ratio is noisy "
+                "from the first step on. Set `disable_dropout=True` to compare like with like."
+            )
+        agree(trainer.accelerator, self.provider, self.name)
+        weakref.finalize(trainer, _close, self.providers)
+        self.stand_in = ReferenceModel(self.provider, first_call=self._first_call)
+        return self.stand_in
+
+    @property
+    def providers(self) -> list[ReferenceProvider]:
+        """The selected provider and those it is made of."""
+        return [self.provider, *(provider for provider, _, _ in self._nested)]
+
+    def _placed(
+        self, provider: ReferenceProvider, context: TrainerContext, module: nn.Module | None
+    ) -> nn.Module | None:
+        if module is None:
+            return None
+        return place(module, self.trainer, temperature=context.temperature, device=provider.device)
+
+    # While training
+
+    def resume(self, checkpoint: str) -> None:
+        """Training goes on from `checkpoint`: the reference must be the one it was started with."""
+        self.resuming = True
+        compare_with_checkpoint(checkpoint, self.provider)
+
+    def step_ended(self, step: int) -> None:
+        """An optimiser step is over."""
+        assert self.stand_in is not None
+        if self.stand_in.calls == 0:
+            raise SeamError(
+                f"Step {step} ended and the trainer never asked for its reference. It was trained without one: "
+                f"{type(self.trainer).__name__} overrides the loss, or ref_model was replaced after construction."
+            )
+        if self.provider.capabilities.moving:
+            self.provider.on_step_end(step)
+
+    def _first_call(self, batch: ReferenceBatch, log_probs: Tensor) -> None:
+        if self.flags.ref_check == "off" or self.resuming or self.trainer.state.global_step > 0:
+            return
+        if not self.provider.starts_as_policy:
+            logger.info("ref_check skipped: %s need not equal the policy at its start.", self.provider.identity())
+            return
+        check_against_policy(
+            self.trainer,
+            batch,
+            log_probs,
+            identity=self.provider.identity(),
+            strict=self.flags.ref_check == "error",
+        )
+
+
+def open_session(
+    seam: Seam, *, model: Any, args: Any, peft_config: Any, reference: ReferenceProvider | None, ref_model: Any
+) -> ReferenceSession | None:
+    """
+    Select a provider from the trainer's arguments, before anything is loaded. `None` leaves TRL alone.
+
+    Raises:
+        ConfigurationError: Flags or arguments contradict each other, or options are wrong.
+    """
+    flags = ReferenceArguments.of(args)
+    explicit = reference is not None or flags.ref_provider != "auto"
+    check_flags(seam, args)
+    if not seam.needs_reference(args):
+        if explicit:
+            logger.warning(
+                "`beta=0.0` needs no reference, so ref_provider=%r is not used and nothing is built. Set `beta` to a "
+                "non-zero value to use it.",
+                flags.ref_provider if reference is None else type(reference).__name__,
+            )
+        return None
+    passes_ref_model = ref_model is not None and not seam.online
+    provider: ReferenceProvider
+    if reference is not None:
+        if flags.ref_provider != "auto" or ref_model is not None:
+            raise ConfigurationError(
+                "`reference=` is a provider already made, so `ref_provider` and `ref_model` must not name another. "
+                "Keep one of the three."
+            )
+        if not isinstance(reference, ReferenceProvider):
+            raise ConfigurationError(
+                f"`reference=` takes a ReferenceProvider instance, got {type(reference).__name__}. A model goes into "
+                "`ref_model=`, a provider's name into `ref_provider`."
+            )
+        return ReferenceSession(seam, reference, type(reference).__name__, args, peft_config, passes_ref_model)
+    selection = Selection(
+        args=args,
+        policy_is_peft=peft_config is not None or policies.is_peft(model),
+        has_ref_model=ref_model is not None,
+        online=seam.online,
+    )
+    name = select_name(selection)
+    if name is None:
+        return None
+    if ref_model is None:
+        provider = make_provider(name, flags.ref_provider_kwargs)
+    elif name == "frozen":
+        provider = policies.frozen_from(ref_model, flags.ref_provider_kwargs)
+    else:
+        raise ConfigurationError(
+            f"A reference model was passed (`ref_model=`) and ref_provider={name!r} does not use one. Remove one of "
+            "the two, or use ref_provider='frozen'."
+        )
+    return ReferenceSession(seam, provider, name, args, peft_config, passes_ref_model)
+
+
+def _close(providers: list[ReferenceProvider]) -> None:
+    for provider in providers:
+        provider.close()

@@ -1,0 +1,115 @@
+"""The module that takes the place of TRL's reference model and hands every batch to the provider."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from trl.trainer.utils import FusedCausalLMOutput
+
+from ..errors import InvalidLogProbsError, UnsupportedInputError
+from ..plugins import plugin_manager
+from ..provider import ReferenceBatch, ReferenceProvider
+from .seam import seam_error
+
+
+# Inputs besides ids, mask and labels that are known to have one row per sequence.
+_ROW_WISE = frozenset({"token_type_ids", "mm_token_type_ids", "position_ids"})
+
+
+class ReferenceModel(nn.Module):
+    """
+    Stands in `trainer.ref_model`. It has no parameters of its own; those of an in-process copy are answered read-only.
+
+    Args:
+        provider ([`ReferenceProvider`]): Who answers.
+        first_call (`Callable`): Called once with the first batch and its log-probs, before they are used.
+    """
+
+    def __init__(self, provider: ReferenceProvider, first_call: Callable[[ReferenceBatch, Tensor], None]) -> None:
+        super().__init__()
+        # Not registered as sub-modules: the trainer must not find, move, save or train what the provider holds.
+        self.__dict__["provider"] = provider
+        self.__dict__["_first_call"] = first_call
+        self.calls = 0
+        self.seconds = 0.0
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        fused_lm_head: bool = False,
+        use_cache: bool | None = None,
+        **extras: Any,
+    ) -> FusedCausalLMOutput:
+        if input_ids is None or labels is None or not fused_lm_head:
+            raise seam_error("The trainer called its reference model without `labels=` and `fused_lm_head=True`")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        batch = ReferenceBatch(input_ids, attention_mask, labels, extras, rows_sliceable=_ROW_WISE.issuperset(extras))
+        provider: ReferenceProvider = self.provider
+        if not batch.rows_sliceable and not provider.capabilities.multimodal:
+            raise UnsupportedInputError(
+                f"Reference provider {provider.identity().provider!r} scores text only, and this batch has "
+                f"{sorted(_ROW_WISE.symmetric_difference(extras) & set(extras))}. Use ref_provider='frozen' or 'adapter'."
+            )
+        started = time.perf_counter()
+        with torch.no_grad():
+            log_probs = provider.log_probs(batch)
+            check_log_probs(provider, batch, log_probs)
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        self.calls += 1
+        if self.calls == 1:
+            self._first_call(batch, log_probs)
+        plugin_manager().scored(identity=provider.identity(), batch=batch, log_probs=log_probs, seconds=seconds)
+        return FusedCausalLMOutput(log_probs=log_probs)
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        module = self.provider.module
+        if module is None:
+            raise AttributeError(f"Reference provider {type(self.provider).__name__} has no in-process copy")
+        return module.get_parameter(target)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.provider.module
+        return iter(()) if module is None else module.named_parameters(*args, **kwargs)
+
+    def parameters(self, recurse: bool = True) -> Any:
+        return (parameter for _, parameter in self.named_parameters(recurse=recurse))
+
+    def extra_repr(self) -> str:
+        return str(self.provider.identity())
+
+
+def check_log_probs(provider: ReferenceProvider, batch: ReferenceBatch, log_probs: Tensor) -> None:
+    """
+    Refuse an answer that the loss would silently turn into nonsense.
+
+    Raises:
+        InvalidLogProbsError: Wrong shape or dtype, or a value that is not finite.
+    """
+    rows, seq = batch.input_ids.shape
+    name = provider.identity().provider
+    if tuple(log_probs.shape) != (rows, seq - 1) or log_probs.dtype != torch.float32:
+        raise InvalidLogProbsError(
+            f"Reference provider {name!r} answered with {log_probs.dtype} {list(log_probs.shape)}; expected "
+            f"torch.float32 [{rows}, {seq - 1}], one value per shifted label."
+        )
+    if log_probs.device != batch.input_ids.device:
+        raise InvalidLogProbsError(
+            f"Reference provider {name!r} answered on {log_probs.device}; expected {batch.input_ids.device}."
+        )
+    finite = torch.isfinite(log_probs)
+    if not finite.all():
+        row, position = (~finite).nonzero()[0].tolist()
+        raise InvalidLogProbsError(
+            f"Reference provider {name!r} answered {log_probs[row, position].item()} for token "
+            f"{int(batch.labels[row, position + 1])} at row {row}, position {position + 1}; {int((~finite).sum())} of "
+            f"{finite.numel()} values are not finite. The reference's weights or its precision are broken; nothing was "
+            "trained on it."
+        )
