@@ -72,43 +72,38 @@ def _described_provider(provider: RegisteredProvider) -> dict[str, Any]:
 
 def _print_listing(listing: dict[str, list[dict[str, Any]]]) -> None:
     from rich.console import Console
-    from rich.padding import Padding
     from rich.text import Text
 
-    console = Console(highlight=False)
-    notes: list[Text] = []
-
-    table = _table("Plugins", "Plugin", "Distribution", "Status", "From")
+    plugins = _table("Plugins", "Plugin", "Status", "Installed as, from")
     for plugin in listing["plugins"]:
-        status = Text(plugin["status"], style=STATUS_STYLES[plugin["status"]])
-        distribution = f"{plugin['distribution']} {plugin['version']}"
-        table.add_row(Text(plugin["name"]), Text(distribution), status, Text(_short(plugin["location"]), style="dim"))
+        style = STATUS_STYLES[plugin["status"]]
+        details = Text(f"{plugin['distribution']} {plugin['version']}\n")
+        details.append(_short(plugin["location"]), style="dim")
         if plugin["reason"]:
-            notes.append(Text.assemble((plugin["name"], "bold"), " is ", status, f". {plugin['reason']}"))
-    console.print(table)
+            details.append(f"\n{plugin['reason']}", style=style)
+        plugins.add_row(Text(plugin["name"], style="bold"), Text(plugin["status"], style=style), details)
 
-    table = _table("Providers", "Provider", "Plugin", "Can", "Options (ref_provider_kwargs)")
+    providers = _table("Providers", "Provider", "Plugin", "Can", "Options (ref_provider_kwargs)")
     for provider in listing["providers"]:
+        can = Text("\n".join(name for name, value in provider["capabilities"].items() if value) or "-")
         if provider["error"]:
-            options = Text("cannot be used, see below", style="red")
-            notes.append(Text(provider["error"]))
+            options = Text(provider["error"], style="red")
         else:
-            options = Text("\n".join(str(OptionDescription(**option)) for option in provider["options"]) or "none")
-        can = ", ".join(name for name, value in provider["capabilities"].items() if value)
-        table.add_row(Text(provider["name"], style="bold"), Text(provider["plugin"]), Text(can), options)
-    console.print(table)
+            options = Text("\n".join(str(OptionDescription(**option)) for option in provider["options"]) or "-")
+        providers.add_row(Text(provider["name"], style="bold"), Text(provider["plugin"]), can, options)
 
-    for note in notes:
-        console.print(Padding(note, (0, 0, 1, 1)))
+    console = Console(highlight=False)
+    console.print(plugins, providers)
 
 
 def _table(title: str, *columns: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column in ("Status", "Provider"))
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_lines=False)
+    for column in columns[:-1]:
+        table.add_column(column, no_wrap=True, overflow="fold")
+    table.add_column(columns[-1], overflow="fold")
     return table
 
 
