@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from functools import cache
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from transformers import TrainerCallback
@@ -179,6 +179,6 @@ class _StepTimer(TrainerCallback):  # type: ignore[misc]
         return logs
 
 
-@cache
+@lru_cache(maxsize=None)
 def _plugged_owner(owner: type) -> type:
     return type(f"Plugged{owner.__name__}", (Plugged, owner), {"_refplug_seam": Seam.of(owner)})

@@ -63,7 +63,9 @@ def default_adapter_known(model: Any) -> Iterator[None]:
         del model.peft_config["default"]
 
 
-def remove_unused_reference_adapter(model: Any, before: frozenset[str], providers: list[ReferenceProvider]) -> None:
+def remove_unused_reference_adapter(
+    model: Any, before: frozenset[str], providers: list[ReferenceProvider]
+) -> None:
     """Delete the `ref` adapter that TRL adds to a policy with an adapter of its own, unless it is the reference."""
     used = any(getattr(provider, "reference_adapter", None) == _REF for provider in providers)
     if is_peft(model) and _REF in model.peft_config and _REF not in before and not used:

@@ -21,12 +21,7 @@ def agree(accelerator: Any, provider: ReferenceProvider, name: str) -> None:
     if accelerator.num_processes == 1:
         return
     identity = provider.identity()
-    mine = {
-        "provider": name,
-        "version": _version_of(provider, name),
-        "identity": identity.digest,
-        "reference": str(identity),
-    }
+    mine = {"provider": name, "version": _version_of(provider, name), "identity": identity.digest, "reference": str(identity)}
     everyone = gather_object([mine])
     for rank, other in enumerate(everyone):
         for fact in ("provider", "version", "identity"):

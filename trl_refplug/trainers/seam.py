@@ -60,9 +60,7 @@ class Seam:
             if _LOADER in names and "ref_model" in names and hasattr(module, _LOADER):
                 signature = inspect.signature(init)
                 return cls(candidate, signature, online="ref_model" not in signature.parameters)
-        raise seam_error(
-            f"{trainer_class.__name__} does not load a reference in the way of TRL's DPO, KTO, GRPO or RLOO"
-        )
+        raise seam_error(f"{trainer_class.__name__} does not load a reference in the way of TRL's DPO, KTO, GRPO or RLOO")
 
     def needs_reference(self, args: Any) -> bool:
         """Whether TRL uses a reference at all: GRPO and RLOO do not when `beta` is 0."""
