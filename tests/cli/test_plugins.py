@@ -136,5 +136,5 @@ def test_selected_broken_plugin_shows_its_own_traceback(python: Path) -> None:
     stderr = run_python(python, "-c", code).stderr
     own, _, ours = stderr.partition("The above exception was the direct cause of the following exception")
     assert "import a_package_nobody_has" in own
-    assert "PluginError: No provider 'broken', as the plugin 'broken' of refplug-broken 0.1 is failed." in ours
+    assert "PluginError: No provider 'broken', as the plugin 'broken' of refplug-broken 0.1 failed to load." in ours
     assert "RefPlugWarning" not in stderr
