@@ -1,0 +1,1 @@
+"""The command line, one module a command. Modules here import what is slow inside their functions."""
