@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-
 from trl_refplug.errors import (
     ConfigurationError,
     ImpureReferenceError,

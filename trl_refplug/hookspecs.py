@@ -23,7 +23,7 @@ A hook implementation names the arguments it wants, and may leave out the others
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pluggy
 
@@ -31,7 +31,7 @@ import pluggy
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trl_refplug.provider import ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
+    from trl_refplug.provider import ReferenceBatch, ReferenceIdentity, ReferenceProvider
 
 
 API_VERSION = 1
@@ -48,13 +48,33 @@ class Register(Protocol):
         """Offer `target`, a class or a lazy `"package.module:Class"`, as `ref_provider=name`."""
 
 
+class SelectionContext(Protocol):
+    """What `refplug_select_provider` may look at."""
+
+    @property
+    def args(self) -> Any:
+        """The trainer's arguments."""
+
+    @property
+    def policy_is_peft(self) -> bool:
+        """Whether the policy is, or will be, a PEFT model."""
+
+    @property
+    def has_ref_model(self) -> bool:
+        """Whether a reference model was passed to the trainer."""
+
+    @property
+    def online(self) -> bool:
+        """Whether the trainer generates its completions (GRPO, RLOO)."""
+
+
 @hookspec
 def refplug_register_providers(register: Register) -> None:
     """Call `register(name, target)` for every provider on offer. Lazy targets keep listing and starting up fast."""
 
 
 @hookspec(firstresult=True)
-def refplug_select_provider(context: ReferenceContext) -> str | None:
+def refplug_select_provider(context: SelectionContext) -> str | None:
     """Answer `ref_provider="auto"`: the name of a provider, or `None` to leave the choice to others."""
 
 

@@ -49,9 +49,15 @@ def describe_options(options_class: type) -> list[OptionDescription]:
             default = field.default_factory()
         elif default is dataclasses.MISSING:
             required, default = True, None
-        type_name = field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)
+        type_name = _type_name(field.type)
         described.append(OptionDescription(field.name, type_name, required, default, field.metadata.get("help", "")))
     return described
+
+
+def _type_name(annotation: Any) -> str:
+    if isinstance(annotation, str):
+        return annotation
+    return annotation.__name__ if type(annotation) is type else inspect.formatannotation(annotation)
 
 
 def parse_options(
@@ -112,14 +118,7 @@ def _validate(
     import pydantic  # only when there is something to validate: listing providers stays fast
 
     try:
-        adapter = pydantic.TypeAdapter(options_class)
-    except Exception as error:
-        raise PluginError(
-            f"The options of provider {provider_name!r} cannot be validated, as their class "
-            f"{options_class.__module__}.{options_class.__qualname__} is not understood: {error}"
-        ) from error
-    try:
-        return adapter.validate_python(values), {}
+        return pydantic.TypeAdapter(options_class).validate_python(values), {}
     except pydantic.ValidationError as error:
         invalid: dict[str, list[str]] = {}
         for detail in error.errors(include_url=False):
@@ -127,3 +126,8 @@ def _validate(
             message = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
             invalid.setdefault(name, []).append(f"{'.'.join(inside)}: {message}" if inside else message)
         return None, invalid
+    except (pydantic.PydanticUserError, pydantic.PydanticUndefinedAnnotation) as error:
+        raise PluginError(
+            f"The options of provider {provider_name!r} cannot be validated, as their class "
+            f"{options_class.__module__}.{options_class.__qualname__} is not understood: {error}"
+        ) from error

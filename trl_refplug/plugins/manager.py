@@ -33,7 +33,8 @@ from trl_refplug.provider import ReferenceProvider
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trl_refplug.provider import ReferenceBatch, ReferenceContext, ReferenceIdentity
+    from trl_refplug.hookspecs import SelectionContext
+    from trl_refplug.provider import ReferenceBatch, ReferenceIdentity
 
 
 BLOCK = "TRL_REFPLUG_BLOCK"
@@ -41,6 +42,8 @@ BLOCK = "TRL_REFPLUG_BLOCK"
 
 LOAD = "TRL_REFPLUG_LOAD"
 """Environment variable: where set, the only third-party plugins or distributions that are loaded (empty: none)."""
+
+OUTCOMES = {"blocked": "is blocked", "failed": "failed to load", "incompatible": "is incompatible"}
 
 LISTED = "`trl-refplug plugins` lists everything installed."
 
@@ -196,8 +199,8 @@ class PluginManager:
         choices = [record.distribution if several_distributions else record.name for record in claimants]
         blocked = f"{self._blocked}," if self._blocked else ""
         return (
-            f"The provider name {name!r} is claimed by the {' and the '.join(map(str, claimants))}, so neither is "
-            f"used. Uninstall one, or leave it out with {' or '.join(f'{BLOCK}={blocked}{choice}' for choice in choices)}."
+            f"The provider name {name!r} is claimed by the {' and the '.join(map(str, claimants))}: it is nobody's. "
+            f"Uninstall one, or leave it out: {' or '.join(f'{BLOCK}={blocked}{choice}' for choice in choices)}."
         )
 
     # Resolving
@@ -222,7 +225,7 @@ class PluginManager:
         concerned = [record for record in left_out if name in record.providers]
         concerned += [record for record in left_out if record.answers_to({canonical(name)})]
         for record in concerned:
-            message = f"No provider {name!r}, as the {record} is {record.status}. {record.reason} {LISTED}"
+            message = f"No provider {name!r}, as the {record} {OUTCOMES[record.status]}. {record.reason} {LISTED}"
             if record.status == "blocked":
                 raise UnknownProviderError(message)
             if record.exception is not None and record.exception.__traceback__ is None:
@@ -240,8 +243,8 @@ class PluginManager:
         for record in self.records:
             if record.status in ("failed", "incompatible"):
                 self._warn_once(
-                    f"The {record} is {record.status} and not used. {record.reason} This does not concern the provider "
-                    f"in use; to silence it, uninstall {record.distribution} or name it in {BLOCK}."
+                    f"The {record} {OUTCOMES[record.status]} and is not used. {record.reason} The provider in use is another "
+                    f"one; to silence this, uninstall {record.distribution} or name it in {BLOCK}."
                 )
             # The frames of a traceback keep the local variables of all callers alive, so maybe a whole policy. Now
             # that a provider is found and the process goes on, the text of a failure is enough.
@@ -259,7 +262,7 @@ class PluginManager:
 
     # Hooks
 
-    def select(self, context: ReferenceContext) -> str | None:
+    def select(self, context: SelectionContext) -> str | None:
         """
         What plugins answer to `ref_provider="auto"`: the name of a provider, or `None` if none of them answers.
 

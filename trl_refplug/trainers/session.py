@@ -95,15 +95,10 @@ class ReferenceSession:
             self.seam, trainer, policy_loaded=self.pin, reference=self._reference_for_trl, expected=expected
         )
 
-    @property
-    def module_for_trl(self) -> nn.Module | None:
-        """The provider's module, where TRL can place it as it would its own."""
-        return self._module if self.provider.device is None else None
-
     def _reference_for_trl(self) -> nn.Module | None:
         if not self._pinned:
             raise seam_error("TRL asked for its reference before it loaded the policy")
-        return self.module_for_trl
+        return self._module if self.provider.device is None else None  # else it is placed by us, later
 
     # When TRL has constructed
 
@@ -169,7 +164,10 @@ class ReferenceSession:
         if self.flags.ref_check == "off" or self.resuming or self.trainer.state.global_step > 0:
             return
         if not self.provider.starts_as_policy:
-            logger.info("ref_check skipped: %s need not equal the policy at its start.", self.provider.identity())
+            logger.warning(
+                "ref_check skipped: the reference %s is not declared to be the policy as it starts.",
+                self.provider.identity(),
+            )
             return
         check_against_policy(
             self.trainer,

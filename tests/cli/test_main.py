@@ -1,0 +1,112 @@
+"""What every command has in common: it starts fast, and an error is a message."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import trl_refplug
+from tests.cli.processes import run_here, run_python
+
+
+COMMAND = """
+from trl_refplug import OptionsError, PluginError
+from trl_refplug.cli import main
+
+@main.app.command()
+def fail():
+    {body}
+
+main.main()
+"""
+
+
+def run_command(body: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """A command with that body, added to the application as others are."""
+    return run_python(sys.executable, "-c", COMMAND.format(body=body), "fail", **environment)
+
+
+def test_help_and_version() -> None:
+    completed = run_here("--help")
+    assert completed.returncode == 0
+    assert "plugins" in completed.stdout
+    assert run_here("--version").stdout == f"trl-refplug {trl_refplug.__version__}\n"
+
+
+def test_mistyped_command() -> None:
+    completed = run_here("plugin")
+    assert completed.returncode == 2
+    assert "Did you mean 'plugins'?" in completed.stderr
+
+
+def test_error_is_a_message() -> None:
+    message = (
+        "Found [red]7[/red]; expected 8. " + "Long messages are not torn apart, so that paths can be copied. " * 3
+    )
+    completed = run_command(f"raise OptionsError({message!r})")
+    assert completed.returncode == 2
+    assert completed.stdout == ""
+    assert completed.stderr == f"Error: {message}\n"
+
+
+def test_error_with_traceback_on_request() -> None:
+    completed = run_command("raise OptionsError('seven')", TRL_REFPLUG_TRACEBACK="1")
+    assert completed.returncode == 1
+    assert "Traceback (most recent call last)" in completed.stderr
+    assert completed.stderr.rstrip().endswith("OptionsError: seven")
+
+
+def test_error_of_a_plugin_comes_with_the_plugins_traceback() -> None:
+    completed = run_command("""
+    try:
+        1 / 0
+    except ZeroDivisionError as error:
+        raise PluginError("broken") from error""")
+    assert completed.returncode == 2
+    assert "ZeroDivisionError: division by zero" in completed.stderr
+    assert completed.stderr.endswith("Error: broken\n")
+    assert "PluginError" not in completed.stderr
+
+
+def test_other_exceptions_are_not_hidden() -> None:
+    completed = run_command("raise ValueError('a defect')")
+    assert completed.returncode == 1
+    assert "Traceback" in completed.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_interrupted(tmp_path: Path) -> None:
+    body = f"import pathlib, time; pathlib.Path({str(tmp_path / 'started')!r}).touch(); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", COMMAND.format(body=body), "fail"], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert b"Traceback" not in stderr
+
+
+HEAVY = "{'torch', 'transformers', 'trl', 'peft', 'accelerate', 'datasets', 'numpy'}"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plugins"], ["plugins", "--json"], ["--show-completion", "bash"]])
+def test_starts_fast(arguments: list[str]) -> None:
+    code = f"""
+import sys
+from trl_refplug.cli.main import main
+try:
+    main()
+finally:
+    print("heavy:", sorted({HEAVY} & set(sys.modules)), file=sys.stderr)
+"""
+    started = time.perf_counter()
+    completed = run_python(sys.executable, "-c", code, *arguments)
+    seconds = time.perf_counter() - started
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stderr.splitlines()[-1] == "heavy: []"
+    assert seconds < 5  # about 0.3 on an idle machine; torch alone takes longer than the difference

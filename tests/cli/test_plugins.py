@@ -1,0 +1,140 @@
+"""The command line, and what it shows of plugins that pip installed into a fresh environment."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.processes import ROOT, run_python
+
+
+PACKAGES = ROOT / "tests" / "packages"
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Interpreter of a fresh environment with our dependencies and, installed by pip, what is in `tests/packages`."""
+    directory = tmp_path_factory.mktemp("environment")
+    venv.create(directory / "venv", with_pip=False, symlinks=os.name != "nt")
+    python = directory / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    purelib = run_python(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
+    (Path(purelib) / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    packages = shutil.copytree(PACKAGES, directory / "packages")  # setuptools builds beside the sources
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
+    subprocess.run([*pip, "--no-build-isolation", *map(str, sorted(packages.iterdir()))], check=True, timeout=300)
+    return python
+
+
+def listed(python: Path | str, **environment: str) -> dict[str, dict[str, Any]]:
+    """The plugins and the providers of `plugins --json`, by name."""
+    completed = run_python(python, "-m", "trl_refplug", "plugins", "--json", **environment)
+    assert completed.returncode == 0, completed.stderr
+    listing = json.loads(completed.stdout)
+    return {kind: {entry["name"]: entry for entry in entries} for kind, entries in listing.items()}
+
+
+def test_pip_installed_plugins_are_listed(python: Path) -> None:
+    listing = listed(python, TRL_REFPLUG_BLOCK="refplug-twin")
+    plugins, providers = listing["plugins"], listing["providers"]
+    assert {name: plugin["status"] for name, plugin in plugins.items()} == {
+        "builtin": "ok",
+        "broken": "failed",
+        "future": "incompatible",
+        "twin": "blocked",
+        "uniform": "ok",
+    }
+    assert plugins["uniform"]["distribution"] == "refplug-uniform"
+    assert plugins["uniform"]["version"] == "1.2"
+    assert Path(plugins["uniform"]["location"]).parts[-2:] == ("refplug_uniform", "__init__.py")
+    assert plugins["uniform"]["providers"] == ["uniform"]
+    assert plugins["broken"]["exception"] == "ModuleNotFoundError"
+    assert "import a_package_nobody_has" in plugins["broken"]["traceback"]
+    assert "999" in plugins["future"]["reason"]
+    assert providers["uniform"] == {
+        "name": "uniform",
+        "plugin": "uniform",
+        "distribution": "refplug-uniform",
+        "target": "refplug_uniform.provider:UniformProvider",
+        "capabilities": dict.fromkeys(
+            ("local_model", "moving", "overlap", "temperature", "multimodal", "offline"), False
+        )
+        | {"temperature": True, "offline": True},
+        "options": [
+            {
+                "name": "scale",
+                "type": "float",
+                "required": False,
+                "default": 1.0,
+                "help": "Multiplies every log-probability.",
+            }
+        ],
+        "error": "",
+    }
+
+
+def test_duplicates_are_listed_with_the_choice(python: Path) -> None:
+    plugins = listed(python)["plugins"]
+    for name in ("twin", "uniform"):
+        assert plugins[name]["status"] == "failed"
+        for part in ("refplug-twin 0.3", "refplug-uniform 1.2", "TRL_REFPLUG_BLOCK=refplug-twin"):
+            assert part in plugins[name]["reason"]
+
+
+def test_table_at_80_columns(python: Path) -> None:
+    completed = run_python(python, "-m", "trl_refplug", "plugins", TRL_REFPLUG_LOAD="uniform,broken,future")
+    assert completed.returncode == 0
+    assert completed.stderr == ""  # it lists what is broken and does not warn about it
+    lines = completed.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "\x1b" not in completed.stdout
+    flat = re.sub(r"\s+", " ", completed.stdout)
+    for part in (
+        "builtin ok trl-refplug 0.1.0",
+        "broken failed refplug-broken 0.1",
+        "ModuleNotFoundError: No module named 'a_package_nobody_has'.",
+        "future incompatible refplug-future 9.0",
+        "twin blocked refplug-twin 0.3",
+        "uniform ok refplug-uniform 1.2",
+        "Not among TRL_REFPLUG_LOAD=uniform,broken,future.",
+        "uniform uniform temperature scale: float = 1.0 offline",
+    ):
+        assert part in flat
+
+
+TRAIN = """
+import sys
+from pathlib import Path
+from tests import tiny
+from tests.trainers import runs
+
+args = {"ref_provider": "uniform", "ref_provider_kwargs": '{"scale": 2.0}', "max_steps": 1}
+trainer = runs.build("dpo", Path(sys.argv[1]), tiny.model(), args=args)
+trainer.train()
+print(type(trainer.ref_model.provider).__name__, trainer.ref_model.provider.options.scale, trainer.state.global_step)
+"""
+
+
+def test_pip_installed_provider_trains_by_flag_alone(python: Path, tmp_path: Path) -> None:
+    completed = run_python(python, "-c", TRAIN, str(tmp_path), TRL_REFPLUG_BLOCK="twin", HF_HUB_OFFLINE="1")
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stdout.splitlines()[-1] == "UniformProvider 2.0 1"
+    for broken in ("broken", "future"):  # not selected: a warning each
+        assert completed.stderr.count(f"RefPlugWarning: The plugin '{broken}'") == 1
+    assert "'twin'" not in completed.stderr  # blocked: not even that
+
+
+def test_selected_broken_plugin_shows_its_own_traceback(python: Path) -> None:
+    code = "from trl_refplug.plugins import plugin_manager; plugin_manager().provider_class('broken')"
+    stderr = run_python(python, "-c", code).stderr
+    own, _, ours = stderr.partition("The above exception was the direct cause of the following exception")
+    assert "import a_package_nobody_has" in own
+    assert "PluginError: No provider 'broken', as the plugin 'broken' of refplug-broken 0.1 failed to load." in ours
+    assert "RefPlugWarning" not in stderr

@@ -1,0 +1,67 @@
+"""The command `trl-refplug`. Its commands import late, so that help and shell completion answer at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+import trl_refplug
+from trl_refplug.cli import plugins
+from trl_refplug.errors import PluginError, RefPlugError
+
+
+app = typer.Typer(
+    name="trl-refplug",
+    help="Pluggable reference models for TRL.",
+    epilog="Errors are shown without traceback; TRL_REFPLUG_TRACEBACK=1 shows it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command("plugins")(plugins.plugins)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"trl-refplug {trl_refplug.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line. A [`RefPlugError`] ends it with a message and exit code 2, Ctrl-C with 130."""
+    try:
+        app(prog_name="trl-refplug")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except RefPlugError as error:
+        if os.environ.get("TRL_REFPLUG_TRACEBACK", "0") not in ("", "0"):
+            raise
+        _print_error(error)
+        sys.exit(2)
+
+
+def _print_error(error: RefPlugError) -> None:
+    from rich.console import Console
+
+    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    if isinstance(error, PluginError) and error.__cause__ is not None and error.__cause__.__traceback__ is not None:
+        # What a selected plugin raised is for its author to see, with the place
+        cause = error.__cause__
+        console.print("".join(traceback.format_exception(type(cause), cause, cause.__traceback__)))
+    console.print(f"Error: {error}", style="red")
+
+
+if __name__ == "__main__":
+    main()
