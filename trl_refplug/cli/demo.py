@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import shutil
-import tempfile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -31,7 +32,9 @@ def demo(
         typer.Option(help="Directory or hub id of a chat model. [default: SmolLM2-135M-Instruct, fetched if need be]"),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps, of two preference pairs each.")] = 30,
-    output_dir: Annotated[Path, typer.Option(help="Where the picture, figures and adapter go.")] = Path("refplug-demo"),
+    output_dir: Annotated[Path, typer.Option(help="Where the picture, figures and adapter go.")] = Path(
+        "refplug-demo"
+    ),
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
 ) -> None:
     """Train SmolLM2-135M with LoRA-DPO for a few minutes, on a CPU, and see what the reference costs."""
@@ -71,23 +74,28 @@ def _demo(
 
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=output_dir, prefix=".unfinished-"))
+        scratch = TemporaryDirectory(dir=output_dir, prefix=".unfinished-", ignore_cleanup_errors=True)
     except OSError as error:
         raise ConfigurationError(f"--output-dir {output_dir} cannot be written to: {error}") from None
     try:
-        result = _train(console, settings, scratch)
-        report.write_json(result, scratch / "results.json")
-        report.draw(result, scratch / "curves.png")
-        for name in ("adapter", "results.json", "curves.png"):
-            _replace(scratch / name, output_dir / name)
+        with scratch:
+            result = _train(console, settings, Path(scratch.name))
+            report.write_json(result, Path(scratch.name, "results.json"))
+            report.draw(result, Path(scratch.name, "curves.png"))
+            for name in ("adapter", "results.json", "curves.png"):
+                _replace(Path(scratch.name, name), output_dir / name)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it holds something, now or since an earlier run
+            output_dir.rmdir()
 
     console.print()
     console.print(report.summary(result))
-    console.print(f"\nWritten to {output_dir}/: curves.png (the picture), results.json (every figure), adapter/ (the LoRA).")
     other = "adapter" if result.provider == "frozen" else "frozen"
-    console.print(f"Next: trl-refplug demo --ref-provider {other} --output-dir refplug-demo-{other}, and compare.")
+    console.print(
+        f"\nWritten to {output_dir}: curves.png, results.json (every figure), adapter/ (the trained LoRA)\n"
+        f"Next: trl-refplug demo --ref-provider {other} --output-dir {output_dir}-{other}, and compare the two tables",
+        soft_wrap=True,
+    )
 
 
 def _train(console: Console, settings: DemoSettings, scratch: Path) -> DemoResult:

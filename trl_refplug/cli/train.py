@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import Any, NoReturn
 
 import typer
@@ -55,9 +57,7 @@ def _launch(method: str, arguments: Sequence[str]) -> None:
 
     arguments = list(arguments)
     parser = _parser(method)
-    *parsed, from_config, from_cli = parser.parse_args_and_config(
-        arguments, return_remaining_strings=True, separate_remaining_strings=True
-    )
+    *parsed, from_config, from_cli = _parse(parser, arguments)
     _check(method, *parsed)
 
     # What TRL's parser does not know is for `accelerate launch`, or a mistake.
@@ -73,10 +73,23 @@ def _launch(method: str, arguments: Sequence[str]) -> None:
     _run(launch_command, launch_args)
 
 
+def _parse(parser: Any, arguments: list[str]) -> tuple[Any, ...]:
+    from yaml import YAMLError  # type: ignore[import-untyped]
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the launched processes parse again, and show them
+            return parser.parse_args_and_config(  # type: ignore[no-any-return]
+                arguments, return_remaining_strings=True, separate_remaining_strings=True
+            )
+    except RefPlugError:
+        raise
+    except (OSError, ValueError, YAMLError) as error:  # what TRL's configurations and `--config` files raise
+        raise ConfigurationError(str(error)) from error
+
+
 def _run(launch_command: Any, launch_args: Any) -> None:
     """Failures were reported by the process that failed, so only the exit code is passed on."""
-    from subprocess import CalledProcessError
-
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
@@ -105,7 +118,7 @@ def _check(method: str, script_args: Any, training_args: Any, model_args: Any, m
         return
     if name is None:
         raise ConfigurationError("No data: pass --dataset_name with a file, a directory or a hub id.")
-    if not _is_file(name):
+    if not Path(name).is_file():
         if Path(name).suffix in LOADERS:
             raise ConfigurationError(f"--dataset_name {name}: there is no such file.")
         return
@@ -116,10 +129,6 @@ def _check(method: str, script_args: Any, training_args: Any, model_args: Any, m
             f"--dataset_name {name} is a single file, which has no evaluation split. Pass a directory with one file a "
             "split (train.jsonl and test.jsonl, say), or --eval_strategy no."
         )
-
-
-def _is_file(dataset_name: str) -> bool:
-    return Path(dataset_name).is_file()
 
 
 def _check_launch_flags(arguments: list[str], launch_parser: Any, parser: Any) -> None:
@@ -196,7 +205,7 @@ def train(method: str, arguments: Sequence[str]) -> None:
     """What every launched process runs: TRL's script for `method`, with the flags that it understands."""
     *parsed, _ = _parser(method).parse_args_and_config(list(arguments), return_remaining_strings=True)
     script_args, training_args, model_args, mixture = parsed
-    if script_args.dataset_name and not mixture.datasets and _is_file(script_args.dataset_name):
+    if script_args.dataset_name and not mixture.datasets and Path(script_args.dataset_name).is_file():
         _load_as_file(script_args, mixture)
     with _our_classes(method):
         _script(method).main(script_args, training_args, model_args, mixture)
@@ -216,7 +225,8 @@ def _main() -> None:
     try:
         train(sys.argv[1], sys.argv[2:])
     except RefPlugError as error:
-        sys.exit(f"Error: {error}")
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .run import DemoResult
+from .run import SAMPLE_TOKENS, DemoResult
 
 
 LAST_STEPS = 5  # a single step has two pairs: too few to tell where the curves ended
@@ -20,28 +20,36 @@ LAST_STEPS = 5  # a single step has two pairs: too few to tell where the curves 
 def summary(result: DemoResult) -> RenderableType:
     """The closing table and one answer before and after."""
     first, last = result.steps[0], result.steps[-LAST_STEPS:]
-    memory = "resident" if result.device == "cpu" else f"allocated on {result.device}"
     table = Table(title=f"DPO with the reference from provider {result.provider!r}", title_justify="left", box=None)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(justify="right")
     table.add_column(style="dim")
-    table.add_row("loss", f"{first.loss:.3f} → {fmean(step.loss for step in last):.3f}", "ln 2 = 0.693 at the start")
-    table.add_row("reward margin", f"{first.margin:.2f} → {fmean(step.margin for step in last):.2f}", "chosen − rejected")
-    table.add_row("held-out accuracy", f"{result.heldout_accuracy:.0%}", f"margin {result.heldout_margin:.2f}")
-    table.add_row("step time", f"{result.step_seconds:.2f} s", f"median of {len(result.steps)}, on {result.device}")
-    table.add_row("reference's share", f"{result.reference_share:.0%}", "of the step time")
-    table.add_row("peak memory", f"{result.peak_memory / 2**30:.1f} GiB", memory)
+    table.add_row(
+        "loss", _change(first.loss, [step.loss for step in last]), f"first step → mean of the last {len(last)}"
+    )
+    table.add_row("reward margin", _change(first.margin, [step.margin for step in last]), "the same")
+    table.add_row("held-out accuracy", f"{result.heldout_accuracy:.0%}", f"margin {result.heldout_margin:.3f}")
+    table.add_row("step time", f"{result.step_seconds:.2f} s", f"median, on {result.device}")
+    table.add_row("reference's share", f"{result.reference_share:.0%}", "of the time of all steps")
+    place = "resident" if result.device == "cpu" else f"allocated on {result.device}"
+    table.add_row("peak memory", f"{result.peak_memory / 2**30:.2f} GiB", place)
 
-    sample = result.samples[0]
-    words_before = fmean(len(sample.before.split()) for sample in result.samples)
-    words_after = fmean(len(sample.after.split()) for sample in result.samples)
-    answers = Text.assemble(
-        ("A held-out prompt: ", "bold"), sample.prompt, "\n",
-        ("Before: ", "bold"), _one_line(sample.before), "\n",
-        ("After:  ", "bold"), _one_line(sample.after), "\n",
-        (f"{len(result.samples)} such answers had {words_before:.0f} words on average, and now {words_after:.0f}.", "dim"),
-    )  # fmt: skip
+    sample, count = result.samples[0], len(result.samples)
+    before = fmean(len(sample.before.split()) for sample in result.samples)
+    after = fmean(len(sample.after.split()) for sample in result.samples)
+    answers = Text()
+    answers.append("A held-out prompt: ", "bold").append(f"{sample.prompt}\n")
+    answers.append("Before: ", "bold").append(f"{_one_line(sample.before)}\n")
+    answers.append("After:  ", "bold").append(f"{_one_line(sample.after)}\n")
+    answers.append(
+        f"Words in {count} such answers of at most {SAMPLE_TOKENS} tokens: {before:.0f} → {after:.0f} on average",
+        "dim",
+    )
     return Group(table, Text(), answers)
+
+
+def _change(first: float, last: list[float]) -> str:
+    return f"{first:.3f} → {fmean(last):.3f}"
 
 
 def _one_line(text: str) -> str:

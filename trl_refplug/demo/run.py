@@ -116,7 +116,9 @@ class DemoResult:
         return asdict(self) | {"step_seconds": self.step_seconds, "reference_share": self.reference_share}
 
 
-def run(settings: DemoSettings, scratch: Path, on_phase: Callable[[str], None], on_step: Callable[[Step], None]) -> DemoResult:
+def run(
+    settings: DemoSettings, scratch: Path, on_phase: Callable[[str], None], on_step: Callable[[Step], None]
+) -> DemoResult:
     """
     Train, evaluate and sample. The trained adapter is saved in `scratch / "adapter"`.
 
@@ -144,7 +146,8 @@ def run(settings: DemoSettings, scratch: Path, on_phase: Callable[[str], None], 
     heldout = trainer.evaluate()
     on_phase("Sampling after training")
     after = _answers(trainer, prompts)
-    trainer.save_model(str(scratch / "adapter"))
+    for part in (trainer.model, trainer.processing_class):
+        part.save_pretrained(scratch / "adapter")
 
     identity = trainer.ref_model.provider.identity()
     return DemoResult(
@@ -172,7 +175,6 @@ def _trainer(settings: DemoSettings, scratch: Path, train: list[Any], heldout: l
         per_device_train_batch_size=PAIRS_PER_STEP,
         per_device_eval_batch_size=2 * PAIRS_PER_STEP,
         learning_rate=2e-4,
-        warmup_steps=2,
         max_length=256,
         seed=settings.seed,
         model_init_kwargs={"dtype": "float32"},
