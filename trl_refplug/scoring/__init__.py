@@ -1,0 +1,10 @@
+"""
+From a model to per-token log-probabilities: [`Scorer`], and the planning behind it.
+"""
+
+from trl_refplug.scoring.rows import Row
+from trl_refplug.scoring.scorer import ExactFallbackWarning, Scorer
+from trl_refplug.scoring.stats import ScoreStats
+
+
+__all__ = ["ExactFallbackWarning", "Row", "ScoreStats", "Scorer"]
