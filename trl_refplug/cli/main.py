@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import trl_refplug
-from trl_refplug.cli import plugins
+from trl_refplug.cli import demo, plugins, train
 from trl_refplug.errors import PluginError, RefPlugError
 
 
@@ -21,6 +21,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.command("demo")(demo.demo)
+for _train in (train.dpo, train.kto, train.grpo, train.rloo):
+    app.command(_train.__name__, **train.COMMAND_SETTINGS)(_train)
 app.command("plugins")(plugins.plugins)
 
 
