@@ -197,6 +197,7 @@ def test_broken_plugin_stays_outside(site: FakeSite, source: str, told: str) -> 
     record = record_of(manager, "acme")
     assert record.status == "failed"
     assert told in record.reason
+    assert "PluginError" not in record.reason  # our own findings are sentences
     assert record.exception is not None
     assert not any(provider.plugin.name == "acme" for provider in manager.providers.values())
 
@@ -237,8 +238,9 @@ def test_selected_broken_plugin_shows_its_own_traceback(site: FakeSite) -> None:
     assert "the culprit" in "".join(traceback.format_exception(caught.value))
 
 
-def test_broken_plugin_keeps_no_caller_alive(site: FakeSite) -> None:
-    source = "try:\n    import nowhere\nexcept ImportError as error:\n    raise ValueError from error"
+@pytest.mark.parametrize("last", ["    raise ValueError from None", "    cause = error\nraise ValueError from cause"])
+def test_broken_plugin_keeps_no_caller_alive(site: FakeSite, last: str) -> None:
+    source = f"try:\n    import nowhere\nexcept ImportError as error:\n{last}"
     site.install("acme-refs", plugins={"acme": "acme_mod"}, modules={"acme_mod": source})
 
     class Policy:
@@ -524,7 +526,7 @@ def test_observers_see_a_copy_of_every_answer(site: FakeSite) -> None:
     modules = {
         "a_mod": f"{header}def refplug_scored(log_probs, seconds, identity):\n"
         "    seen.append((log_probs.clone(), seconds, identity))\n    log_probs.zero_()",
-        "b_mod": f"{header}def refplug_scored(batch, log_probs, seconds=None):\n"
+        "b_mod": f"{header}def refplug_scored(batch, log_probs, seconds=None, verbose=False):\n"
         "    seen.append((batch, log_probs.clone(), seconds))",
     }
     site.install("acme-refs", plugins={"a": "a_mod", "b": "b_mod"}, modules=modules)
