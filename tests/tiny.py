@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 
 WORDS = (
-    "the cat sat on a warm mat and looked at the rain while one small bird sang to nobody in particular because it was "
-    "a good day for singing what is two plus three it is five why do leaves fall they fall in autumn when days are short"
+    "the cat sat on a warm mat and looked at the rain while one small bird sang to nobody in particular because it "
+    "was a good day for singing what is two plus three it is five why do leaves fall they fall in autumn when days "
+    "are short"
 )
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -45,7 +46,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     base.decoder = decoders.ByteLevel()
     special = ["<unk>", "<pad>", "<eos>", "<|user|>", "<|assistant|>", "<|end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     base.train_from_iterator([WORDS], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=base, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
@@ -114,3 +118,67 @@ def prompt_data(rows: int = 8) -> Dataset:
 def length_reward(completions: list[str], **_: Any) -> list[float]:
     """Different for different completions, and exactly repeatable."""
     return [sum(ord(c) for c in text) % 17 / 17.0 for text in completions]
+
+
+def vision_processor() -> Any:
+    from transformers import CLIPImageProcessorPil, LlavaProcessor
+
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer()._tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>"
+    )
+    fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+        "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}"
+        "{% endfor %}"
+        "{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    return LlavaProcessor(
+        images,
+        fast,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        chat_template=template,
+        num_additional_image_tokens=1,
+    )
+
+
+def vision_model(seed: int = 0) -> PreTrainedModel:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    processor = vision_processor()
+    vocabulary = len(processor.tokenizer)
+    text = LlamaConfig(vocab_size=vocabulary, **{**ARCHITECTURES["llama"], "initializer_range": 0.2})
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        projection_dim=16,
+    )
+    image_token = processor.tokenizer.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=image_token, vision_feature_layer=-2
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlavaForConditionalGeneration(config)
+
+
+def vision_data(rows: int = 8, kind: str = "dpo") -> Dataset:
+    import numpy as np
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    data = []
+    for row in preference_data(rows):
+        image = Image.fromarray(generator.integers(0, 255, (16, 16, 3), dtype=np.uint8))
+        entry = {"image": image, "prompt": [{"role": "user", "content": row["prompt"]}]}
+        if kind == "dpo":
+            entry["chosen"] = [{"role": "assistant", "content": row["chosen"]}]
+            entry["rejected"] = [{"role": "assistant", "content": row["rejected"]}]
+        data.append(entry)
+    return Dataset.from_list(data)

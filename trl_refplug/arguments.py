@@ -18,8 +18,8 @@ _CHECKS = ("error", "warn", "off")
 @dataclass
 class ReferenceArguments:
     r"""
-    Where the reference's log-probabilities come from. Inherited by all `RefPlug*Config` classes; usable on its own with
-    [`~trl.TrlParser`], YAML files and the command line.
+    Where the reference's log-probabilities come from. Inherited by all `RefPlug*Config` classes; usable on its own
+    with [`~trl.TrlParser`], YAML files and the command line.
 
     Parameters:
         ref_provider (`str`, *optional*, defaults to `"auto"`):
@@ -36,8 +36,8 @@ class ReferenceArguments:
     ref_provider: str = field(
         default="auto",
         metadata={
-            "help": "Name of the reference provider; `trl-refplug plugins` lists those installed. `auto` is what TRL's "
-            "own flags mean: a PEFT policy with its adapter disabled, otherwise a frozen copy."
+            "help": "Name of the reference provider; `trl-refplug plugins` lists those installed. `auto` is what "
+            "TRL's own flags mean: a PEFT policy with its adapter disabled, otherwise a frozen copy."
         },
     )
     ref_provider_kwargs: dict[str, Any] | str | None = field(

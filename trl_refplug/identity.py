@@ -136,7 +136,7 @@ def _canonical_tensors(model: nn.Module, adapter: str | None) -> Iterator[tuple[
 
 def _peft_prefix(model: nn.Module) -> str:
     # Tuners (LoRA, ...) hold the model one level deeper than prompt learning does.
-    config: Any = next(iter(model.peft_config.values()))  # type: ignore[union-attr,operator]
+    config: Any = next(iter(model.peft_config.values()))  # type: ignore[operator]
     return "base_model." if config.is_prompt_learning else "base_model.model."
 
 
@@ -176,7 +176,7 @@ def _digest_tensor(tensor: Tensor) -> str:
     digest = xxhash.xxh3_128(f"{tuple(tensor.shape)}|{tensor.dtype}".encode())
     flat = tensor.contiguous().reshape(-1)
     if flat.numel():
-        digest.update(flat.view(torch.uint8).numpy())
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

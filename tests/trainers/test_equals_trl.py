@@ -108,11 +108,10 @@ class TestSettings:
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_iterable_dataset(kind, tmp_path):
-    if kind == "kto":
-        args = {"loss_type": "apo_zero_unpaired"}  # TRL's KL rows need the whole dataset
-    else:
-        args = {}
-    compare(kind, tmp_path, tiny.saved(tmp_path), "frozen", args=args, train_dataset=DATA[kind]().to_iterable_dataset())
+    args = {"loss_type": "apo_zero_unpaired"} if kind == "kto" else {}  # TRL's KL rows need the whole dataset
+    compare(
+        kind, tmp_path, tiny.saved(tmp_path), "frozen", args=args, train_dataset=DATA[kind]().to_iterable_dataset()
+    )
 
 
 @pytest.mark.parametrize("provider", ["frozen", "adapter"])

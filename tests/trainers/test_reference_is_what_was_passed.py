@@ -36,7 +36,9 @@ def edited(path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_policy_edited_in_memory(kind, tmp_path):
-    run = train(kind, tmp_path, edited(tiny.saved(tmp_path)), args={**NO_DROPOUT, "temperature": 1.0} if kind in ONLINE else {})
+    run = train(
+        kind, tmp_path, edited(tiny.saved(tmp_path)), args={**NO_DROPOUT, "temperature": 1.0} if kind in ONLINE else {}
+    )
     starts_at_zero(kind, run)
 
 
@@ -93,7 +95,9 @@ class TestNoCopyOfTRLs:
 
             module = importlib.import_module(f"trl.trainer.{kind}_trainer")
             monkeypatch.setattr(
-                module, "create_model_from_path", lambda *a, **k: calls.append(a[0]) or utils.create_model_from_path(*a, **k)
+                module,
+                "create_model_from_path",
+                lambda *a, **k: calls.append(a[0]) or utils.create_model_from_path(*a, **k),
             )
         return calls
 

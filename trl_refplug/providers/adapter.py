@@ -68,9 +68,12 @@ class AdapterProvider(ReferenceProvider):
     def pin(self, context: ReferenceContext) -> None:
         from ..identity import combine_digests, digest_tensors
         from .peft_policy import is_peft, policy_adapter
+        from .purity import check_policy
 
         policy: Any = context.policy
         self._is_new = not is_peft(policy)
+        if not self._is_new:
+            check_policy(policy)
         if self._is_new and context.peft_config is None:
             raise ConfigurationError(
                 "ref_provider='adapter' needs a PEFT policy: pass `peft_config=` or a PeftModel, or use "
@@ -105,7 +108,8 @@ class AdapterProvider(ReferenceProvider):
         from .purity import check_policy, rewritten_tensors
 
         policy = peft_model_of(context.policy)
-        check_policy(policy)
+        if self._is_new:
+            check_policy(policy)
         own = policy_adapter(policy)
         if self._copies_adapter:
             self._reference_adapter = add_reference_adapter(policy, own)
@@ -158,14 +162,15 @@ class AdapterProvider(ReferenceProvider):
         name = str(self.options.adapter)
         if name not in known:
             raise ConfigurationError(
-                f"ref_provider='adapter': the policy has no adapter {name!r}; it has {known}.{did_you_mean(name, known)}"
+                f"ref_provider='adapter': the policy has no adapter {name!r}; it has {known}."
+                f"{did_you_mean(name, known)}"
             )
         from .peft_policy import policy_adapter
 
         if name == policy_adapter(policy):
             raise ConfigurationError(
-                f"ref_provider='adapter': adapter {name!r} is the one being trained. Activate the policy's own adapter "
-                "before training (`model.set_adapter(...)`), or use {'start': 'adapter'} for a frozen copy of it."
+                f"ref_provider='adapter': adapter {name!r} is the one being trained. Activate the policy's own "
+                "adapter before training (`model.set_adapter(...)`), or use {'start': 'adapter'} for a frozen copy."
             )
         return name
 

@@ -31,7 +31,7 @@ def snapshot(policy: nn.Module, dtype: str | None = None) -> nn.Module:
 
 
 def load_model(options: FrozenOptions, policy: nn.Module, args: Any) -> nn.Module:
-    """The model that `options` name, loaded as TRL loads a reference, in the policy's dtype unless another is named."""
+    """The model that `options` name, loaded as TRL loads a reference; in the policy's dtype unless one is named."""
     from transformers import BitsAndBytesConfig
     from trl.trainer.utils import create_model_from_path
 
@@ -69,8 +69,8 @@ def _zero3_copy(policy: nn.Module) -> nn.Module:
         from ..errors import ConfigurationError
 
         raise ConfigurationError(
-            "ref_provider='frozen' cannot copy a PEFT policy under DeepSpeed ZeRO-3. Use ref_provider='adapter', which "
-            "needs no copy, or name the reference: ref_provider_kwargs={'model': ...}."
+            "ref_provider='frozen' cannot copy a PEFT policy under DeepSpeed ZeRO-3. Use ref_provider='adapter', "
+            "which needs no copy, or name the reference: ref_provider_kwargs={'model': ...}."
         )
     policy_class: Any = type(policy)
     module: nn.Module = policy_class._from_config(copy.deepcopy(policy.config), dtype=policy.dtype)

@@ -59,7 +59,7 @@ def adapter_parameters(model: Any, adapter: str) -> dict[str, nn.Parameter]:
 
 
 def add_reference_adapter(model: Any, source: str) -> str:
-    """Give `model` an adapter that is a frozen copy of `source`, or fill the one TRL has added, and return its name."""
+    """Give `model` an adapter that is a copy of `source`, or fill the one TRL has added, and return its name."""
     if REFERENCE_ADAPTER not in model.peft_config:
         with _flags_kept(model):
             model.add_adapter(REFERENCE_ADAPTER, model.peft_config[source])
@@ -84,7 +84,7 @@ def freeze_adapter(model: Any, adapter: str) -> None:
 
 
 def starts_as_identity(model: Any, adapter: str) -> bool:
-    """Whether a new LoRA adapter changes nothing yet: one factor of every product is zero, and it has no DoRA rounding."""
+    """Whether a new LoRA adapter changes nothing yet: one factor of every product is zero."""
     factors: dict[str, list[bool]] = {}
     for name, parameter in adapter_parameters(model, adapter).items():
         module, _, rest = name.partition(".lora_")
@@ -100,8 +100,8 @@ def reference_active(model: nn.Module, adapter: str | None) -> Iterator[None]:
     """
     The policy as its own reference: adapters disabled (`None`) or `adapter` active, in eval mode.
 
-    On exit the active adapters, every `requires_grad` flag and every module's mode are what they were. No random number
-    is drawn inside: eval mode switches off dropout, functional attention dropout included.
+    On exit the active adapters, every `requires_grad` flag and every module's mode are what they were. No random
+    number is drawn inside: eval mode switches off dropout, functional attention dropout included.
     """
     peft_model = _unwrapped(model)
     modes = [(module, module.training) for module in model.modules()]

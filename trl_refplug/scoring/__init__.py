@@ -9,5 +9,11 @@ class Scorer:
 
     @torch.no_grad()
     def log_probs(self, batch):
-        out = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **batch.extras, labels=batch.labels, fused_lm_head=True)
-        return out.log_probs[:, -(batch.labels.shape[1] - 1):]
+        out = self.model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            **batch.extras,
+            labels=batch.labels,
+            fused_lm_head=True,
+        )
+        return out.log_probs[:, -(batch.labels.shape[1] - 1) :]

@@ -2,7 +2,7 @@
 
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer
 
-from .plug import plug
+from .plugged import plug
 from .seam import Seam
 from .stand_in import ReferenceModel
 

@@ -33,7 +33,7 @@ class Tolerance:
 
 # Two right answers differ by rounding alone: other kernels, other batch shapes, another engine. Measured against a
 # float64 run, a float32 engine of another make stays within 6e-5 per token; bfloat16 within 0.5 for single unlikely
-# tokens, 6e-3 on average. A wrong reference (another revision, template or precision) is off by 0.1 and more on average.
+# tokens, 6e-3 on average. A wrong reference (another revision, another template) is off by 0.1 and more on average.
 TOLERANCES = {
     torch.float64: Tolerance(largest=1e-3, mean=1e-4),
     torch.float32: Tolerance(largest=1e-3, mean=1e-4),
@@ -62,9 +62,9 @@ def check_against_policy(
         logger.info("ref_check passed: %s equals the policy within %.1e nats per token.", identity, largest)
         return
     message = (
-        f"The reference {identity} was declared to be the policy as it starts, and its log-probs are not the policy's: "
-        f"they differ by {mean:.3g} nats per token on average (tolerance {tolerance.mean:g}) and by up to {largest:.3g} "
-        f"(tolerance {tolerance.largest:g}).\n{_table(log_probs, expected, scored)}\n"
+        f"The reference {identity} was declared to be the policy as it starts, and its log-probs are not the "
+        f"policy's: they differ by {mean:.3g} nats per token on average (tolerance {tolerance.mean:g}) and by up to "
+        f"{largest:.3g} (tolerance {tolerance.largest:g}).\n{_table(log_probs, expected, scored)}\n"
         "Likely causes: the policy was changed after the trainer was built; the reference is another revision, "
         "precision or chat template; a custom model draws random numbers in eval mode. If this reference is what you "
         "want, declare it (name a model or an adapter), or set `ref_check` to 'warn' or 'off'."

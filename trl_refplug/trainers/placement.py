@@ -1,4 +1,4 @@
-"""Placing a reference model that TRL would not have loaded itself: beside a PEFT policy, on another device, or nested."""
+"""Placing a reference that TRL would not have loaded itself: beside a PEFT policy, on another device, or nested."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def place(module: Any, trainer: Any, *, temperature: float, device: str | None) 
     if device is not None:
         if sharded:
             raise ConfigurationError(
-                f"A reference on its own device ({device!r}) cannot be combined with DeepSpeed or FSDP, which place it "
-                "themselves. Remove the option 'device'."
+                f"A reference on its own device ({device!r}) cannot be combined with DeepSpeed or FSDP, which place "
+                "it themselves. Remove the option 'device'."
             )
         module = module.to(device)
         placed = trainer.accelerator.prepare_model(module, device_placement=False, evaluation_mode=True)

@@ -36,7 +36,7 @@ def frozen_from(ref_model: nn.Module, options: Any) -> ReferenceProvider:
 def rng_kept() -> Iterator[None]:
     """Whatever happens inside, the global random streams go on as if it had not."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
             yield
         finally:
@@ -63,9 +63,7 @@ def default_adapter_known(model: Any) -> Iterator[None]:
         del model.peft_config["default"]
 
 
-def remove_unused_reference_adapter(
-    model: Any, before: frozenset[str], providers: list[ReferenceProvider]
-) -> None:
+def remove_unused_reference_adapter(model: Any, before: frozenset[str], providers: list[ReferenceProvider]) -> None:
     """Delete the `ref` adapter that TRL adds to a policy with an adapter of its own, unless it is the reference."""
     used = any(getattr(provider, "reference_adapter", None) == _REF for provider in providers)
     if is_peft(model) and _REF in model.peft_config and _REF not in before and not used:

@@ -21,7 +21,12 @@ def agree(accelerator: Any, provider: ReferenceProvider, name: str) -> None:
     if accelerator.num_processes == 1:
         return
     identity = provider.identity()
-    mine = {"provider": name, "version": _version_of(provider, name), "identity": identity.digest, "reference": str(identity)}
+    mine = {
+        "provider": name,
+        "version": _version_of(provider, name),
+        "identity": identity.digest,
+        "reference": str(identity),
+    }
     everyone = gather_object([mine])
     for rank, other in enumerate(everyone):
         for fact in ("provider", "version", "identity"):
@@ -29,7 +34,8 @@ def agree(accelerator: Any, provider: ReferenceProvider, name: str) -> None:
                 raise ReferenceMismatchError(
                     f"Ranks disagree about the reference: rank 0 has {everyone[0]['reference']} "
                     f"(ref_provider={everyone[0]['provider']!r}, {everyone[0]['version']}), rank {rank} has "
-                    f"{other['reference']} (ref_provider={other['provider']!r}, {other['version']}). Every rank must see the same packages, model files "
+                    f"{other['reference']} (ref_provider={other['provider']!r}, {other['version']}). "
+                    "Every rank must see the same packages, model files "
                     "and arguments."
                 )
 

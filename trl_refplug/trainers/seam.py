@@ -55,12 +55,14 @@ class Seam:
             init: Any = candidate.__dict__.get("__init__")
             if init is None:
                 continue
-            names = inspect.unwrap(init).__code__.co_names
+            names = inspect.unwrap(init).__code__.co_names if inspect.isfunction(init) else ()
             module = sys.modules[candidate.__module__]
             if _LOADER in names and "ref_model" in names and hasattr(module, _LOADER):
                 signature = inspect.signature(init)
                 return cls(candidate, signature, online="ref_model" not in signature.parameters)
-        raise seam_error(f"{trainer_class.__name__} does not load a reference in the way of TRL's DPO, KTO, GRPO or RLOO")
+        raise seam_error(
+            f"{trainer_class.__name__} does not load a reference in the way of TRL's DPO, KTO, GRPO or RLOO"
+        )
 
     def needs_reference(self, args: Any) -> bool:
         """Whether TRL uses a reference at all: GRPO and RLOO do not when `beta` is 0."""
@@ -77,8 +79,8 @@ class Seam:
 def seam_error(found: str) -> SeamError:
     """The error for a TRL that is not as expected."""
     return SeamError(
-        f"{found}. trl {trl.__version__} is installed; trl-refplug supports trl{SUPPORTED} where the reference is called "
-        "with `fused_lm_head=True`. Install a supported release, or use TRL's own trainer."
+        f"{found}. trl {trl.__version__} is installed; trl-refplug supports trl{SUPPORTED} where the reference is "
+        "called with `fused_lm_head=True`. Install a supported release, or use TRL's own trainer."
     )
 
 

@@ -29,11 +29,13 @@ class ReferenceModel(nn.Module):
         first_call (`Callable`): Called once with the first batch and its log-probs, before they are used.
     """
 
+    provider: ReferenceProvider
+    _first_call: Callable[[ReferenceBatch, Tensor], None]
+
     def __init__(self, provider: ReferenceProvider, first_call: Callable[[ReferenceBatch, Tensor], None]) -> None:
         super().__init__()
-        # Not registered as sub-modules: the trainer must not find, move, save or train what the provider holds.
-        self.__dict__["provider"] = provider
-        self.__dict__["_first_call"] = first_call
+        self.provider = provider  # no module itself: the trainer does not find, move, save or train what it holds
+        self._first_call = first_call
         self.calls = 0
         self.seconds = 0.0
 
@@ -51,11 +53,11 @@ class ReferenceModel(nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         batch = ReferenceBatch(input_ids, attention_mask, labels, extras, rows_sliceable=_ROW_WISE.issuperset(extras))
-        provider: ReferenceProvider = self.provider
+        provider = self.provider
         if not batch.rows_sliceable and not provider.capabilities.multimodal:
             raise UnsupportedInputError(
                 f"Reference provider {provider.identity().provider!r} scores text only, and this batch has "
-                f"{sorted(_ROW_WISE.symmetric_difference(extras) & set(extras))}. Use ref_provider='frozen' or 'adapter'."
+                f"{sorted(set(extras) - _ROW_WISE)}. Use ref_provider='frozen' or 'adapter'."
             )
         started = time.perf_counter()
         with torch.no_grad():
@@ -110,6 +112,6 @@ def check_log_probs(provider: ReferenceProvider, batch: ReferenceBatch, log_prob
         raise InvalidLogProbsError(
             f"Reference provider {name!r} answered {log_probs[row, position].item()} for token "
             f"{int(batch.labels[row, position + 1])} at row {row}, position {position + 1}; {int((~finite).sum())} of "
-            f"{finite.numel()} values are not finite. The reference's weights or its precision are broken; nothing was "
-            "trained on it."
+            f"{finite.numel()} values are not finite. The reference's weights or its precision are broken; nothing "
+            "was trained on it."
         )

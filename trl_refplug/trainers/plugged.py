@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from functools import lru_cache
+from functools import cache
 from typing import Any, TypeVar
 
 from transformers import TrainerCallback
@@ -24,8 +24,8 @@ def plug(trainer_class: type[T]) -> type[T]:
     """
     A subclass of `trainer_class` whose reference log-probs come from the provider that `ref_provider` selects.
 
-    Works for TRL's `DPOTrainer`, `KTOTrainer`, `GRPOTrainer`, `RLOOTrainer` and for subclasses of them. The result takes
-    two more keyword arguments: `reference=`, a provider instance, and, where TRL has none, `ref_model=`.
+    Works for TRL's `DPOTrainer`, `KTOTrainer`, `GRPOTrainer`, `RLOOTrainer` and for subclasses of them. The result
+    takes two more keyword arguments: `reference=`, a provider instance, and, where TRL has none, `ref_model=`.
 
     Raises:
         SeamError: The trainer does not reach its reference as TRL's trainers do.
@@ -97,8 +97,8 @@ class Plugged:
         adapters_before = policies.adapter_names(model)
         if "ref" in adapters_before:
             raise ConfigurationError(
-                "The policy already has an adapter called 'ref', the name TRL gives to its own reference adapter. Load "
-                "yours under another name (`model.load_adapter(path, adapter_name='reference')`)."
+                "The policy already has an adapter called 'ref', the name TRL gives to its own reference adapter. "
+                "Load yours under another name (`model.load_adapter(path, adapter_name='reference')`)."
             )
         if not isinstance(model, str):
             session.pin(model)
@@ -179,6 +179,6 @@ class _StepTimer(TrainerCallback):  # type: ignore[misc]
         return logs
 
 
-@lru_cache(maxsize=None)
+@cache
 def _plugged_owner(owner: type) -> type:
     return type(f"Plugged{owner.__name__}", (Plugged, owner), {"_refplug_seam": Seam.of(owner)})

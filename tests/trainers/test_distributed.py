@@ -1,0 +1,52 @@
+"""Two real processes with gloo on the CPU, started by torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from .. import tiny
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(tmp_path, *jobs, timeout=300):
+    common = {"out": str(tmp_path), "model": tiny.saved(tmp_path), "ours": True}
+    text = json.dumps([{**common, **job} for job in jobs])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "tests.trainers.two_ranks", text]
+    return subprocess.run(command, cwd=ROOT, env=os.environ.copy(), capture_output=True, text=True, timeout=timeout)
+
+
+def test_two_ranks_equal_trl(tmp_path):
+    cases = [("dpo", "frozen", False), ("dpo", "adapter", True), ("grpo", "frozen", False), ("grpo", "adapter", True)]
+    jobs = []
+    for kind, provider, lora in cases:
+        jobs.append({"kind": kind, "lora": lora, "args": {"ref_provider": provider}})
+        jobs.append({"kind": kind, "lora": lora, "ours": False})
+    done = torchrun(tmp_path, *jobs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    for results in ranks:
+        for case, ours, theirs in zip(cases, results[::2], results[1::2], strict=True):
+            assert ours == theirs, case
+    assert ranks[0][0]["logs"]
+    assert ranks[0][0]["sums"] == ranks[1][0]["sums"]
+
+
+def test_ranks_that_disagree_stop(tmp_path):
+    done = torchrun(tmp_path, {"kind": "dpo", "reference": "PerRank"})
+    assert done.returncode != 0
+    assert "Ranks disagree about the reference: rank 0 has per-rank[0]" in done.stderr
+    assert "rank 1 has per-rank[1]" in done.stderr
+
+
+def test_one_ranks_failure_ends_the_job(tmp_path):
+    started = time.monotonic()
+    done = torchrun(tmp_path, {"kind": "dpo", "reference": "BrokenOnOne"})
+    assert done.returncode != 0
+    assert "the reference of rank 1 is on fire" in done.stderr
+    assert time.monotonic() - started < 120

@@ -1,0 +1,52 @@
+"""`adapter` never holds a second copy of the model, not even while the trainer is being built."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM
+
+from .. import tiny
+from .runs import ONLINE, build
+
+
+def peak_bytes(action):
+    """The most that was allocated at once while `action` ran, beyond what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = action()
+    level = peak = 0
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        level += event.nbytes()
+        peak = max(peak, level)
+    del kept
+    return peak
+
+
+@pytest.mark.parametrize("kind", ["dpo", *ONLINE])
+def test_no_second_copy(kind, tmp_path):
+    model = AutoModelForCausalLM.from_config(tiny.model("llama", hidden_size=256, intermediate_size=512).config)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert size > 4e6
+    peft_config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+
+    def construct(**args):
+        # `build` copies the policy it is given: one model's worth that is not the trainer's
+        return build(kind, tmp_path, model, args=args, peft_config=peft_config)
+
+    construct(ref_provider="adapter")  # imports and caches
+    adapter = peak_bytes(lambda: construct(ref_provider="adapter"))
+    frozen = peak_bytes(lambda: construct(ref_provider="frozen"))
+    assert adapter < 1.2 * size  # that copy, the adapter's factors, and tokenised data
+    assert frozen > 1.9 * size  # the measurement sees a second copy where there is one
+
+
+def test_a_step_holds_none_either(tmp_path):
+    model = AutoModelForCausalLM.from_config(tiny.model("llama", hidden_size=256, intermediate_size=512).config)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    peft_config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trainer = build("dpo", tmp_path, model, args={"ref_provider": "adapter"}, peft_config=peft_config)
+    ids = torch.ones(1, 4, dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": ids, "labels": ids, "fused_lm_head": True}
+    trainer.ref_model(**batch)
+    assert peak_bytes(lambda: trainer.ref_model(**batch)) < 0.5 * size

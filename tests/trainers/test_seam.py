@@ -1,0 +1,272 @@
+"""`plug`: any trainer of TRL and of others, any way to name a provider, and clear errors where it cannot work."""
+
+import pytest
+import torch
+from trl import DPOTrainer, SFTTrainer
+
+from trl_refplug import (
+    Capabilities,
+    ConfigurationError,
+    InvalidLogProbsError,
+    OptionsError,
+    ReferenceIdentity,
+    ReferenceProvider,
+    SeamError,
+    UnknownProviderError,
+    UnsupportedInputError,
+    plug,
+)
+
+from .. import tiny
+from .runs import KINDS, ONLINE, assert_same, build, config, finished, train, trainer_class
+
+
+class Uniform(ReferenceProvider):
+    """Every token is equally likely."""
+
+    capabilities = Capabilities(temperature=True)
+    vocab_size = 400
+
+    def identity(self):
+        return ReferenceIdentity("uniform", "0")
+
+    def log_probs(self, batch):
+        return (batch.labels[:, 1:] != -100).float() * -6.0
+
+
+class TestPlug:
+    def test_names(self):
+        assert trainer_class("dpo").__name__ == "RefPlugDPOTrainer"
+        assert issubclass(trainer_class("dpo"), DPOTrainer)
+        assert plug(trainer_class("dpo")) is trainer_class("dpo")
+
+    def test_subclass_with_its_own_init(self, tmp_path):
+        class Mine(DPOTrainer):
+            def __init__(self, model, note, *args, **kwargs):
+                super().__init__(model, *args, **kwargs)
+                # TRL's own trainer has its reference here, and so must ours
+                self.seen = next(self.ref_model.parameters()).requires_grad
+                self.note = note
+
+            def compute_loss(self, *args, **kwargs):
+                return super().compute_loss(*args, **kwargs) * 2
+
+        def run(cls):
+            trainer = cls(
+                tiny.saved(tmp_path),
+                "hello",
+                None,
+                config("dpo", tmp_path),
+                train_dataset=tiny.preference_data(),
+                processing_class=tiny.tokenizer(),
+            )
+            trainer.train()
+            return finished(trainer)
+
+        ours = run(plug(Mine))
+        assert ours.trainer.note == "hello"
+        assert ours.trainer.seen is False
+        assert_same(ours, run(Mine))
+
+    def test_subclass_that_replaces_everything(self, tmp_path):
+        class NoSuper(DPOTrainer):
+            def __init__(self, *args, **kwargs):
+                pass
+
+        with pytest.raises(SeamError, match="super"):
+            plug(NoSuper)()
+
+    def test_trainer_without_a_reference(self):
+        with pytest.raises(SeamError, match="SFTTrainer does not load a reference"):
+            plug(SFTTrainer)
+
+    def test_another_trl(self, tmp_path, monkeypatch):
+        """A TRL that loads its reference in another way is noticed at construction."""
+        import trl.trainer.dpo_trainer as dpo
+
+        original = dpo.DPOTrainer.__init__
+
+        def loads_twice(self, *args, **kwargs):
+            original(self, *args, **kwargs)
+            self.ref_model = dpo.create_model_from_path(self.model.config._name_or_path)
+
+        loads_twice.__wrapped__ = original
+        monkeypatch.setattr(dpo.DPOTrainer, "__init__", loads_twice)
+        with pytest.raises(SeamError, match=r"expected to load 1 .* loaded 2.*trl 1\.\d+.*supports trl>=1\.15"):
+            build("dpo", tmp_path, tiny.saved(tmp_path))
+
+    def test_a_call_without_labels(self, tmp_path):
+        trainer = build("dpo", tmp_path, tiny.saved(tmp_path))
+        with pytest.raises(SeamError, match=r"fused_lm_head.*trl>=1\.15"):
+            trainer.ref_model(input_ids=torch.ones(1, 3, dtype=torch.long))
+
+    def test_a_loss_that_never_asks(self, tmp_path):
+        class Deaf(DPOTrainer):
+            def _compute_loss(self, model, inputs, return_outputs):
+                labels = inputs["input_ids"]
+                return model(inputs["input_ids"], labels=labels, fused_lm_head=True).loss
+
+        with pytest.raises(SeamError, match="never asked"):
+            train("dpo", tmp_path, tiny.saved(tmp_path), cls=plug(Deaf))
+
+
+class TestReferenceArgument:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_takes_a_provider(self, kind, tmp_path):
+        run = train(kind, tmp_path, tiny.saved(tmp_path), reference=Uniform())
+        key = "kl" if kind in ONLINE else "rewards/chosen"
+        assert run.logs[0][key] != 0
+        if kind == "dpo":
+            chosen = run.trainer.state.log_history[0]
+            assert chosen["rewards/chosen"] != pytest.approx(0.0, abs=1e-3)
+
+    def test_takes_no_class_and_no_model(self, tmp_path):
+        for wrong in (Uniform, tiny.model()):
+            with pytest.raises(ConfigurationError, match="ReferenceProvider instance"):
+                build("dpo", tmp_path, tiny.saved(tmp_path), reference=wrong)
+
+    def test_excludes_the_flag(self, tmp_path):
+        with pytest.raises(ConfigurationError, match="Keep one"):
+            build("dpo", tmp_path, tiny.saved(tmp_path), reference=Uniform(), args={"ref_provider": "frozen"})
+        with pytest.raises(ConfigurationError, match="Keep one"):
+            build("dpo", tmp_path, tiny.saved(tmp_path), reference=Uniform(), ref_model=tiny.model())
+
+    def test_none_of_trls_references_exists_beside_it(self, tmp_path):
+        trainer = build("dpo", tmp_path, tiny.saved(tmp_path), reference=Uniform())
+        assert list(trainer.ref_model.parameters()) == []
+        with pytest.raises(AttributeError, match="no in-process copy"):
+            trainer.ref_model.get_parameter("lm_head.weight")
+
+
+class TestMisuse:
+    def test_unknown_provider_before_anything_is_loaded(self, tmp_path):
+        with pytest.raises(UnknownProviderError, match="Did you mean 'frozen'"):
+            build("dpo", tmp_path, str(tmp_path / "no-such-model"), args={"ref_provider": "frosen"})
+
+    def test_unknown_option_before_anything_is_loaded(self, tmp_path):
+        args = {"ref_provider": "frozen", "ref_provider_kwargs": {"modle": "x"}}
+        with pytest.raises(OptionsError, match="Did you mean 'model'"):
+            build("dpo", tmp_path, str(tmp_path / "no-such-model"), args=args)
+
+    def test_option_without_model(self, tmp_path):
+        args = {"ref_provider": "frozen", "ref_provider_kwargs": {"revision": "main"}}
+        with pytest.raises(ConfigurationError, match="needs option 'model'"):
+            build("dpo", tmp_path, str(tmp_path / "no-such-model"), args=args)
+
+    def test_two_references(self, tmp_path):
+        args = {"ref_provider": "adapter"}
+        with pytest.raises(ConfigurationError, match="Remove one"):
+            build("dpo", tmp_path, tiny.saved(tmp_path), args=args, ref_model=tiny.model())
+        args = {"ref_provider": "frozen", "ref_provider_kwargs": {"model": "x"}}
+        with pytest.raises(ConfigurationError, match="Keep one of the two"):
+            build("dpo", tmp_path, tiny.saved(tmp_path), args=args, ref_model=tiny.model())
+
+    def test_flags_that_contradict(self, tmp_path):
+        path = str(tmp_path / "no-such-model")
+        both = {"precompute_ref_log_probs": True, "sync_ref_model": True}
+        with pytest.raises(ConfigurationError, match="cannot be precomputed"):
+            build("dpo", tmp_path, path, args=both)
+        with pytest.raises(ConfigurationError, match="asks for the 'ema' reference"):
+            build("dpo", tmp_path, path, args={"sync_ref_model": True, "ref_provider": "frozen"})
+        with pytest.raises(ConfigurationError, match="nothing to synchronise"):
+            build("grpo", tmp_path, path, args={"sync_ref_model": True, "beta": 0.0})
+
+    @pytest.mark.parametrize("kind", ONLINE)
+    def test_temperature_a_provider_ignores(self, kind, tmp_path):
+        class Ignorant(Uniform):
+            capabilities = Capabilities()
+
+        with pytest.raises(ConfigurationError, match=r"temperature=0\.7"):
+            build(kind, tmp_path, str(tmp_path / "no-such-model"), reference=Ignorant())
+        build(kind, tmp_path, tiny.saved(tmp_path), reference=Ignorant(), args={"temperature": 1.0})
+
+    @pytest.mark.parametrize("kind", ONLINE)
+    def test_beta_zero_builds_nothing(self, kind, tmp_path, caplog):
+        trainer = build(kind, tmp_path, tiny.saved(tmp_path), args={"beta": 0.0})
+        assert trainer.ref_model is None
+        assert "ref_provider" not in caplog.text
+        trainer = build(kind, tmp_path, tiny.saved(tmp_path), args={"beta": 0.0, "ref_provider": "frozen"})
+        assert trainer.ref_model is None
+        assert "beta=0.0" in caplog.text
+        trainer.train()
+
+
+class TestAnswers:
+    """A wrong answer stops the run before anything is trained on it."""
+
+    @pytest.mark.parametrize(
+        ("answer", "message"),
+        [
+            (lambda b: torch.zeros(b.labels.shape), "expected torch.float32"),
+            (lambda b: torch.zeros(b.labels[:, 1:].shape, dtype=torch.bfloat16), "bfloat16"),
+            (lambda b: torch.full(b.labels[:, 1:].shape, float("nan")), "not finite"),
+            (lambda b: torch.full(b.labels[:, 1:].shape, float("-inf")), "row 0, position 1"),
+        ],
+    )
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_invalid(self, kind, answer, message, tmp_path):
+        class Wrong(Uniform):
+            def log_probs(self, batch):
+                return answer(batch)
+
+        trainer = build(kind, tmp_path, tiny.saved(tmp_path), reference=Wrong())
+        with pytest.raises(InvalidLogProbsError, match=message):
+            trainer.train()
+        assert trainer.state.global_step == 0
+
+    def test_images_for_a_text_provider(self, tmp_path):
+        trainer = build("dpo", tmp_path, tiny.saved(tmp_path), reference=Uniform())
+        ids = torch.ones(2, 4, dtype=torch.long)
+        with pytest.raises(UnsupportedInputError, match="pixel_values"):
+            trainer.ref_model(input_ids=ids, labels=ids, fused_lm_head=True, pixel_values=torch.zeros(2, 3, 8, 8))
+
+
+class TestAuto:
+    @pytest.mark.parametrize(("flag", "meant"), [("precompute_ref_log_probs", "cached"), ("sync_ref_model", "ema")])
+    def test_says_so_where_the_meant_provider_is_not_there(self, flag, meant, tmp_path, caplog):
+        from trl_refplug.plugins import plugin_manager
+
+        if meant in plugin_manager().providers:
+            pytest.skip(f"{meant} is installed")
+        ours = train("dpo", tmp_path, tiny.saved(tmp_path), args={flag: True})
+        assert f"`{flag}=True` means ref_provider='{meant}'" in caplog.text
+        assert_same(ours, train("dpo", tmp_path, tiny.saved(tmp_path), ours=False, args={flag: True}))
+
+    def test_flag_with_a_reference_model(self, tmp_path, caplog):
+        """The flag is not dropped because a model was passed as well."""
+        from trl_refplug.plugins import plugin_manager
+
+        if "cached" in plugin_manager().providers:
+            pytest.skip("cached is installed")
+        args = {"precompute_ref_log_probs": True}
+        ours = train("dpo", tmp_path, tiny.saved(tmp_path), args=args, ref_model=tiny.model(seed=1))
+        assert ours.trainer.precompute_ref_logps is True
+
+    def test_flags_are_as_they_were(self, tmp_path):
+        trainer = build("dpo", tmp_path, tiny.saved(tmp_path), args={"ref_provider": "frozen"})
+        assert trainer.args.ref_provider == "frozen"
+        assert trainer.args.sync_ref_model is False
+
+
+def test_metrics_in_trls_logs(tmp_path):
+    class Counting(Uniform):
+        def counters(self):
+            return {"answers": 7}
+
+    trainer = build(
+        "dpo", tmp_path, tiny.saved(tmp_path), reference=Counting(), args={"gradient_accumulation_steps": 2}
+    )
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(steps) == 3
+    for entry in steps:
+        assert entry["ref/time"] > 0
+        assert 0 < entry["ref/time_share"] < 1
+        assert entry["ref/answers"] == 7
+    assert not any("ref/time" in entry for entry in trainer.state.log_history if "train_runtime" in entry)
+
+
+def test_config_values_end_in_json(tmp_path):
+    args = config("dpo", tmp_path, ref_provider="frozen", ref_provider_kwargs={"device": "cpu"})
+    assert '"device": "cpu"' in args.to_json_string()
+    assert args.to_sanitized_dict()["ref_provider"] == "frozen"
