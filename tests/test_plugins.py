@@ -137,6 +137,8 @@ def test_unusable_lazy_target_names_plugin_distribution_and_target(site: FakeSit
 
 HOOK = "from trl_refplug import hookimpl\n@hookimpl"
 
+HOOK_ONLY = f"{HOOK}\ndef refplug_scored(): pass"
+
 BROKEN = {
     "import error": ("import nowhere_to_be_found", "ModuleNotFoundError: No module named 'nowhere_to_be_found'."),
     "syntax error": ("def :", "SyntaxError"),
@@ -282,6 +284,24 @@ def test_one_module_under_two_names_is_loaded_once(site: FakeSite) -> None:
     manager = PluginManager()
     assert record_of(manager, "acme").status == "ok"
     assert "loaded already, as acme-refs:acme" in record_of(manager, "zebra").reason
+
+
+def test_one_name_twice_in_a_distribution_leaves_the_first_alone(site: FakeSite) -> None:
+    metadata = site.install(
+        "acme-refs", plugins={}, modules={"a_mod": selecting("return 'frozen'"), "b_mod": HOOK_ONLY}
+    )
+    (metadata / "entry_points.txt").write_text("[trl_refplug]\nacme = a_mod\nacme = b_mod\n")
+    manager = PluginManager()
+    assert sorted(record.status for record in manager.records) == ["failed", "ok", "ok"]
+    assert manager.select(object()) == "frozen"
+
+
+def test_module_without_a_file(site: FakeSite) -> None:
+    (site.path / "acme_namespace").mkdir()
+    site.install("acme-refs", plugins={"acme": "acme_namespace"})
+    record = record_of(PluginManager(), "acme")
+    assert record.status == "failed"
+    assert record.location == str(site.path)
 
 
 @pytest.mark.parametrize(
