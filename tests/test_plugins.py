@@ -476,6 +476,12 @@ def test_distribution_found_twice_counts_once(make_site: Callable[[str], FakeSit
     assert "behind" not in manager.providers
 
 
+def test_order_is_that_of_the_names_and_not_of_the_path(make_site: Callable[[str], FakeSite]) -> None:
+    for name in ("a", "b", "c"):  # the last one comes first on the path
+        make_site(name).install(f"{name}-refs", plugins={name: f"{name}_mod"}, modules={f"{name}_mod": HOOK_ONLY})
+    assert [record.name for record in PluginManager().records] == ["builtin", "a", "b", "c"]
+
+
 # Names nobody has
 
 
