@@ -22,10 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("demo")(demo.demo)
-for _train in (train.dpo, train.kto, train.grpo, train.rloo):
-    app.command(_train.__name__, **train.COMMAND_SETTINGS)(_train)
 app.command("plugins")(plugins.plugins)
-app.command("demo")(demo.demo)
 for _method in (train.dpo, train.kto, train.grpo, train.rloo):
     app.command(_method.__name__, **train.COMMAND_SETTINGS)(_method)
 

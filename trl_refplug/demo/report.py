@@ -65,6 +65,7 @@ def draw(result: DemoResult, path: Path) -> None:
     """The curves of loss and reward margin as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     numbers = [step.step for step in result.steps]
     panels = [
@@ -79,6 +80,7 @@ def draw(result: DemoResult, path: Path) -> None:
         axes.plot(numbers[-1], heldout, "D", color="black", markersize=6, label="held-out pairs, at the end", zorder=3)
         axes.set_title(title, loc="left", fontweight="bold")
         axes.set_xlabel("optimiser step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9)
