@@ -11,7 +11,10 @@ RefPlugError
 ├── SeamError                            TRL does not look as this release of trl-refplug expects
 ├── ReferenceMismatchError               the log-probs, or the reference itself, are not those that were declared
 ├── InvalidLogProbsError                 a provider answered with a wrong shape, dtype or a non-finite value
-└── UnsupportedInputError                this provider cannot score this batch
+├── UnsupportedInputError                this provider cannot score this batch
+└── StoreError                           a log-prob store cannot be opened, read or written
+    ├── StoreVersionError                it holds shards written by a newer release
+    └── StoreWriteError                  no space, no permission, no such place; what was published before is kept
 ```
 
 Every message says what was found, what was expected and which option to change.
@@ -61,6 +64,18 @@ class InvalidLogProbsError(RefPlugError):
 
 class UnsupportedInputError(RefPlugError):
     """The provider cannot score this batch (multimodal inputs, rows that cannot be sliced, ...)."""
+
+
+class StoreError(RefPlugError):
+    """A log-prob store cannot be opened, read or written as asked."""
+
+
+class StoreVersionError(StoreError):
+    """A shard of the store has a format version that this release does not know."""
+
+
+class StoreWriteError(StoreError):
+    """Rows could not be published. What was published before is kept; `__cause__` says what went wrong."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
