@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 
 Keys: TypeAlias = NDArray[np.uint64]
-Places: TypeAlias = NDArray[np.int64]
 
 _ROW_BITS = 32
+
+
+class Places(NamedTuple):
+    """Where keys are. `shards` and `rows` mean nothing where a key was not found. All `[keys]`."""
+
+    found: NDArray[np.bool_]
+    shards: NDArray[np.int64]
+    rows: NDArray[np.int64]
 
 
 class SortedIndex:
@@ -25,7 +32,7 @@ class SortedIndex:
     def __init__(self) -> None:
         self._high: Keys = np.empty(0, np.uint64)
         self._low: Keys = np.empty(0, np.uint64)
-        self._places: Places = np.empty(0, np.int64)
+        self._places: NDArray[np.int64] = np.empty(0, np.int64)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -60,18 +67,11 @@ class SortedIndex:
         self._low = np.insert(self._low, at, low)
         self._places = np.insert(self._places, at, places)
 
-    def find(self, keys: Keys) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:
-        """
-        Where keys, uint64 `[keys, 2]`, are.
-
-        Returns:
-            `tuple` of three arrays `[keys]`: whether the key is there, its shard's number, its row in the shard. The
-            last two mean nothing where the first is `False`.
-        """
+    def find(self, keys: Keys) -> Places:
+        """Where keys, uint64 `[keys, 2]`, are."""
         at = self._find(keys[:, 0], keys[:, 1])
-        found = at >= 0
         places = self._places[at] if len(self) else np.zeros(len(keys), np.int64)
-        return found, places >> _ROW_BITS, places & ((1 << _ROW_BITS) - 1)
+        return Places(at >= 0, places >> _ROW_BITS, places & ((1 << _ROW_BITS) - 1))
 
     def _find(self, high: Keys, low: Keys) -> NDArray[np.int64]:
         answer = np.full(len(high), -1, np.int64)

@@ -10,10 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import StoreError
+from .catalogue import Catalogue
 from .folder import DAMAGED_SUFFIX, TEMPORARY_PREFIX, Folder, open_folder
-from .format import SHARD_SUFFIX, DamagedFileError, Manifest, Shard, files_of, published_names
-from .index import SortedIndex
-from .store import open_published
+from .format import SHARD_SUFFIX, DamagedFileError, Manifest, files_of, published_names
 
 
 @dataclass(frozen=True)
@@ -135,32 +134,27 @@ def verify(
             Other batch shapes move bfloat16 log-probs by up to 6e-3, other devices by somewhat more.
         cache_dir (`str` or `os.PathLike`): Where copies of remote shards are kept.
     """
-    folder = _existing(location, cache_dir)
-    present = set(folder.names())
-    names = published_names(present)
-    folder.fetch([file for name in names for file in files_of(name) if file in present])
-    intact: list[tuple[str, Shard]] = []
-    damaged = {}
-    for name in names:
-        try:
-            intact.append((name, open_published(folder, name)[1]))
-        except (DamagedFileError, OSError) as error:
-            damaged[name] = str(error)
-
-    index = SortedIndex()
-    index.add([(number, shard.keys) for number, (_, shard) in enumerate(intact)])
+    catalogue = Catalogue(_existing(location, cache_dir))
+    damaged = catalogue.refresh()
+    names = list(catalogue.manifests)
     conflicts = []
     duplicates = 0
-    for number, (name, shard) in enumerate(intact):
-        _, first_shards, first_rows = index.find(shard.keys)
+    for number, shard in enumerate(catalogue.shards):
+        _, first_shards, first_rows = catalogue.index.find(shard.keys)
         again = np.flatnonzero((first_shards != number) | (first_rows != np.arange(len(shard.keys))))
         duplicates += len(again)
         for row in again.tolist():
-            first_name, first = intact[int(first_shards[row])]
-            difference = _difference(first.row(int(first_rows[row])), shard.row(row))
+            first = int(first_shards[row])
+            difference = _difference(catalogue.shards[first].row(int(first_rows[row])), shard.row(row))
             if difference > tolerance:
-                conflicts.append(Conflict(shard.keys[row].tobytes().hex(), (first_name, name), difference))
-    return VerifyReport(len(intact), len(index), duplicates, damaged, tuple(conflicts))
+                conflicts.append(Conflict(shard.keys[row].tobytes().hex(), (names[first], names[number]), difference))
+    return VerifyReport(
+        shards=len(names),
+        rows=len(catalogue.index),
+        duplicates=duplicates,
+        damaged={name: str(error) for name, error in damaged.items()},
+        conflicts=tuple(conflicts),
+    )
 
 
 def _existing(location: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None) -> Folder:

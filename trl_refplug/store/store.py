@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -18,18 +18,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from ..errors import InvalidLogProbsError, StoreError, StoreWriteError
-from .folder import Folder, open_folder
-from .format import (
-    DamagedFileError,
-    Manifest,
-    Shard,
-    encode_shard,
-    files_of,
-    new_name,
-    open_shard,
-    published_names,
-)
-from .index import SortedIndex
+from .catalogue import Catalogue, Piece
+from .folder import open_folder
+from .format import DamagedFileError, Manifest, encode_shard, files_of, new_name
 from .keys import as_key_array
 
 
@@ -109,13 +100,9 @@ class LogProbStore:
             raise ValueError(f'mode must be "r" or "a", got {mode!r}')
         self.location = os.fspath(location)
         self.mode = mode
-        self.damaged: dict[str, str] = {}
-        """Shards that were left out, by name, and why."""
-        self._folder: Folder = open_folder(location, cache_dir)
+        self._folder = open_folder(location, cache_dir)
+        self._published = Catalogue(self._folder)
         self._publish_limits = (publish_rows, publish_bytes, publish_seconds)
-        self._index = SortedIndex()
-        self._shards: list[Shard] = []
-        self._manifests: dict[str, Manifest] = {}
         self._waiting: dict[bytes, NDArray[np.float32]] = {}
         self._waiting_bytes = 0
         self._waiting_since = 0.0
@@ -135,19 +122,25 @@ class LogProbStore:
 
     def __len__(self) -> int:
         """Number of different rows, waiting ones included."""
-        published, _, _ = self._index.find(as_key_array(list(self._waiting)))
-        return len(self._index) + len(self._waiting) - int(published.sum())
+        waiting_and_published = self._published.index.find(as_key_array(list(self._waiting))).found
+        return len(self._published.index) + len(self._waiting) - int(waiting_and_published.sum())
 
     @property
     def manifests(self) -> list[Manifest]:
         """The manifests of all shards in use, in the order they were opened."""
-        return list(self._manifests.values())
+        return list(self._published.manifests.values())
+
+    @property
+    def damaged(self) -> dict[str, str]:
+        """Shards that were left out, by name, and why."""
+        return {name: str(error) for name, error in self._published.damaged.items()}
 
     # Reading
 
     def contains(self, keys: Sequence[bytes]) -> NDArray[np.bool_]:
         """Which of these keys the store has: bool `[keys]`."""
-        found, _, _ = self._index.find(self._key_array(keys))
+        self._check_open()
+        found = self._published.index.find(as_key_array(keys)).found
         if self._waiting:
             for i in np.flatnonzero(~found).tolist():
                 found[i] = keys[i] in self._waiting
@@ -155,39 +148,36 @@ class LogProbStore:
 
     def lookup(self, keys: Sequence[bytes]) -> LogProbRows:
         """The rows with these keys, from memory-mapped shards. A key may be asked for more than once."""
-        found, shards, rows = self._index.find(self._key_array(keys))
-        lengths = np.zeros(len(keys), np.int64)
-        pieces: list[tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]] = []
-        for number, which in _groups(shards, np.flatnonzero(found)):
-            shard = self._shards[number]
-            starts = shard.offsets[rows[which]]
-            lengths[which] = shard.offsets[rows[which] + 1] - starts
-            pieces.append((which, starts, shard.values))
+        self._check_open()
+        places = self._published.index.find(as_key_array(keys))
+        pieces = list(self._published.pieces(places))
         if self._waiting:
-            for i in np.flatnonzero(~found).tolist():
+            for i in np.flatnonzero(~places.found).tolist():
                 if (row := self._waiting.get(keys[i])) is not None:
-                    found[i] = True
-                    lengths[i] = len(row)
-                    pieces.append((np.array([i]), np.zeros(1, np.int32), row))
+                    places.found[i] = True
+                    pieces.append(Piece(np.array([i]), np.array([0]), np.array([len(row)]), row))
 
         offsets = np.zeros(len(keys) + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])
+        for piece in pieces:
+            offsets[piece.which + 1] = piece.lengths
+        np.cumsum(offsets, out=offsets)
         values = np.empty(int(offsets[-1]), np.float32)
-        for which, starts, source in pieces:
-            targets, counts = offsets[which].tolist(), lengths[which].tolist()
-            for target, start, count in zip(targets, starts.tolist(), counts, strict=True):
-                values[target : target + count] = source[start : start + count]
-        return LogProbRows(found, offsets, values)
+        for which, starts, lengths, source in pieces:
+            for at, start, length in zip(offsets[which].tolist(), starts.tolist(), lengths.tolist(), strict=True):
+                values[at : at + length] = source[start : start + length]
+        return LogProbRows(places.found, offsets, values)
 
     def refresh(self) -> int:
         """Take in what others have published since. Returns the number of rows that are new."""
         self._check_open()
+        before = len(self._published.index)
         try:
-            present = set(self._folder.names())
+            damaged = self._published.refresh()
         except OSError as error:
-            raise StoreError(f"cannot list the store {self.location!r}: {error}") from error
-        known = self._manifests.keys() | self.damaged.keys()
-        return self._admit([name for name in published_names(present) if name not in known], present)
+            raise StoreError(f"cannot read the store {self.location!r}: {error}") from error
+        for name, reason in damaged.items():
+            self._leave_out(name, reason)
+        return len(self._published.index) - before
 
     # Writing
 
@@ -258,9 +248,9 @@ class LogProbStore:
             self._folder.publish(manifest_file, manifest.encode())  # from here on the rows count
         except OSError as error:
             raise self._write_error(error) from error
-        self._admit([manifest.name], {shard_file, manifest_file})
-        if manifest.name in self.damaged:
-            raise self._write_error(self.damaged[manifest.name])
+        for name, reason in self._published.add([manifest.name]).items():
+            self._leave_out(name, reason)
+            raise self._write_error(f"a shard reads back otherwise than it was written: {reason}") from reason
         self._waiting.clear()
         self._waiting_bytes = 0
 
@@ -270,8 +260,7 @@ class LogProbStore:
             return
         self.flush()
         self._closed = True
-        self._index = SortedIndex()
-        self._shards.clear()
+        self._published = Catalogue(self._folder)
 
     def __enter__(self) -> LogProbStore:
         return self
@@ -283,10 +272,6 @@ class LogProbStore:
 
     # Behind both
 
-    def _key_array(self, keys: Sequence[bytes]) -> NDArray[np.uint64]:
-        self._check_open()
-        return as_key_array(keys)
-
     def _check_open(self) -> None:
         if self._closed:
             raise StoreError(f"the store {self.location!r} is closed")
@@ -297,74 +282,16 @@ class LogProbStore:
             f"{sum(manifest.rows for manifest in self.manifests):,} rows published before are kept"
         )
 
-    def _admit(self, names: Sequence[str], present: Collection[str]) -> int:
-        """Open these shards, those that are whole, and index them. Returns the number of new rows."""
-        before = len(self._index)
-        opened: list[tuple[int, NDArray[np.uint64]]] = []
-        try:
-            self._folder.fetch([file for name in names for file in files_of(name) if file in present])
-        except OSError as error:
-            raise StoreError(f"cannot read the store {self.location!r}: {error}") from error
-        for name in names:
-            try:
-                manifest, shard = open_published(self._folder, name)
-            except (DamagedFileError, OSError) as error:
-                self._leave_out(name, error)
-                continue
-            opened.append((len(self._shards), shard.keys))
-            self._shards.append(shard)
-            self._manifests[name] = manifest
-        self._index.add(opened)
-        return len(self._index) - before
-
-    def _leave_out(self, name: str, error: DamagedFileError | OSError) -> None:
-        self.damaged[name] = str(error)
+    def _leave_out(self, name: str, error: Exception) -> None:
         done = "ignored"
         # An error of the file system may pass; a wrong checksum does not.
-        if isinstance(error, DamagedFileError) and self.mode == "a" and self._folder.set_aside(files_of(name)):
+        if self.mode == "a" and isinstance(error, DamagedFileError) and self._folder.set_aside(files_of(name)):
             done = "set aside"
         warnings.warn(
-            f"shard {name} of the store {self.location!r} is damaged and was {done}, its rows will be scored again: "
-            f"{error}",
+            f"shard {name} of the store {self.location!r} is damaged and was {done}, its rows are missing: {error}",
             StoreWarning,
             stacklevel=4,
         )
-
-
-def open_published(folder: Folder, name: str) -> tuple[Manifest, Shard]:
-    """
-    Open a shard that was published, checking all of it.
-
-    Raises:
-        [`StoreVersionError`]: It is of a newer format version.
-        [`DamagedFileError`]: It is not what was published.
-        `OSError`: It is not there or cannot be read.
-    """
-    manifest_file, shard_file = files_of(name)
-    try:
-        return _open_copy(folder, name)
-    except DamagedFileError:
-        # A copy in the cache may be damaged where the original is not.
-        if not folder.drop_copies([manifest_file, shard_file]):
-            raise
-        folder.fetch([manifest_file, shard_file])
-        return _open_copy(folder, name)
-
-
-def _open_copy(folder: Folder, name: str) -> tuple[Manifest, Shard]:
-    manifest_file, shard_file = files_of(name)
-    manifest = Manifest.decode(name, (folder.directory / manifest_file).read_bytes())
-    return manifest, open_shard(folder.directory / shard_file, manifest)
-
-
-def _groups(labels: NDArray[np.int64], members: NDArray[np.int64]) -> Iterable[tuple[int, NDArray[np.int64]]]:
-    """`members`, grouped by `labels[members]`: pairs of a label and its members."""
-    if not members.size:
-        return
-    members = members[np.argsort(labels[members], kind="stable")]
-    starts = np.flatnonzero(np.diff(labels[members])) + 1
-    for group in np.split(members, starts):
-        yield int(labels[group[0]]), group
 
 
 def _versions() -> dict[str, str]:

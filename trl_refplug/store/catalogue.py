@@ -1,0 +1,84 @@
+"""The published part of a store: its intact shards and the index of their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .folder import Folder
+from .format import DamagedFileError, Manifest, Shard, files_of, open_shard, published_names
+from .index import Places, SortedIndex
+
+
+class Piece(NamedTuple):
+    """Where the values of some of the rows of a look-up are."""
+
+    which: NDArray[np.int64]
+    """`[rows]`: which of the look-up's rows these are."""
+    starts: NDArray[np.int64]
+    """`[rows]`: where each starts in `values`."""
+    lengths: NDArray[np.int64]
+    """`[rows]`: how many log-probs each has."""
+    values: NDArray[np.float32]
+
+
+class Catalogue:
+    """All shards of a folder that are intact, each checked when it is opened."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.index = SortedIndex()
+        self.shards: list[Shard] = []
+        self.manifests: dict[str, Manifest] = {}
+        """By name, in the order of `shards`."""
+        self.damaged: dict[str, Exception] = {}
+        self._folder = folder
+
+    def refresh(self) -> dict[str, Exception]:
+        """Open the shards that are new in the folder, oldest first. Returns those that cannot be used, and why."""
+        present = set(self._folder.names())
+        names = [name for name in published_names(present) if name not in self.manifests and name not in self.damaged]
+        self._folder.fetch([file for name in names for file in files_of(name) if file in present])
+        return self.add(names)
+
+    def add(self, names: Sequence[str]) -> dict[str, Exception]:
+        """Open these shards. Returns those that cannot be used, and why."""
+        damaged: dict[str, Exception] = {}
+        opened: list[tuple[int, NDArray[np.uint64]]] = []
+        for name in names:
+            try:
+                manifest, shard = self._open(name)
+            except (DamagedFileError, OSError) as error:
+                damaged[name] = error
+                continue
+            opened.append((len(self.shards), shard.keys))
+            self.shards.append(shard)
+            self.manifests[name] = manifest
+        self.index.add(opened)
+        self.damaged.update(damaged)
+        return damaged
+
+    def pieces(self, places: Places) -> Iterator[Piece]:
+        """Where the values of the rows at `places` are, shard by shard; rows that were not found are in none."""
+        which = np.flatnonzero(places.found)
+        which = which[np.argsort(places.shards[which], kind="stable")]
+        for group in np.split(which, np.flatnonzero(np.diff(places.shards[which])) + 1):
+            if group.size:
+                shard = self.shards[places.shards[group[0]]]
+                starts = shard.offsets[places.rows[group]].astype(np.int64)
+                yield Piece(group, starts, shard.offsets[places.rows[group] + 1] - starts, shard.values)
+
+    def _open(self, name: str) -> tuple[Manifest, Shard]:
+        manifest_file, shard_file = files_of(name)
+        for last_try in (False, True):
+            try:
+                manifest = Manifest.decode(name, (self._folder.directory / manifest_file).read_bytes())
+                return manifest, open_shard(self._folder.directory / shard_file, manifest)
+            except DamagedFileError:
+                # A copy in the cache may be damaged where the original is not.
+                if last_try or not self._folder.drop_copies([manifest_file, shard_file]):
+                    raise
+                self._folder.fetch([manifest_file, shard_file])
+        raise AssertionError("unreachable")
