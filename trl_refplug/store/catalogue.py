@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .folder import Folder
 from .format import DamagedFileError, Manifest, Shard, files_of, open_shard, published_names
-from .index import Places, SortedIndex
-
-
-class Piece(NamedTuple):
-    """Where the values of some of the rows of a look-up are."""
-
-    which: NDArray[np.int64]
-    """`[rows]`: which of the look-up's rows these are."""
-    starts: NDArray[np.int64]
-    """`[rows]`: where each starts in `values`."""
-    lengths: NDArray[np.int64]
-    """`[rows]`: how many log-probs each has."""
-    values: NDArray[np.float32]
+from .index import SortedIndex
 
 
 class Catalogue:
@@ -60,15 +47,13 @@ class Catalogue:
         self.damaged.update(damaged)
         return damaged
 
-    def pieces(self, places: Places) -> Iterator[Piece]:
-        """Where the values of the rows at `places` are, shard by shard; rows that were not found are in none."""
-        which = np.flatnonzero(places.found)
-        which = which[np.argsort(places.shards[which], kind="stable")]
-        for group in np.split(which, np.flatnonzero(np.diff(places.shards[which])) + 1):
-            if group.size:
-                shard = self.shards[places.shards[group[0]]]
-                starts = shard.offsets[places.rows[group]].astype(np.int64)
-                yield Piece(group, starts, shard.offsets[places.rows[group] + 1] - starts, shard.values)
+    def rows(self, keys: NDArray[np.uint64]) -> list[NDArray[np.float32] | None]:
+        """The rows with these keys, uint64 `[keys, 2]`: views of mapped files, `None` where there is no such row."""
+        places = self.index.find(keys)
+        return [
+            self.shards[shard].row(row) if found else None
+            for found, shard, row in zip(*(column.tolist() for column in places), strict=True)
+        ]
 
     def _open(self, name: str) -> tuple[Manifest, Shard]:
         manifest_file, shard_file = files_of(name)

@@ -151,15 +151,13 @@ def encode_shard(keys: Sequence[bytes], rows: Sequence[NDArray[np.float32]]) -> 
     """The shard file: an Arrow IPC file with one record batch. `rows` are 1-D and non-empty as a list."""
     offsets = np.zeros(len(rows) + 1, np.int32)
     np.cumsum([len(row) for row in rows], out=offsets[1:])
-    batch = pa.RecordBatch.from_arrays(
-        [
-            pa.FixedSizeBinaryArray.from_buffers(
-                pa.binary(KEY_BYTES), len(keys), [None, pa.py_buffer(b"".join(keys))]
-            ),
-            pa.ListArray.from_arrays(offsets, np.concatenate(rows), type=_SCHEMA.field("log_probs").type),
-        ],
-        schema=_SCHEMA,
-    )
+    # Buffers and not pa.array(): converting numpy arrays would import pandas.
+    values = pa.Array.from_buffers(pa.float32(), int(offsets[-1]), [None, pa.py_buffer(np.concatenate(rows))])
+    columns = [
+        pa.Array.from_buffers(_SCHEMA.field(0).type, len(keys), [None, pa.py_buffer(b"".join(keys))]),
+        pa.Array.from_buffers(_SCHEMA.field(1).type, len(rows), [None, pa.py_buffer(offsets)], children=[values]),
+    ]
+    batch = pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, _SCHEMA) as writer:
         writer.write_batch(batch)
@@ -181,11 +179,13 @@ def open_shard(path: Path, manifest: Manifest) -> Shard:
         raise DamagedFileError(f"its checksum is {checksum}, its manifest says {manifest.xxh3_128}")
     with pa.memory_map(os.fspath(path)) as file:  # closes the file; the mapping lives as long as the arrays
         batch = pa.ipc.open_file(file).get_batch(0)
-    keys, rows = batch.column(0), batch.column(1)
+    # Buffers and not to_numpy(), which would import pandas: 30 MB, and as slow as opening a million rows.
+    _, keys = batch.column(0).buffers()
+    _, offsets, _, values = batch.column(1).buffers()
     return Shard(
-        keys=np.frombuffer(keys.buffers()[1], "<u8").reshape(-1, 2)[: len(keys)],
-        offsets=rows.offsets.to_numpy(zero_copy_only=True),
-        values=rows.values.to_numpy(zero_copy_only=True),
+        keys=np.frombuffer(keys, "<u8", count=2 * manifest.rows).reshape(-1, 2),
+        offsets=np.frombuffer(offsets, "<i4", count=manifest.rows + 1),
+        values=np.frombuffer(values, "<f4", count=manifest.tokens),
     )
 
 

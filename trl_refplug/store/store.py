@@ -18,13 +18,14 @@ import xxhash
 from numpy.typing import NDArray
 
 from ..errors import InvalidLogProbsError, StoreError, StoreWriteError
-from .catalogue import Catalogue, Piece
+from .catalogue import Catalogue
 from .folder import open_folder
 from .format import DamagedFileError, Manifest, encode_shard, files_of, new_name
 from .keys import as_key_array
 
 
 _PROVENANCE_PACKAGES = ("trl-refplug", "torch", "transformers", "trl", "peft", "numpy", "pyarrow")
+_NO_VALUES = np.empty(0, np.float32)
 
 
 class StoreWarning(UserWarning):
@@ -149,23 +150,14 @@ class LogProbStore:
     def lookup(self, keys: Sequence[bytes]) -> LogProbRows:
         """The rows with these keys, from memory-mapped shards. A key may be asked for more than once."""
         self._check_open()
-        places = self._published.index.find(as_key_array(keys))
-        pieces = list(self._published.pieces(places))
+        rows = self._published.rows(as_key_array(keys))
         if self._waiting:
-            for i in np.flatnonzero(~places.found).tolist():
-                if (row := self._waiting.get(keys[i])) is not None:
-                    places.found[i] = True
-                    pieces.append(Piece(np.array([i]), np.array([0]), np.array([len(row)]), row))
-
-        offsets = np.zeros(len(keys) + 1, np.int64)
-        for piece in pieces:
-            offsets[piece.which + 1] = piece.lengths
-        np.cumsum(offsets, out=offsets)
-        values = np.empty(int(offsets[-1]), np.float32)
-        for which, starts, lengths, source in pieces:
-            for at, start, length in zip(offsets[which].tolist(), starts.tolist(), lengths.tolist(), strict=True):
-                values[at : at + length] = source[start : start + length]
-        return LogProbRows(places.found, offsets, values)
+            rows = [self._waiting.get(key) if row is None else row for key, row in zip(keys, rows, strict=True)]
+        found = np.fromiter((row is not None for row in rows), bool, len(rows))
+        pieces = [_NO_VALUES if row is None else row for row in rows]
+        offsets = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum([len(piece) for piece in pieces], out=offsets[1:])
+        return LogProbRows(found, offsets, np.concatenate([_NO_VALUES, *pieces]))
 
     def refresh(self) -> int:
         """Take in what others have published since. Returns the number of rows that are new."""
@@ -204,7 +196,7 @@ class LogProbStore:
                 raise InvalidLogProbsError(
                     f"row {key.hex()}: log-probs must be float32 [tokens], got {row.dtype} {list(row.shape)}"
                 )
-        values = np.concatenate([np.empty(0, np.float32), *rows])  # the copy that is kept
+        values = np.concatenate([_NO_VALUES, *rows])  # the copy that is kept
         if not np.isfinite(values).all():
             bad = next(key for key, row in zip(keys, rows, strict=True) if not np.isfinite(row).all())
             raise InvalidLogProbsError(f"row {bad.hex()}: log-probs must be finite")
