@@ -119,8 +119,14 @@ def test_a_path_that_cannot_be_written_is_refused_when_it_is_opened(tmp_path: Pa
     for path in (tmp_path / "file", tmp_path / "file" / "store", Path("/proc/store")):
         with pytest.raises(StoreWriteError, match=r"cannot write to the store .*Use another path"):
             LogProbStore(path, mode="a")
-    with pytest.raises(StoreWriteError, match=r"bytes free, 1,000,000,000,000,000,000 needed"):
-        LogProbStore(tmp_path / "store", mode="a", expected_bytes=10**18)
+
+
+@pytest.mark.parametrize("scheme", ["", "memory:/"])
+def test_more_rows_than_fit_are_refused_before_they_are_scored(tmp_path: Path, scheme: str) -> None:
+    with LogProbStore(f"{scheme}{tmp_path / 'store'}", mode="a", cache_dir=tmp_path / "cache") as store:
+        store.ensure_room(tokens=1_000)
+        with pytest.raises(StoreWriteError, match=r"bytes free, 4,000,000,000,000,000 needed.* Use another path"):
+            store.ensure_room(tokens=10**15)
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ class Catalogue:
         manifest_file, shard_file = files_of(name)
         for last_try in (False, True):
             try:
-                manifest = Manifest.decode(name, (self._folder.directory / manifest_file).read_bytes())
+                manifest = Manifest.decode((self._folder.directory / manifest_file).read_bytes())
                 return manifest, open_shard(self._folder.directory / shard_file, manifest)
             except DamagedFileError:
                 # A copy in the cache may be damaged where the original is not.

@@ -36,8 +36,11 @@ class Folder(Protocol):
     def exists(self) -> bool:
         """Whether the place is there at all."""
 
-    def create(self, expected_bytes: int) -> None:
-        """Make the place if needed and write to it once. Raises `OSError` if `expected_bytes` cannot be written."""
+    def create(self) -> None:
+        """Make the place if needed and write to it once. Raises `OSError` if that is not possible."""
+
+    def ensure_room(self, size: int) -> None:
+        """Raise `OSError` if it is known that `size` bytes do not fit."""
 
     def names(self) -> list[str]:
         """Names of all files, as they are now."""
@@ -86,12 +89,14 @@ class LocalFolder:
     def exists(self) -> bool:
         return self.directory.is_dir()
 
-    def create(self, expected_bytes: int) -> None:
+    def create(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         os.unlink(self._write_temporary(bytes(_PROBE_BYTES)))
+
+    def ensure_room(self, size: int) -> None:
         free = shutil.disk_usage(self.directory).free
-        if free < expected_bytes:
-            raise OSError(errno.ENOSPC, f"{free:,} bytes free, {expected_bytes:,} needed", str(self.directory))
+        if free < size:
+            raise OSError(errno.ENOSPC, f"{free:,} bytes free, {size:,} needed", str(self.directory))
 
     def names(self) -> list[str]:
         return os.listdir(self.directory)
@@ -147,12 +152,15 @@ class RemoteFolder:
     def exists(self) -> bool:
         return bool(self._filesystem.exists(self._path))
 
-    def create(self, expected_bytes: int) -> None:
-        self._cache.create(expected_bytes)
+    def create(self) -> None:
+        self._cache.create()
         self._filesystem.makedirs(self._path, exist_ok=True)
         probe = f"{self._path}/{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
         self._filesystem.pipe_file(probe, bytes(_PROBE_BYTES))
         self._filesystem.rm_file(probe)
+
+    def ensure_room(self, size: int) -> None:
+        self._cache.ensure_room(size)
 
     def names(self) -> list[str]:
         self._filesystem.invalidate_cache(self._path)

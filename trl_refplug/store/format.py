@@ -93,13 +93,13 @@ class Manifest:
         return _envelope(asdict(self))
 
     @classmethod
-    def decode(cls, name: str, data: bytes) -> Manifest:
+    def decode(cls, data: bytes) -> Manifest:
         """
         The inverse of [`encode`].
 
         Raises:
             [`StoreVersionError`]: The file is intact and of a newer format version.
-            [`DamagedFileError`]: The file is not what was published as `name`.
+            [`DamagedFileError`]: The file is not what was published.
         """
         # The envelope is the one thing that never changes between versions: it tells "newer" from "damaged".
         try:
@@ -112,11 +112,9 @@ class Manifest:
         version = body["format_version"]
         if version > FORMAT_VERSION:
             raise StoreVersionError(
-                f"shard {name} has format version {version}, this release of trl-refplug reads up to version "
+                f"shard {body['name']} has format version {version}, this release of trl-refplug reads up to version "
                 f"{FORMAT_VERSION}. Upgrade trl-refplug, or use another path"
             )
-        if body["name"] != name:
-            raise DamagedFileError(f"its manifest belongs to {body['name']}")
         return cls(**body)
 
 

@@ -102,7 +102,7 @@ def summarize(location: str | os.PathLike[str], cache_dir: str | os.PathLike[str
     for name in names:
         manifest_file, shard_file = files_of(name)
         try:
-            manifest = Manifest.decode(name, (folder.directory / manifest_file).read_bytes())
+            manifest = Manifest.decode((folder.directory / manifest_file).read_bytes())
             if shard_file not in present:
                 raise DamagedFileError(f"there is no file {shard_file}")
         except DamagedFileError as error:

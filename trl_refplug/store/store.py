@@ -71,7 +71,6 @@ class LogProbStore:
         mode (`"r"` or `"a"`): `"a"` may `put`, creates the place if needed and writes to it once to prove that it can.
         provenance (`Mapping[str, Any]`): For `mode="a"`: where rows come from, as JSON values, for people; usually the
             reference's identity. Package versions are added.
-        expected_bytes (`int`): For `mode="a"`: room that is going to be needed, checked where that is possible.
         publish_rows (`int`): Publish a shard as soon as this many rows are waiting, ...
         publish_bytes (`int`): ... or this many bytes of log-probs, ...
         publish_seconds (`float`): ... or, looked at in every `put`, the oldest has waited this long. A killed process
@@ -91,7 +90,6 @@ class LogProbStore:
         mode: Literal["r", "a"] = "r",
         *,
         provenance: Mapping[str, Any] | None = None,
-        expected_bytes: int = 0,
         publish_rows: int = 16_384,
         publish_bytes: int = 16 << 20,
         publish_seconds: float = 10.0,
@@ -112,11 +110,9 @@ class LogProbStore:
             self._provenance = {**(provenance or {}), "versions": _versions()}
             Manifest("", 0, 0, 0, "", "", self._provenance).encode()  # not JSON? Say so now and not after scoring.
             try:
-                self._folder.create(expected_bytes)
+                self._folder.create()
             except (OSError, NotImplementedError) as error:
-                raise StoreWriteError(
-                    f"cannot write to the store {self.location!r}: {error}. Use another path"
-                ) from error
+                raise self._refused(error) from error
         elif not self._folder.exists():
             raise StoreError(f"there is no store at {self.location!r}")
         self.refresh()
@@ -172,6 +168,21 @@ class LogProbStore:
         return len(self._published.index) - before
 
     # Writing
+
+    def ensure_room(self, tokens: int) -> None:
+        """
+        Refuse early, before they are scored, log-probs that are known not to fit.
+
+        Args:
+            tokens (`int`): Number of log-probs that are going to be put.
+
+        Raises:
+            [`StoreWriteError`]: The disk has less room than that.
+        """
+        try:
+            self._folder.ensure_room(tokens * np.dtype(np.float32).itemsize)
+        except OSError as error:
+            raise self._refused(error) from error
 
     def put(self, keys: Sequence[bytes], rows: Sequence[NDArray[np.float32]]) -> None:
         """
@@ -267,6 +278,9 @@ class LogProbStore:
     def _check_open(self) -> None:
         if self._closed:
             raise StoreError(f"the store {self.location!r} is closed")
+
+    def _refused(self, cause: Exception) -> StoreWriteError:
+        return StoreWriteError(f"cannot write to the store {self.location!r}: {cause}. Use another path")
 
     def _write_error(self, cause: object) -> StoreWriteError:
         return StoreWriteError(
