@@ -49,21 +49,24 @@ def million(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 MEASURE_OPEN = """
-import sys, time
+import sys, time, tracemalloc
 from trl_refplug.store import LogProbStore
 import pyarrow.ipc
 
-def status(field):
-    return int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1]) / 1024
+def anonymous():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) / 1024
 
-open("/proc/self/clear_refs", "w").write("5")  # resets the peak
-anonymous, peak = status("RssAnon"), status("VmHWM")
+before = anonymous()
 start = time.perf_counter()
 store = LogProbStore(sys.argv[1])
-seconds = time.perf_counter() - start
-print(f"open {len(store):,} rows in {len(store.manifests)} shards, "
-      f"{sum(manifest.size for manifest in store.manifests) / 1e6:,.0f} MB: {seconds:.2f} s, "
-      f"{status('RssAnon') - anonymous:.0f} MiB kept, {status('VmHWM') - peak:.0f} MiB at its peak")
+seconds, kept = time.perf_counter() - start, anonymous() - before
+size = sum(manifest.size for manifest in store.manifests) / 1e6
+print(f"open {len(store):,} rows in {len(store.manifests)} shards, {size:,.0f} MB: {seconds:.2f} s, ", end="")
+store.close()
+tracemalloc.start()
+LogProbStore(sys.argv[1])
+peak = tracemalloc.get_traced_memory()[1] / 2**20
+print(f"{kept:.0f} MiB kept, {peak:.0f} MiB at the peak (mapped files apart)")
 """
 
 

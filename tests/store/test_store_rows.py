@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from store_writers import fill, key_of, right_rows, row_of
 
 from trl_refplug.errors import InvalidLogProbsError, StoreError
 from trl_refplug.store import LogProbStore
+from trl_refplug.store.index import SortedIndex
 
 
 # Few different halves: keys that share their first half, or their second, are the index's hard case.
@@ -108,6 +110,26 @@ def test_many_rows_in_many_shards(tmp_path: Path) -> None:
     with LogProbStore(tmp_path) as store:
         assert len(store.manifests) == 5_000 // 97 + 1
         assert right_rows(store, shuffled) == set(numbers)
+
+
+def test_the_index_of_a_million_rows_fits_64_megabytes_even_while_it_is_built() -> None:
+    rng = np.random.default_rng(0)
+    shards = [(i, rng.integers(0, 2**64, (100_000, 2), np.uint64)) for i in range(10)]
+    tracemalloc.start()
+    try:
+        index = SortedIndex()
+        index.add(shards)
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(index) == 1_000_000
+    assert kept < 26e6
+    assert peak < 64e6
+    for number, shard_keys in shards:
+        found, at_shard, at_row = index.find(shard_keys)
+        assert found.all()
+        assert (at_shard == number).all()
+        assert (at_row == np.arange(100_000)).all()
 
 
 def test_a_shard_is_published_after_so_many_rows_bytes_or_seconds(tmp_path: Path) -> None:
