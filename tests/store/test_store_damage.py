@@ -122,6 +122,9 @@ def test_a_manifest_without_its_shard_is_damage_and_a_shard_without_its_manifest
 
 
 def test_a_newer_format_version_is_refused_by_name(path: Path) -> None:
+    reader = LogProbStore(path)
+    with LogProbStore(path, mode="a") as store:
+        fill(store, range(60, 70))
     # As a later release may write it: in the same envelope, fields that this one does not know.
     newer = path / "20991231T235959.000000Z-0123456789abcdef.json"
     body = json.dumps({"chunks": [1, 2], "format_version": 2, "name": newer.stem})
@@ -132,6 +135,11 @@ def test_a_newer_format_version_is_refused_by_name(path: Path) -> None:
         with pytest.raises(StoreVersionError, match=f"{newer.stem} has format version 2, .* up to version 1"):
             use(path)
     assert {file.name for file in path.iterdir()} == before
+    with pytest.raises(StoreVersionError):
+        reader.refresh()
+    newer.unlink()
+    assert reader.refresh() == 10
+    assert right_rows(reader, range(70)) == set(range(70))
 
 
 def test_a_damaged_version_number_is_damage_and_not_a_newer_version(path: Path) -> None:

@@ -47,8 +47,10 @@ def test_every_fact_changes_the_digest() -> None:
         replace(ROW, facts=replace(FACTS, cast_lm_head_to_fp32=True)),
         replace(ROW, facts=replace(FACTS, autocast_dtype="bfloat16")),
         replace(ROW, facts=replace(FACTS, autocast_dtype="")),
-        # Neighbouring fields must not run into each other.
+        # Neighbouring fields must not run into each other, whatever is in them.
         replace(ROW, facts=replace(FACTS, attention_implementation="sdpae", scoring_mode="xact")),
+        replace(ROW, facts=replace(FACTS, attention_implementation="a", scoring_mode="btextc")),
+        replace(ROW, facts=replace(FACTS, attention_implementation="atextb", scoring_mode="c")),
         replace(ROW, token_ids=[5, 6, 8]),
         replace(ROW, token_ids=[5, 6, 7, 1], scored_positions=[2]),
         replace(ROW, scored_positions=[2]),

@@ -32,18 +32,18 @@ class Catalogue:
 
     def add(self, names: Sequence[str]) -> dict[str, Exception]:
         """Open these shards. Returns those that cannot be used, and why."""
+        opened: dict[str, tuple[Manifest, Shard]] = {}
         damaged: dict[str, Exception] = {}
-        opened: list[tuple[int, NDArray[np.uint64]]] = []
         for name in names:
             try:
-                manifest, shard = self._open(name)
+                opened[name] = self._open(name)
             except (DamagedFileError, OSError) as error:
                 damaged[name] = error
-                continue
-            opened.append((len(self.shards), shard.keys))
-            self.shards.append(shard)
-            self.manifests[name] = manifest
-        self.index.add(opened)
+        # Only now, so that an exception above leaves no shard listed but not indexed.
+        first = len(self.shards)
+        self.index.add([(first + i, shard.keys) for i, (_, shard) in enumerate(opened.values())])
+        self.shards += [shard for _, shard in opened.values()]
+        self.manifests.update({name: manifest for name, (manifest, _) in opened.items()})
         self.damaged.update(damaged)
         return damaged
 
@@ -56,14 +56,16 @@ class Catalogue:
         ]
 
     def _open(self, name: str) -> tuple[Manifest, Shard]:
-        manifest_file, shard_file = files_of(name)
-        for last_try in (False, True):
-            try:
-                manifest = Manifest.decode((self._folder.directory / manifest_file).read_bytes())
-                return manifest, open_shard(self._folder.directory / shard_file, manifest)
-            except DamagedFileError:
-                # A copy in the cache may be damaged where the original is not.
-                if last_try or not self._folder.drop_copies([manifest_file, shard_file]):
-                    raise
-                self._folder.fetch([manifest_file, shard_file])
-        raise AssertionError("unreachable")
+        try:
+            return self._read(name)
+        except DamagedFileError:
+            # A copy in the cache may be damaged where the original is not.
+            if not self._folder.drop_copies(files_of(name)):
+                raise
+            self._folder.fetch(files_of(name))
+            return self._read(name)
+
+    def _read(self, name: str) -> tuple[Manifest, Shard]:
+        manifest_file, shard_file = (self._folder.directory / file for file in files_of(name))
+        manifest = Manifest.decode(manifest_file.read_bytes())
+        return manifest, open_shard(shard_file, manifest)
