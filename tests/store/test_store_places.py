@@ -101,6 +101,19 @@ def test_places_that_do_not_exist(remote: str, tmp_path: Path) -> None:
         LogProbStore(remote, cache_dir=tmp_path)
     with pytest.raises(StoreError, match="cannot open a store at 'nonsense://x'"):
         LogProbStore("nonsense://x", mode="a")
+    for use in (LogProbStore, summarize, verify):
+        with pytest.raises(StoreError, match=r"cannot open a store at 'ftp://localhost:1/store': .*refused"):
+            use("ftp://localhost:1/store", cache_dir=tmp_path)
+    filesystem = fsspec.filesystem("memory")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(filesystem), "exists", unreachable)
+        for use in (LogProbStore, summarize, verify):
+            with pytest.raises(StoreError, match=r"cannot read the store 'memory://.*': RuntimeError: no network"):
+                use(remote, cache_dir=tmp_path)
+
+
+def unreachable(*_: object) -> None:
+    raise RuntimeError("no network")
 
 
 def test_colleagues_can_read_what_is_published(tmp_path: Path) -> None:
@@ -119,6 +132,8 @@ def test_a_path_that_cannot_be_written_is_refused_when_it_is_opened(tmp_path: Pa
     for path in (tmp_path / "file", tmp_path / "file" / "store", Path("/proc/store")):
         with pytest.raises(StoreWriteError, match=r"cannot write to the store .*Use another path"):
             LogProbStore(path, mode="a")
+    with pytest.raises(StoreWriteError, match=r"Read only filesystem\. Use another path"):  # fsspec's ValueError
+        LogProbStore("data://store", mode="a", cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize("scheme", ["", "memory:/"])

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import xxhash
 
@@ -24,6 +25,9 @@ DAMAGED_SUFFIX = ".damaged"
 TEMPORARY_PREFIX = ".tmp-"
 
 _PROBE_BYTES = 1 << 16
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class Folder(Protocol):
@@ -68,12 +72,30 @@ def open_folder(location: str | os.PathLike[str], cache_dir: str | os.PathLike[s
 
     try:
         filesystem, path = url_to_fs(location)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         raise StoreError(f"cannot open a store at {location!r}: {error}") from error
     if isinstance(filesystem, LocalFileSystem):
         return LocalFolder(Path(path))
     root = Path(cache_dir) if cache_dir is not None else _user_cache()
     return RemoteFolder(filesystem, path, root / xxhash.xxh3_128_hexdigest(location.rstrip("/").encode()))
+
+
+@contextlib.contextmanager
+def reading(location: object) -> Iterator[None]:
+    """Turn an `OSError` of the block into a `StoreError` that says which store could not be read."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"cannot read the store {str(location)!r}: {error}") from error
+
+
+def open_existing(location: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None) -> Folder:
+    """The place a path or URL stands for, which must be there."""
+    folder = open_folder(location, cache_dir)
+    with reading(location):
+        if not folder.exists():
+            raise StoreError(f"there is no store at {os.fspath(location)!r}")
+    return folder
 
 
 def _user_cache() -> Path:
@@ -140,6 +162,21 @@ class LocalFolder:
         return False
 
 
+def _with_os_errors(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """fsspec's file systems raise what they like; here every failure of one is an `OSError`."""
+
+    @functools.wraps(method)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return method(*args, **kwargs)
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(f"{type(error).__name__}: {error}") from error
+
+    return wrapped
+
+
 class RemoteFolder:
     """Objects under an fsspec URL, each written by a single put, with copies of those that were read in a cache."""
 
@@ -149,9 +186,11 @@ class RemoteFolder:
         self._cache = LocalFolder(cache)
         self.directory = self._cache.directory
 
+    @_with_os_errors
     def exists(self) -> bool:
         return bool(self._filesystem.exists(self._path))
 
+    @_with_os_errors
     def create(self) -> None:
         self._cache.create()
         self._filesystem.makedirs(self._path, exist_ok=True)
@@ -162,6 +201,7 @@ class RemoteFolder:
     def ensure_room(self, size: int) -> None:
         self._cache.ensure_room(size)
 
+    @_with_os_errors
     def names(self) -> list[str]:
         self._filesystem.invalidate_cache(self._path)
         try:
@@ -170,6 +210,7 @@ class RemoteFolder:
             return []
         return [str(path).rsplit("/", 1)[-1] for path in paths]
 
+    @_with_os_errors
     def fetch(self, names: Sequence[str]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         wanted = [name for name in names if not (self.directory / name).exists()]
@@ -182,6 +223,7 @@ class RemoteFolder:
             for path in arriving:
                 path.unlink(missing_ok=True)
 
+    @_with_os_errors
     def publish(self, name: str, data: bytes) -> None:
         self._filesystem.pipe_file(f"{self._path}/{name}", data)
         self._cache.publish(name, data)

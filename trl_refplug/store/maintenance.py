@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import StoreError
 from .catalogue import Catalogue
-from .folder import DAMAGED_SUFFIX, TEMPORARY_PREFIX, Folder, open_folder
+from .folder import DAMAGED_SUFFIX, TEMPORARY_PREFIX, open_existing, reading
 from .format import SHARD_SUFFIX, DamagedFileError, Manifest, files_of, published_names
 
 
@@ -94,10 +93,11 @@ class VerifyReport:
 
 def summarize(location: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None) -> StoreSummary:
     """Read the manifests of a store, and only them."""
-    folder = _existing(location, cache_dir)
-    present = set(folder.names())
-    names = published_names(present)
-    folder.fetch([files_of(name)[0] for name in names])
+    folder = open_existing(location, cache_dir)
+    with reading(location):
+        present = set(folder.names())
+        names = published_names(present)
+        folder.fetch([files_of(name)[0] for name in names])
     manifests, damaged = [], {}
     for name in names:
         manifest_file, shard_file = files_of(name)
@@ -105,7 +105,7 @@ def summarize(location: str | os.PathLike[str], cache_dir: str | os.PathLike[str
             manifest = Manifest.decode((folder.directory / manifest_file).read_bytes())
             if shard_file not in present:
                 raise DamagedFileError(f"there is no file {shard_file}")
-        except DamagedFileError as error:
+        except (DamagedFileError, OSError) as error:
             damaged[name] = str(error)
         else:
             manifests.append(manifest)
@@ -134,8 +134,9 @@ def verify(
             Other batch shapes move bfloat16 log-probs by up to 6e-3, other devices by somewhat more.
         cache_dir (`str` or `os.PathLike`): Where copies of remote shards are kept.
     """
-    catalogue = Catalogue(_existing(location, cache_dir))
-    damaged = catalogue.refresh()
+    catalogue = Catalogue(open_existing(location, cache_dir))
+    with reading(location):
+        damaged = catalogue.refresh()
     names = list(catalogue.manifests)
     conflicts = []
     duplicates = 0
@@ -155,13 +156,6 @@ def verify(
         damaged={name: str(error) for name, error in damaged.items()},
         conflicts=tuple(conflicts),
     )
-
-
-def _existing(location: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None) -> Folder:
-    folder = open_folder(location, cache_dir)
-    if not folder.exists():
-        raise StoreError(f"there is no store at {os.fspath(location)!r}")
-    return folder
 
 
 def _difference(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidLogProbsError, StoreError, StoreWriteError
 from .catalogue import Catalogue
-from .folder import open_folder
+from .folder import open_existing, open_folder, reading
 from .format import DamagedFileError, Manifest, encode_shard, files_of, new_name
 from .keys import as_key_array
 
@@ -99,7 +99,7 @@ class LogProbStore:
             raise ValueError(f'mode must be "r" or "a", got {mode!r}')
         self.location = os.fspath(location)
         self.mode = mode
-        self._folder = open_folder(location, cache_dir)
+        self._folder = (open_existing if mode == "r" else open_folder)(location, cache_dir)
         self._published = Catalogue(self._folder)
         self._publish_limits = (publish_rows, publish_bytes, publish_seconds)
         self._waiting: dict[bytes, NDArray[np.float32]] = {}
@@ -111,10 +111,8 @@ class LogProbStore:
             Manifest("", 0, 0, 0, "", "", self._provenance).encode()  # not JSON? Say so now and not after scoring.
             try:
                 self._folder.create()
-            except (OSError, NotImplementedError) as error:
+            except OSError as error:
                 raise self._refused(error) from error
-        elif not self._folder.exists():
-            raise StoreError(f"there is no store at {self.location!r}")
         self.refresh()
 
     def __len__(self) -> int:
@@ -159,10 +157,8 @@ class LogProbStore:
         """Take in what others have published since. Returns the number of rows that are new."""
         self._check_open()
         before = len(self._published.index)
-        try:
+        with reading(self.location):
             damaged = self._published.refresh()
-        except OSError as error:
-            raise StoreError(f"cannot read the store {self.location!r}: {error}") from error
         for name, reason in damaged.items():
             self._leave_out(name, reason)
         return len(self._published.index) - before
