@@ -27,6 +27,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "cohere": {**_GROUPED, "logit_scale": 0.3},
     "mixtral": {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {**_GROUPED, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "mistral": {**_GROUPED, "sliding_window": 64},
     "phi": {**_SMALL, "max_position_embeddings": 256},  # an LM head with a bias
 }
 """Model type to the configuration that makes it tiny."""
@@ -35,7 +36,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def tiny(kind: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random model of an architecture, with weights large enough for its predictions to depend on every token."""
     torch.manual_seed(seed)
-    values = {"vocab_size": VOCAB, "initializer_range": 0.25, **ARCHITECTURES.get(kind, {}), **overrides}
+    values = {"vocab_size": VOCAB, "initializer_range": 0.25, **ARCHITECTURES.get(kind, _SMALL), **overrides}
     values |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**values)).eval()
     for module in model.modules():

@@ -327,7 +327,13 @@ def _call(implementation: pluggy.HookImpl, **arguments: object) -> object:
 
 def _extra_hint(name: str) -> str:
     extra = providers.EXTRAS.get(name)
-    return f" It needs: pip install 'trl-refplug[{extra}]'" if extra else ""
+    if extra:
+        return f" It needs: pip install 'trl-refplug[{extra}]'"
+    planned = providers.PLANNED.get(name)
+    if planned is None:
+        return ""
+    needs = f", with the extra {planned!r} (pip install 'trl-refplug[{planned}]')" if planned else ""
+    return f" It will come with a later release of trl-refplug{needs}; this one does not have it."
 
 
 def _drop_frames(error: BaseException | None) -> None:

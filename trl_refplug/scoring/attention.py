@@ -84,6 +84,9 @@ def _attend(
     tree.calls += 1
     _refuse_unknown(module, tree.pack, query, key, attention_mask, sliding_window, options)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave query and key in float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     fused = query.device.type == "cpu" and softcap is None and query.shape[-1] == value.shape[-1]
     heads, tokens = query.shape[1:3]
     output = query.new_empty(1, tokens, heads, value.shape[-1]).transpose(1, 2)

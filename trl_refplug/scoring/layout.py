@@ -96,7 +96,7 @@ def plan(rows: Sequence[Row], budget: int | None, cost: Operations) -> list[Pack
 
 @dataclass(frozen=True, eq=False)
 class _Branch:
-    """A path from the root of the tree to a leaf, and the rows that lie on it: the longest, its prefixes and copies."""
+    """A path from the root of the tree to a leaf, and the rows on it: the longest, its prefixes and copies."""
 
     tokens: Ints
     rows: list[tuple[int, Ints, Ints]]  # index, scored positions, targets
