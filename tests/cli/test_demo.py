@@ -55,6 +55,15 @@ def test_everything_it_promises(model: str, tmp_path: Path) -> None:
     assert 1e8 < found["peak_memory"] < 1e11
     assert any(sample["before"] != sample["after"] for sample in found["samples"])
 
+    # The prompts are answered together, each as if it were alone.
+    policy, tokenizer = tiny.model(), tiny.tokenizer()
+    for sample in found["samples"]:
+        chat = [{"role": "user", "content": sample["prompt"]}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        answer = policy.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert sample["before"].startswith(tokenizer.decode(answer[:4], skip_special_tokens=True).strip())
+        assert sample["before"]
+
     import matplotlib.image
     from peft import PeftModel
 
@@ -147,4 +156,5 @@ def test_learns_to_be_concise(tmp_path: Path) -> None:
     assert found["steps"][0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
     assert found["heldout_accuracy"] >= 0.9
     assert found["heldout_margin"] > 1
+    assert all(len(sample["before"].split()) > 5 for sample in found["samples"])
     print(f"{time.monotonic() - started:.0f} s in all, {found['step_seconds']:.2f} s a step")
