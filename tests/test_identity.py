@@ -80,6 +80,19 @@ class TestAdapters:
         assert digest_model(adapted, adapter="default") != with_adapter
         assert digest_model(adapted) == digest_model(model)
 
+    def test_every_one_of_its_tensors_counts(self):
+        # Two adapted parameters of one module: PEFT nests one wrapper in the other.
+        experts = ["experts.gate_up_proj", "experts.down_proj"]
+        config = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=experts)
+        adapted = get_peft_model(tiny.model("mixtral"), config)
+        tensors = [parameter for name, parameter in adapted.named_parameters() if "lora_" in name]
+        seen = {digest_model(adapted, adapter="default")}
+        for tensor in tensors:
+            tensor.data.view(-1)[-1] += 0.5
+            seen.add(digest_model(adapted, adapter="default"))
+        assert len(seen) == 1 + len(tensors)
+        assert digest_model(adapted) == digest_model(adapted.unload())
+
     def test_its_name_does_not(self, model):
         torch.manual_seed(0)
         one = lora(model, "one")

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,7 +72,7 @@ def digest_model(model: nn.Module, adapter: str | None = None) -> str:
 
 def digest_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, str]:
     """The digest of every tensor `digest_model` covers, by canonical name: to say *which* weights differ."""
-    tensors = dict(sorted(_canonical_tensors(model, adapter)))
+    tensors = dict(sorted(_canonical_tensors(model, adapter), key=itemgetter(0)))
     meta = [name for name, tensor in tensors.items() if tensor.is_meta]
     if meta:
         raise ValueError(f"Cannot digest a model whose weights are not loaded: {meta[0]!r} is on the meta device.")
@@ -129,9 +130,10 @@ def _canonical_tensors(model: nn.Module, adapter: str | None) -> Iterator[tuple[
             owned = adapter_tensor_name(name, attributes)
             if owned is not None:
                 if owned[0] == adapter:
+                    # Adapters of several parameters of one module nest, and only `base_layer` tells them apart.
                     yield "adapter|" + _strip_wrappers(owned[1].removeprefix(prefix)), tensor
                 continue
-        yield _strip_wrappers(name.removeprefix(prefix)), tensor
+        yield _strip_peft(_strip_wrappers(name.removeprefix(prefix))), tensor
 
 
 def _peft_prefix(model: nn.Module) -> str:
@@ -141,10 +143,12 @@ def _peft_prefix(model: nn.Module) -> str:
 
 
 def _strip_wrappers(name: str) -> str:
-    name = name.removeprefix("module.")
-    components = [c for c in name.split(".") if c not in _WRAPPER_COMPONENTS]
+    return ".".join(c for c in name.removeprefix("module.").split(".") if c not in _WRAPPER_COMPONENTS)
+
+
+def _strip_peft(name: str) -> str:
     # PEFT moves what it wraps below `base_layer` or `original_module`.
-    return ".".join(c for c in components if c not in ("base_layer", "original_module"))
+    return ".".join(c for c in name.split(".") if c not in ("base_layer", "original_module"))
 
 
 def _gathered(tensor: Tensor) -> Any:
