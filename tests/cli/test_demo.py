@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from tests import tiny
 from tests.cli.processes import ROOT, run_here
+from trl_refplug.cli.main import app
+from trl_refplug.errors import RefPlugError
 
 
 @pytest.fixture(scope="module")
@@ -93,18 +96,19 @@ def test_providers_agree(model: str, tmp_path: Path) -> None:
     ],
 )
 def test_reference_flags_are_checked_before_anything_else(arguments: list[str], message: str, tmp_path: Path) -> None:
-    completed = run_demo(tmp_path / "out", "no/such/model", *arguments)
-    assert completed.returncode == 2
-    assert message in completed.stderr
-    assert "Traceback" not in completed.stderr
+    outcome = CliRunner().invoke(
+        app, ["demo", "--model", "no/model", "--output-dir", str(tmp_path / "out"), *arguments]
+    )
+    assert isinstance(outcome.exception, RefPlugError)
+    assert message in str(outcome.exception)
     assert not (tmp_path / "out").exists()
 
 
 def test_unwritable_output(model: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    completed = run_demo(tmp_path / "file", model)
-    assert completed.returncode == 2
-    assert "--output-dir" in completed.stderr
+    outcome = CliRunner().invoke(app, ["demo", "--model", model, "--output-dir", str(tmp_path / "file")])
+    assert isinstance(outcome.exception, RefPlugError)
+    assert "--output-dir" in str(outcome.exception)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")

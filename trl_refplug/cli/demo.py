@@ -110,7 +110,7 @@ def _train(console: Console, settings: DemoSettings, scratch: Path) -> DemoResul
         TimeElapsedColumn(),
         TextColumn("{task.fields[shown]}"),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, refresh_per_second=4) as progress:
         task = progress.add_task("", total=settings.steps, shown="")
 
         def on_step(step: Step) -> None:
