@@ -1,6 +1,9 @@
 """A digest changes with everything that changes a log-prob, and with nothing else."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,3 +114,11 @@ class TestAdapters:
 def test_unloaded_weights_are_refused(model):
     with pytest.raises(ValueError, match="meta device"):
         digest_model(model.to("meta"))
+
+
+def test_weights_on_the_first_rank_only(model):
+    """Under FSDP's memory-saving loading the other ranks have no weights yet, and still agree."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=localhost:0", "-m", "tests.digest_ranks", digest_model(model)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
