@@ -85,15 +85,15 @@ def _digest_tensors_here(model: nn.Module, adapter: str | None) -> dict[str, str
     if meta:
         raise ValueError(f"Cannot digest a model whose weights are not loaded: {meta[0]!r} is on the meta device.")
     workers = min(8, os.cpu_count() or 1)
-    pending: dict[str, Future[str]] = {}
+    pending: list[Future[str]] = []
     with ThreadPoolExecutor(max_workers=workers) as pool:
         # Gathering a shard is collective, so this thread fetches tensors in order; only the hashing is spread.
-        for number, (name, tensor) in enumerate(tensors.items()):
-            if number >= 2 * workers:  # of a model on an accelerator, only so much is in the host's memory at once
-                list(pending.values())[number - 2 * workers].result()
+        for tensor in tensors.values():
+            if len(pending) >= 2 * workers:  # of a model on an accelerator, only so much is on the host at once
+                pending[-2 * workers].result()
             with _gathered(tensor) as whole:
-                pending[name] = pool.submit(_digest_tensor, whole.cpu())
-        return {name: future.result() for name, future in pending.items()}
+                pending.append(pool.submit(_digest_tensor, whole.cpu()))
+        return {name: future.result() for name, future in zip(tensors, pending, strict=True)}
 
 
 def _weights_on_first_rank_only() -> bool:
