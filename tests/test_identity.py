@@ -111,6 +111,17 @@ class TestAdapters:
         assert digest_model(one, adapter="default") != digest_model(two, adapter="default")
 
 
+def test_sharding_does_not(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "tests.sharded_digest", "qwen3"]
+    done = subprocess.run(
+        [*command, str(tmp_path)], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    digests = {(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)}
+    assert digests == {digest_model(tiny.model("qwen3"))}
+
+
 def test_unloaded_weights_are_refused(model):
     with pytest.raises(ValueError, match="meta device"):
         digest_model(model.to("meta"))

@@ -8,7 +8,7 @@ import deepspeed
 import torch
 import transformers
 from datasets import disable_progress_bars
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -39,6 +39,13 @@ def policy_of(job: dict, *, sharded: bool) -> str | torch.nn.Module:
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=sharded), torch.no_grad():
             for parameter in parameters:
                 parameter.mul_(1.3)
+    if job.get("trained_adapter"):
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1)
     return model
 
 
@@ -50,7 +57,7 @@ def run(job: dict) -> dict:
         kwargs["reward_funcs"] = tiny.length_reward
     if job.get("lora"):
         kwargs["peft_config"] = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    early = job.get("policy") == "before"
+    early = job.get("policy") == "unsharded instance"
     policy = policy_of(job, sharded=False) if early else None
     args = config(kind, Path(job["out"]), **job.get("args", {}), deepspeed=zero(job["stage"]), ddp_backend="gloo")
     if policy is None:
