@@ -202,7 +202,10 @@ class Scorer:
         except Exception as error:
             if should_reduce_batch_size(error):
                 raise
-            self._distrusted = str(error) if isinstance(error, UnsafeError) else f"{type(error).__name__}: {error}"
+            first_line = (str(error).splitlines() or [""])[0]
+            self._distrusted = (
+                first_line if isinstance(error, UnsafeError) else f"{type(error).__name__}: {first_line}"
+            )
             self._warn(self._distrusted)
             return exact
         scored = batch.labels[:, 1:] != IGNORED
