@@ -55,7 +55,7 @@ def select_name(selection: Selection) -> str | None:
                     f"another. Remove one of the two."
                 )
         return flags.ref_provider
-    if selection.has_ref_model:
+    if selection.has_ref_model and not meant:
         return "frozen"
     chosen = plugin_manager().select(selection)
     if chosen is not None:
