@@ -240,9 +240,7 @@ class TestAuto:
         path, other = tiny.saved(tmp_path), tiny.model(seed=1)
         trainer = build("dpo", tmp_path, path, ref_model=other, args={"sync_ref_model": True})
         assert not isinstance(trainer.ref_model, ReferenceModel)
-        assert any(
-            type(callback).__name__ == "SyncRefModelCallback" for callback in trainer.callback_handler.callbacks
-        )
+        assert any(isinstance(callback, SyncRefModelCallback) for callback in trainer.callback_handler.callbacks)
         with pytest.raises(ConfigurationError, match="Remove one of the two"):
             build("grpo", tmp_path, path, ref_model=other, args={"sync_ref_model": True})
 
