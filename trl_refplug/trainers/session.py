@@ -50,7 +50,7 @@ class ReferenceSession:
         self.peft_config = peft_config
         self.passes_ref_model = passes_ref_model
         self.flags = ReferenceArguments.of(args)
-        self.resuming = bool(getattr(args, "resume_from_checkpoint", None))
+        self._resumed = False
         self._trainer: Callable[[], Any] = lambda: None
         self.stand_in: ReferenceModel | None = None
         self._nested: list[tuple[ReferenceProvider, TrainerContext, nn.Module | None]] = []
@@ -63,6 +63,11 @@ class ReferenceSession:
     def trainer(self) -> Any:
         """The trainer, once it is built. Referred to weakly: providers keep their context until it is gone."""
         return self._trainer()
+
+    @property
+    def resuming(self) -> bool:
+        """Whether training goes on, or is announced to go on, from a checkpoint."""
+        return self._resumed or bool(getattr(self.args, "resume_from_checkpoint", None))
 
     # Before TRL touches anything
 
@@ -153,7 +158,7 @@ class ReferenceSession:
 
     def resume(self, checkpoint: str) -> None:
         """Training goes on from `checkpoint`: the reference must be the one it was started with."""
-        self.resuming = True
+        self._resumed = True
         compare_with_checkpoint(checkpoint, self.provider)
 
     def step_ended(self, step: int) -> None:
@@ -168,7 +173,7 @@ class ReferenceSession:
             self.provider.on_step_end(step)
 
     def _first_call(self, batch: ReferenceBatch, log_probs: Tensor) -> None:
-        if self.flags.ref_check == "off" or self.resuming or self.trainer.state.global_step > 0:
+        if self.flags.ref_check == "off" or self._resumed or self.trainer.state.global_step > 0:
             return
         if not self.provider.starts_as_policy:
             logger.warning(
