@@ -129,9 +129,9 @@ def _canonical_tensors(model: nn.Module, adapter: str | None) -> Iterator[tuple[
             owned = adapter_tensor_name(name, attributes)
             if owned is not None:
                 if owned[0] == adapter:
-                    yield "adapter|" + _strip_wrappers(owned[1].removeprefix(prefix)), tensor
+                    yield "adapter|" + canonical_name(owned[1].removeprefix(prefix)), tensor
                 continue
-        yield _strip_wrappers(name.removeprefix(prefix)), tensor
+        yield canonical_name(name.removeprefix(prefix)), tensor
 
 
 def _peft_prefix(model: nn.Module) -> str:
@@ -140,7 +140,8 @@ def _peft_prefix(model: nn.Module) -> str:
     return "base_model." if config.is_prompt_learning else "base_model.model."
 
 
-def _strip_wrappers(name: str) -> str:
+def canonical_name(name: str) -> str:
+    """The name a parameter has in the model itself, whatever wraps it (DDP, FSDP, `torch.compile`, PEFT)."""
     name = name.removeprefix("module.")
     components = [c for c in name.split(".") if c not in _WRAPPER_COMPONENTS]
     # PEFT moves what it wraps below `base_layer` or `original_module`.

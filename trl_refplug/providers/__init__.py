@@ -15,3 +15,4 @@ EXTRAS = {"remote": "serve"}
 def refplug_register_providers(register: Register) -> None:
     register("frozen", "trl_refplug.providers.frozen:FrozenProvider")
     register("adapter", "trl_refplug.providers.adapter:AdapterProvider")
+    register("ema", "trl_refplug.providers.ema:EmaProvider")

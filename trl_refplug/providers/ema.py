@@ -1,0 +1,200 @@
+"""The `ema` provider: a reference that follows the policy, `alpha * policy + (1 - alpha) * reference` every so often."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import ReferenceMismatchError
+from ..provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
+
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .averages import ModelAverage
+
+
+_STATE = "ema.json"
+
+
+@dataclass(frozen=True)
+class EmaOptions:
+    """Options of `ema`."""
+
+    alpha: float = field(
+        default=0.6, metadata={"help": "Weight of the policy in a sync, from 0 (never moves) to 1 (becomes the policy)."}
+    )
+    sync_steps: int = field(default=512, metadata={"help": "Optimiser steps from one sync to the next."})
+    start_step: int = field(default=0, metadata={"help": "No sync before this optimiser step."})
+    master_dtype: Literal["float32", "float64", "bfloat16"] = field(
+        default="float32",
+        metadata={
+            "help": "Least precision in which the average is kept. `bfloat16` saves the masters of a bfloat16 model, "
+            "and then a small `alpha` moves nothing."
+        },
+    )
+    master_device: Literal["same", "cpu"] = field(
+        default="same", metadata={"help": "Where those masters are: with the reference, or in the host's memory."}
+    )
+    scoring: Literal["exact", "packed"] = field(
+        default="exact",
+        metadata={"help": "`exact`: the trainer's own shapes, bit for bit. `packed`: shared prompts computed once."},
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must be from 0 to 1, got {self.alpha}")
+        if self.sync_steps < 1:
+            raise ValueError(f"sync_steps must be at least 1, got {self.sync_steps}")
+        if self.start_step < 0:
+            raise ValueError(f"start_step must be at least 0, got {self.start_step}")
+
+
+class EmaProvider(ReferenceProvider):
+    """
+    Scores with a moving average of the policy (TR-DPO, arXiv 2404.09656), in a copy held in the trainer's process.
+
+    Args:
+        options ([`EmaOptions`]): How the reference moves.
+        model (`nn.Module`, *optional*): Where it starts; by default at the policy as it was passed in.
+    """
+
+    Options = EmaOptions
+    capabilities = Capabilities(local_model=True, moving=True, temperature=True, multimodal=True)
+    options: EmaOptions
+
+    def __init__(self, options: EmaOptions | None = None, *, model: nn.Module | None = None) -> None:
+        super().__init__(options)
+        self._given = model
+        self._start = ""
+        self._architecture = ""
+        self._context: ReferenceContext | None = None
+        self._module: nn.Module | None = None
+        self._average: ModelAverage
+        self._syncs = 0
+        self._last: tuple[ReferenceBatch, Tensor] | None = None
+
+    @property
+    def starts_as_policy(self) -> bool:
+        return self._given is None
+
+    @property
+    def module(self) -> nn.Module | None:
+        return self._module
+
+    def pin(self, context: ReferenceContext) -> nn.Module:
+        from ..identity import digest_model
+        from .copies import snapshot
+
+        module = snapshot(context.policy) if self._given is None else self._given
+        self._start = digest_model(module)
+        self._architecture = type(module).__name__
+        return module
+
+    def setup(self, context: ReferenceContext) -> None:
+        import torch
+
+        from ..scoring import Scorer
+        from .averages import ModelAverage
+
+        self._context = context
+        self._module = context.reference_model
+        assert self._module is not None, "the seam places what pin() returned"
+        self._module.eval()  # a model passed as `ref_model=` may still be in train mode
+        device = torch.device("cpu") if self.options.master_device == "cpu" else None
+        self._average = ModelAverage(self._module, getattr(torch, self.options.master_dtype), device)
+        self._average.check(context.policy)
+        self._scorer = Scorer(self._module, mode=self.options.scoring, temperature=context.temperature)
+
+    def identity(self) -> ReferenceIdentity:
+        import xxhash
+
+        assert self._start, "identity() before pin()"
+        schedule = {name: value for name, value in asdict(self.options).items() if name in _SCHEDULE}
+        digest = xxhash.xxh3_128(json.dumps([self._start, schedule]).encode()).hexdigest()
+        return ReferenceIdentity("ema", digest, {"start": self._start[:12], **schedule})
+
+    def log_probs(self, batch: ReferenceBatch) -> Tensor:
+        log_probs = self._scorer.log_probs(batch)
+        assert self._context is not None
+        if self._context.policy.training:
+            self._last = batch, log_probs.clone()
+        return log_probs
+
+    def on_step_end(self, step: int) -> None:
+        # Multiples of `sync_steps`, as TRL counts; with alpha 0 a sync would only cost time.
+        if self.options.alpha and step >= self.options.start_step and step % self.options.sync_steps == 0:
+            assert self._context is not None
+            self._average.update(self._context.policy, self.options.alpha)
+            self._syncs += 1
+
+    def counters(self) -> dict[str, float]:
+        assert self._context is not None
+        policy = self._context.policy
+        counters = {"syncs": float(self._syncs), "distance": self._average.distance(policy)}
+        if self._last is not None:
+            counters["log_ratio"] = self._log_ratio(policy, *self._last)
+            self._last = None
+        return counters
+
+    def _log_ratio(self, policy: nn.Module, batch: ReferenceBatch, reference: Tensor) -> float:
+        """Mean over the scored tokens of this rank's last batch of `log policy - log reference`, in nats."""
+        from ..scoring import Scorer
+        from .peft_policy import in_eval_mode
+
+        assert self._context is not None
+        with in_eval_mode(policy):
+            log_probs = Scorer(policy, temperature=self._context.temperature).log_probs(batch)
+        scored = batch.labels[:, 1:] != -100
+        return float((log_probs - reference)[scored].mean()) if scored.any() else 0.0
+
+    def metadata(self) -> dict[str, Any]:
+        return {"syncs": self._syncs}
+
+    def save_state(self, directory: Path) -> None:
+        assert self._context is not None
+        assert self._module is not None
+        accelerator = self._context.accelerator
+        self._average.save(directory, rank=accelerator.process_index)
+        if accelerator.is_main_process:
+            config: Any = accelerator.unwrap_model(self._module).config
+            config.save_pretrained(directory)
+            state = {"kind": "model", "architecture": self._architecture, "syncs": self._syncs}
+            (directory / _STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
+        if self._average.sharded:
+            accelerator.wait_for_everyone()  # the checkpoint counts as complete soon after this returns
+
+    def load_state(self, directory: Path) -> None:
+        state = read_state(directory)
+        self._average.load(directory)
+        self._syncs = state["syncs"]
+
+    def close(self) -> None:
+        # The trainer's objects may outlive training; the copy must not.
+        self._module = None
+        self._given = None
+        self._last = None
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """
+    What a checkpoint says about its moving reference, tensors aside.
+
+    Raises:
+        ReferenceMismatchError: There is none.
+    """
+    try:
+        state: dict[str, Any] = json.loads((directory / _STATE).read_text(encoding="utf-8"))
+        return state
+    except (OSError, json.JSONDecodeError) as error:
+        raise ReferenceMismatchError(
+            f"{directory} has no state of a moving reference ({error}), so it cannot go on where it was. Resume from a "
+            "checkpoint written with ref_provider='ema', or start anew."
+        ) from error
+
+
+_SCHEDULE = frozenset({"alpha", "sync_steps", "start_step", "master_dtype"})
+"""Options that decide where the reference is after so many steps."""
