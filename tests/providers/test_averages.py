@@ -46,11 +46,11 @@ def distance(ours, theirs):
 def test_equals_trl_bit_for_bit(architecture, overrides, alpha):
     policy = tiny.model(architecture, **overrides)
     ours, theirs = copy.deepcopy(policy), copy.deepcopy(policy)
-    average = ModelAverage(ours, torch.float32, None)
+    average = ModelAverage(ours, lambda: policy, torch.float32)
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         moved(policy, generator)
-        average.update(policy, alpha)
+        average.update(alpha)
         SyncRefModelCallback._sync_target_model(policy, theirs, alpha)
     expected = dict(theirs.named_parameters())
     assert all(torch.equal(parameter, expected[name]) for name, parameter in ours.named_parameters())
@@ -64,11 +64,11 @@ def test_fifty_syncs_against_float64(alpha, dtype, tmp_path):
     reference = copy.deepcopy(policy)
     oracle = {name: p.detach().double() for name, p in policy.named_parameters()}
     start = {name: p.clone() for name, p in oracle.items()}
-    average = ModelAverage(reference, torch.float32, None)
+    average = ModelAverage(reference, lambda: policy, torch.float32)
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         moved(policy, generator)
-        average.update(policy, alpha)
+        average.update(alpha)
         for name, parameter in policy.named_parameters():
             oracle[name] = alpha * parameter.detach().double() + (1 - alpha) * oracle[name]
     assert distance(stored(average, tmp_path, policy), oracle) < 1e-6
@@ -86,9 +86,9 @@ def test_bfloat16_alone_would_not_move(tmp_path):
     moves = {}
     for dtype in (torch.float32, torch.bfloat16):
         reference = copy.deepcopy(start)
-        average = ModelAverage(reference, dtype, None)
+        average = ModelAverage(reference, lambda: policy, dtype)
         for _ in range(50):
-            average.update(policy, 0.001)
+            average.update(0.001)
         kept = stored(average, tmp_path / str(dtype), policy)
         moves[dtype] = distance(kept, {name: p.detach() for name, p in start.named_parameters()})
     towards = distance(dict(policy.named_parameters()), dict(start.named_parameters()))
@@ -109,13 +109,13 @@ def test_any_alpha(alpha, values, dtype):
         reference.weight.copy_(torch.tensor([values[:half]]))
         policy.weight.copy_(torch.tensor([values[half : 2 * half]]))
     expected = alpha * policy.weight.double() + (1 - alpha) * reference.weight.double()
-    ModelAverage(reference, dtype, None).update(policy, alpha)
+    ModelAverage(reference, lambda: policy, dtype).update(alpha)
     torch.testing.assert_close(reference.weight.double(), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_masters_only_where_they_are_needed(tmp_path):
     def masters(model, *args):
-        return ModelAverage(model, *args)._masters
+        return ModelAverage(model, lambda: model, *args)._masters
 
     device = torch.device("cpu")
     assert not masters(tiny.model(), torch.float32, None)
@@ -133,53 +133,53 @@ def test_buffers_are_copied():
         return norm
 
     policy, reference = module(5.0), module(0.0)
-    ModelAverage(reference, torch.float32, None).update(policy, 0.25)
+    ModelAverage(reference, lambda: policy, torch.float32).update(0.25)
     assert torch.equal(reference.running_mean, policy.running_mean)
     assert int(reference.num_batches_tracked) == 5
 
 
 class TestPairs:
     def test_name(self):
-        average = ModelAverage(tiny.model("llama"), torch.float32, None)
+        average = ModelAverage(tiny.model("llama"), lambda: tiny.model("gpt2"), torch.float32)
         with pytest.raises(ConfigurationError, match="ref_model"):
-            average.check(tiny.model("gpt2"))
+            average.check()
 
     def test_shape(self):
-        average = ModelAverage(tiny.model("llama", intermediate_size=64), torch.float32, None)
+        average = ModelAverage(tiny.model("llama", intermediate_size=64), lambda: tiny.model("llama"), torch.float32)
         with pytest.raises(ConfigurationError, match=r"gate_proj.*\[48, 32\].*\[64, 32\]"):
-            average.check(tiny.model("llama"))
+            average.check()
 
     def test_wrappers(self):
         policy, reference = tiny.model(), tiny.model(seed=1)
-        average = ModelAverage(reference, torch.float32, None)
-        average.update(torch.compile(policy), 1.0)
+        average = ModelAverage(reference, lambda: torch.compile(policy), torch.float32)
+        average.update(1.0)
         assert torch.equal(reference.lm_head.weight, policy.lm_head.weight)
 
 
 def test_distance():
     policy, reference = tiny.model(), tiny.model(seed=1)
-    average = ModelAverage(reference, torch.float32, None)
+    average = ModelAverage(reference, lambda: policy, torch.float32)
     expected = distance(dict(reference.named_parameters()), dict(policy.named_parameters()))
-    assert average.distance(policy) == pytest.approx(expected, rel=1e-5)
-    average.update(policy, 1.0)
-    assert average.distance(policy) == 0.0
+    assert average.distance() == pytest.approx(expected, rel=1e-5)
+    average.update(1.0)
+    assert average.distance() == 0.0
 
 
 class TestFiles:
     def saved(self, tmp_path, dtype=torch.float32):
         policy = tiny.model().to(dtype)
-        average = ModelAverage(copy.deepcopy(policy), torch.float32, None)
+        average = ModelAverage(copy.deepcopy(policy), lambda: policy, torch.float32)
         moved(policy, torch.Generator().manual_seed(1))
-        average.update(policy, 0.3)
+        average.update(0.3)
         return policy, average, stored(average, tmp_path, policy)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_round_trip(self, dtype, tmp_path):
         policy, average, before = self.saved(tmp_path, dtype)
-        again = ModelAverage(tiny.model(seed=9).to(dtype), torch.float32, None)
+        again = ModelAverage(tiny.model(seed=9).to(dtype), lambda: policy, torch.float32)
         again.load(tmp_path)
         for step in (average, again):
-            step.update(policy, 0.1)
+            step.update(0.1)
         after = stored(average, tmp_path / "one", policy)
         other = stored(again, tmp_path / "other", policy)
         assert all(torch.equal(after[name], other[name]) for name in before)
@@ -201,7 +201,7 @@ class TestFiles:
 
     def test_another_shape(self, tmp_path):
         self.saved(tmp_path)
-        other = ModelAverage(tiny.model(intermediate_size=64), torch.float32, None)
+        other = ModelAverage(tiny.model(intermediate_size=64), tiny.model, torch.float32)
         with pytest.raises(ReferenceMismatchError, match=r"expected \[64, 32\]"):
             other.load(tmp_path)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -18,6 +18,29 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+class MovingAverage(Protocol):
+    """A reference that [`update`] moves towards the policy."""
+
+    @property
+    def sharded(self) -> bool:
+        """Whether every rank saves another part of it."""
+
+    def update(self, alpha: float) -> None:
+        """`reference = alpha * policy + (1 - alpha) * reference`."""
+
+    def distance(self) -> float:
+        """`|policy - reference| / |policy|`. Collective if sharded."""
+
+    def counters(self) -> dict[str, float]:
+        """Further numbers for the logs."""
+
+    def save(self, directory: Path, *, rank: int) -> None:
+        """Write it. Called on every rank."""
+
+    def load(self, directory: Path) -> None:
+        """Restore what [`save`] wrote."""
+
+
 class ModelAverage:
     """
     `reference = alpha * policy + (1 - alpha) * reference`, in place, with TRL's own operations in TRL's order.
@@ -27,12 +50,20 @@ class ModelAverage:
 
     Args:
         reference (`nn.Module`): The reference, placed and sharded as it will be. Changed by every [`update`].
+        policy (`Callable`): Looks the policy up, as it is wrapped when training starts.
         dtype (`torch.dtype`): Least precision of the average.
         device (`torch.device` or `None`): Where masters live; `None` for where the reference is.
     """
 
-    def __init__(self, reference: nn.Module, dtype: torch.dtype, device: torch.device | None) -> None:
+    def __init__(
+        self,
+        reference: nn.Module,
+        policy: Callable[[], nn.Module],
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> None:
         self._reference = reference
+        self._policy = policy
         self._masters: dict[str, Tensor] = {}
         with torch.no_grad():
             for name, tensor in named_parameters(reference).items():
@@ -42,9 +73,9 @@ class ModelAverage:
                     self._masters[name] = part.to(device=device, dtype=wide, copy=True)
 
     @torch.no_grad()
-    def update(self, policy: nn.Module, alpha: float) -> None:
-        """Move the reference towards `policy`. No communication: every rank updates its own shards."""
-        for name, ours, theirs in self._pairs(policy):
+    def update(self, alpha: float) -> None:
+        """Move the reference towards the policy. No communication: every rank updates its own shards."""
+        for name, ours, theirs in self._pairs():
             reference, part = local(ours), local(theirs)
             if reference.shape != part.shape:
                 raise ConfigurationError(
@@ -59,26 +90,26 @@ class ModelAverage:
             if average is not reference:
                 reference.copy_(average)
             refresh(ours)
-        buffers = _named_buffers(policy)
+        buffers = _named_buffers(self._policy())
         for name, buffer in _named_buffers(self._reference).items():
             if name in buffers:
                 buffer.copy_(buffers[name])
 
-    def check(self, policy: nn.Module) -> None:
+    def check(self) -> None:
         """
         Whether every parameter of the reference has its counterpart.
 
         Raises:
             ConfigurationError: Names or shapes differ.
         """
-        for _ in self._pairs(policy):
+        for _ in self._pairs():
             pass
 
     @torch.no_grad()
-    def distance(self, policy: nn.Module) -> float:
+    def distance(self) -> float:
         """`|policy - reference| / |policy|` over all parameters. Reduces two scalars over ranks if sharded."""
         sums: dict[bool, list[Tensor]] = {True: [], False: []}  # by whether the tensor is sharded
-        for name, ours, theirs in self._pairs(policy):
+        for name, ours, theirs in self._pairs():
             part = local(theirs)
             average = self._masters.get(name, local(ours)).to(part.device)
             if part.is_floating_point():
@@ -94,6 +125,10 @@ class ModelAverage:
                 total += squared.cpu()
         difference_squared, size_squared = total.tolist()
         return float((difference_squared / size_squared) ** 0.5) if size_squared else 0.0
+
+    def counters(self) -> dict[str, float]:
+        """None beside the distance."""
+        return {}
 
     @property
     def sharded(self) -> bool:
@@ -135,8 +170,8 @@ class ModelAverage:
             for name, buffer in _named_buffers(self._reference, persistent=True).items():
                 buffer.copy_(reader.whole(name, tuple(buffer.shape)))
 
-    def _pairs(self, policy: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
-        references, policies = named_parameters(self._reference), named_parameters(policy)
+    def _pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        references, policies = named_parameters(self._reference), named_parameters(self._policy())
         if references.keys() != policies.keys():
             odd = sorted(references.keys() ^ policies.keys())
             missing_in = "reference" if odd[0] in policies else "policy"

@@ -7,14 +7,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import ReferenceMismatchError
+from ..errors import ConfigurationError, ReferenceMismatchError
 from ..provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
 
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
-    from .averages import ModelAverage
+    from ..scoring import Scorer
+    from .averages import MovingAverage
 
 
 _STATE = "ema.json"
@@ -39,6 +41,20 @@ class EmaOptions:
     master_device: Literal["same", "cpu"] = field(
         default="same", metadata={"help": "Where those masters are: with the reference, or in the host's memory."}
     )
+    average: Literal["exact", "factors"] = field(
+        default="exact",
+        metadata={
+            "help": "With PEFT, what is averaged. `exact`: the products BA, that is, the weights. `factors`: B and A "
+            "separately, which is cheaper and another method."
+        },
+    )
+    tolerance: float = field(
+        default=1e-4, metadata={"help": "With `exact`, relative error that a sync may make to keep the rank low."}
+    )
+    max_rank: int | None = field(
+        default=None,
+        metadata={"help": "With `exact`, rank of the reference's adapter. By default 4 times the policy's."},
+    )
     scoring: Literal["exact", "packed"] = field(
         default="exact",
         metadata={"help": "`exact`: the trainer's own shapes, bit for bit. `packed`: shared prompts computed once."},
@@ -51,11 +67,14 @@ class EmaOptions:
             raise ValueError(f"sync_steps must be at least 1, got {self.sync_steps}")
         if self.start_step < 0:
             raise ValueError(f"start_step must be at least 0, got {self.start_step}")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance must be at least 0 and less than 1, got {self.tolerance}")
 
 
 class EmaProvider(ReferenceProvider):
     """
-    Scores with a moving average of the policy (TR-DPO, arXiv 2404.09656), in a copy held in the trainer's process.
+    Scores with a moving average of the policy (TR-DPO, arXiv 2404.09656): in full fine-tuning a copy held in the
+    trainer's process, with a LoRA policy a second adapter of it.
 
     Args:
         options ([`EmaOptions`]): How the reference moves.
@@ -73,7 +92,9 @@ class EmaProvider(ReferenceProvider):
         self._architecture = ""
         self._context: ReferenceContext | None = None
         self._module: nn.Module | None = None
-        self._average: ModelAverage
+        self._average: MovingAverage
+        self._scorer: Scorer | None = None
+        self._is_peft = False
         self._syncs = 0
         self._last: tuple[ReferenceBatch, Tensor] | None = None
 
@@ -85,10 +106,29 @@ class EmaProvider(ReferenceProvider):
     def module(self) -> nn.Module | None:
         return self._module
 
-    def pin(self, context: ReferenceContext) -> nn.Module:
+    @property
+    def reference_adapter(self) -> str | None:
+        """Name of the policy's adapter that is the reference, for PEFT."""
+        from .peft_policy import REFERENCE_ADAPTER
+
+        return REFERENCE_ADAPTER if self._is_peft else None
+
+    def pin(self, context: ReferenceContext) -> nn.Module | None:
         from ..identity import digest_model
         from .copies import snapshot
+        from .peft_policy import is_peft
+        from .purity import check_policy
 
+        self._is_peft = context.peft_config is not None or is_peft(context.policy)
+        if self._is_peft:
+            if self._given is not None:
+                raise ConfigurationError(
+                    "A reference model was passed (`ref_model=`), and with a PEFT policy the 'ema' reference is an "
+                    "adapter of the policy that starts where the policy does. Remove `ref_model`."
+                )
+            if is_peft(context.policy):
+                check_policy(context.policy, "ema")
+            return None  # the policy's adapter may not exist yet
         module = snapshot(context.policy) if self._given is None else self._given
         self._start = digest_model(module)
         self._architecture = type(module).__name__
@@ -97,44 +137,94 @@ class EmaProvider(ReferenceProvider):
     def setup(self, context: ReferenceContext) -> None:
         import torch
 
-        from ..scoring import Scorer
+        self._context = context
+        dtype = getattr(torch, self.options.master_dtype)
+        device = torch.device("cpu") if self.options.master_device == "cpu" else None
+        if self._is_peft:
+            self._setup_adapter(context, dtype, device)
+        else:
+            self._setup_model(context, dtype, device)
+
+    def _setup_model(self, context: ReferenceContext, dtype: torch.dtype, device: torch.device | None) -> None:
         from .averages import ModelAverage
 
-        self._context = context
         self._module = context.reference_model
         assert self._module is not None, "the seam places what pin() returned"
         self._module.eval()  # a model passed as `ref_model=` may still be in train mode
-        device = torch.device("cpu") if self.options.master_device == "cpu" else None
-        self._average = ModelAverage(self._module, getattr(torch, self.options.master_dtype), device)
-        self._average.check(context.policy)
-        self._scorer = Scorer(self._module, mode=self.options.scoring, temperature=context.temperature)
+        average = ModelAverage(self._module, lambda: context.policy, dtype, device)
+        average.check()
+        self._average = average
+
+    def _setup_adapter(self, context: ReferenceContext, dtype: torch.dtype, device: torch.device | None) -> None:
+        from ..identity import combine_digests, digest_tensors
+        from .adapter_average import AdapterAverage
+        from .peft_policy import base_model_of, peft_model_of, policy_adapter, save_without, starts_as_identity
+        from .purity import check_policy
+
+        policy = peft_model_of(context.policy)
+        check_policy(policy, "ema")
+        adapter = policy_adapter(policy)
+        if starts_as_identity(policy, adapter):
+            self._start = combine_digests(base_model_of(policy), digest_tensors(policy))
+        else:
+            self._start = combine_digests(policy, digest_tensors(policy, adapter), adapter)
+        self._average = AdapterAverage(lambda: context.policy, self.options, dtype, device)
+        assert self.reference_adapter is not None
+        save_without(policy, self.reference_adapter)
 
     def identity(self) -> ReferenceIdentity:
         import xxhash
 
-        assert self._start, "identity() before pin()"
-        schedule = {name: value for name, value in asdict(self.options).items() if name in _SCHEDULE}
+        assert self._start, "identity() before setup()"
+        schedule = self._schedule()
         digest = xxhash.xxh3_128(json.dumps([self._start, schedule]).encode()).hexdigest()
         return ReferenceIdentity("ema", digest, {"start": self._start[:12], **schedule})
 
+    def _schedule(self) -> dict[str, Any]:
+        """The options that decide where the reference is after so many steps."""
+        options = asdict(self.options)
+        names = ["alpha", "sync_steps", "start_step", "master_dtype"]
+        if self._is_peft:
+            names += ["average", "tolerance", "max_rank"] if self.options.average == "exact" else ["average"]
+        return {name: options[name] for name in names}
+
     def log_probs(self, batch: ReferenceBatch) -> Tensor:
-        log_probs = self._scorer.log_probs(batch)
-        assert self._context is not None
-        if self._context.policy.training:
+        assert self._context is not None, "log_probs() before setup()"
+        policy = self._context.policy  # looked up each time: accelerate and FSDP replace it when training starts
+        if self._is_peft:
+            from .peft_policy import reference_active
+
+            with reference_active(policy, self.reference_adapter):
+                log_probs = self._scorer_of(policy).log_probs(batch)
+        else:
+            assert self._module is not None, "log_probs() after close()"
+            log_probs = self._scorer_of(self._module).log_probs(batch)
+        if policy.training:
             self._last = batch, log_probs.clone()
         return log_probs
+
+    def _scorer_of(self, model: nn.Module) -> Scorer:
+        from ..scoring import Scorer
+
+        if self._scorer is None or self._scorer.model is not model:
+            assert self._context is not None
+            self._scorer = Scorer(model, mode=self.options.scoring, temperature=self._context.temperature)
+        return self._scorer
 
     def on_step_end(self, step: int) -> None:
         # Multiples of `sync_steps`, as TRL counts; with alpha 0 a sync would only cost time.
         if self.options.alpha and step >= self.options.start_step and step % self.options.sync_steps == 0:
-            assert self._context is not None
-            self._average.update(self._context.policy, self.options.alpha)
+            self._average.update(self.options.alpha)
             self._syncs += 1
 
     def counters(self) -> dict[str, float]:
         assert self._context is not None
         policy = self._context.policy
-        counters = {"syncs": float(self._syncs), "distance": self._average.distance(policy)}
+        counters = {
+            "syncs": float(self._syncs),
+            "distance": self._average.distance(),
+            **self._average.counters(),
+        }
         if self._last is not None:
             counters["log_ratio"] = self._log_ratio(policy, *self._last)
             self._last = None
@@ -156,13 +246,13 @@ class EmaProvider(ReferenceProvider):
 
     def save_state(self, directory: Path) -> None:
         assert self._context is not None
-        assert self._module is not None
         accelerator = self._context.accelerator
         self._average.save(directory, rank=accelerator.process_index)
         if accelerator.is_main_process:
-            config: Any = accelerator.unwrap_model(self._module).config
-            config.save_pretrained(directory)
-            state = {"kind": "model", "architecture": self._architecture, "syncs": self._syncs}
+            state: dict[str, Any] = {"kind": "adapter", "syncs": self._syncs}
+            if self._module is not None:
+                state.update(kind="model", architecture=self._architecture)
+                accelerator.unwrap_model(self._module).config.save_pretrained(directory)
             (directory / _STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
         if self._average.sharded:
             accelerator.wait_for_everyone()  # the checkpoint counts as complete soon after this returns
@@ -194,7 +284,3 @@ def read_state(directory: Path) -> dict[str, Any]:
             f"{directory} has no state of a moving reference ({error}), so it cannot go on where it was. Resume from a "
             "checkpoint written with ref_provider='ema', or start anew."
         ) from error
-
-
-_SCHEDULE = frozenset({"alpha", "sync_steps", "start_step", "master_dtype"})
-"""Options that decide where the reference is after so many steps."""

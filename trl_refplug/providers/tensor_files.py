@@ -94,9 +94,7 @@ class TensorReader:
         Raises:
             ReferenceMismatchError: There is no such tensor, it has another shape, or a rank's part is missing.
         """
-        parts = self._parts.get(name)
-        if not parts:
-            raise ReferenceMismatchError(f"{self._directory} has no {name!r}; the checkpoint is damaged.")
+        parts = self._found(name)
         cut = parts[0][1].shape
         if cut not in (shape, (prod(shape),)):
             raise ReferenceMismatchError(f"{self._directory}: {name!r} is {list(cut)}; expected {list(shape)}.")
@@ -112,3 +110,17 @@ class TensorReader:
                 f"{self._directory} lacks parts of {name!r}: a rank's file is missing, the checkpoint is damaged."
             )
         return whole.reshape(shape)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """
+        Shape in which the tensor was cut into parts: its own, or flat under ZeRO-3.
+
+        Raises:
+            ReferenceMismatchError: There is no such tensor.
+        """
+        return self._found(name)[0][1].shape
+
+    def _found(self, name: str) -> list[tuple[Any, Part]]:
+        if name not in self._parts:
+            raise ReferenceMismatchError(f"{self._directory} has no {name!r}; the checkpoint is damaged.")
+        return self._parts[name]
