@@ -37,7 +37,9 @@ def stored(average, directory, model):
 
 def distance(ours, theirs):
     difference = sum((ours[name].double() - value.double()).square().sum() for name, value in theirs.items())
-    return float((difference.detach() / sum(value.detach().double().square().sum() for value in theirs.values())) ** 0.5)
+    return float(
+        (difference.detach() / sum(value.detach().double().square().sum() for value in theirs.values())) ** 0.5
+    )
 
 
 @pytest.mark.parametrize("overrides", [{}, {"tie_word_embeddings": True}], ids=["", "tied"])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from trl_refplug import ReferenceMismatchError
 
@@ -27,7 +28,9 @@ EMA = {
 
 
 def losses(trainer):
-    return [(entry["step"], entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+    return [
+        (entry["step"], entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry
+    ]
 
 
 def references(trainer):
@@ -53,6 +56,27 @@ def test_resumed_before_at_and_after_a_sync(kind, dtype, tmp_path):
         assert all(torch.equal(parameter, expected[name]) for name, parameter in references(trainer).items())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("average", "overrides"),
+    [("exact", {}), ("exact", {"use_dora": True}), ("factors", {"modules_to_save": ["norm"]})],
+)
+def test_resumed_with_an_adapter(kind, average, overrides, tmp_path):
+    path, out = tiny.saved(tmp_path), tmp_path / "out"
+    schedule = {**EMA["ref_provider_kwargs"], "average": average}
+    args = {**EMA, "ref_provider_kwargs": schedule}
+    given = {"train_dataset": tiny.prompt_data(16)} if kind in ONLINE else {}
+    given["peft_config"] = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **overrides)
+    whole = train(kind, out, path, args=args, **given).trainer
+    for step in (2, 3, 4):
+        trainer = build(kind, tmp_path / "again", path, args={**args, "save_strategy": "no"}, **given)
+        trainer.train(resume_from_checkpoint=str(out / f"checkpoint-{step}"))
+        assert losses(trainer) == losses(whole)
+        expected = dict(whole.model.named_parameters())
+        assert all(torch.equal(p, expected[name]) for name, p in trainer.model.named_parameters())
+        assert sum(".ref." in name for name in expected) > 10
+
+
 def test_without_the_state_it_would_be_another_run(tmp_path, monkeypatch):
     """What the test above would not see if the reference played no part."""
     path, out = tiny.saved(tmp_path), tmp_path / "out"
@@ -63,10 +87,11 @@ def test_without_the_state_it_would_be_another_run(tmp_path, monkeypatch):
     assert losses(trainer) != losses(whole)
 
 
-def test_killed(tmp_path):
+@pytest.mark.parametrize("lora", [None, {"r": 4, "target_modules": "all-linear"}], ids=["full", "lora"])
+def test_killed(lora, tmp_path):
     """A process that dies between two checkpoints, and another one that goes on."""
     path, out = tiny.saved(tmp_path), tmp_path / "out"
-    job = json.dumps({"model": path, "args": {**EMA, "save_steps": 2}})
+    job = json.dumps({"model": path, "lora": lora, "args": {**EMA, "save_steps": 2}})
     command = [sys.executable, "-m", "tests.trainers.one_run", job]
     whole = subprocess.run([*command, str(tmp_path / "whole"), "0"], cwd=ROOT, capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr[-3000:]
@@ -117,8 +142,9 @@ def test_state_is_there_before_the_checkpoint_is_complete(tmp_path):
     assert all(path.stat().st_mtime_ns <= complete for path in state)
 
 
+@pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
-def test_best_model_comes_with_its_reference(kind, tmp_path):
+def test_best_model_comes_with_its_reference(kind, lora, tmp_path):
     path, out = tiny.saved(tmp_path), tmp_path / "out"
     data = {"dpo": tiny.preference_data, "kto": tiny.unpaired_data}[kind]()
     args = {
@@ -130,7 +156,8 @@ def test_best_model_comes_with_its_reference(kind, tmp_path):
         "metric_for_best_model": "loss",
         "learning_rate": 0.1,
     }
-    trainer = train(kind, out, path, args=args, eval_dataset=data).trainer
+    given = {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")} if lora else {}
+    trainer = train(kind, out, path, args=args, eval_dataset=data, **given).trainer
     best = int(Path(trainer.state.best_model_checkpoint).name.split("-")[1])
     assert best < 8
     provider = trainer.ref_model.provider

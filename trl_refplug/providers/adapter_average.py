@@ -196,7 +196,9 @@ class AdapterAverage:
             tensors[f"{name}.error"] = torch.tensor(product.error, dtype=torch.float64)
             if product.scale is not None:
                 tensors[f"{name}.scale"] = product.scale
-        entries = ((name, t, Part(tuple(t.shape), (0,) * t.dim(), tuple(t.shape)), t.dtype) for name, t in tensors.items())
+        entries = (
+            (name, t, Part(tuple(t.shape), (0,) * t.dim(), tuple(t.shape)), t.dtype) for name, t in tensors.items()
+        )
         write_tensors(directory, 0, entries)
         exported = directory / "adapter"
         exported.mkdir(exist_ok=True)

@@ -27,7 +27,8 @@ class EmaOptions:
     """Options of `ema`."""
 
     alpha: float = field(
-        default=0.6, metadata={"help": "Weight of the policy in a sync, from 0 (never moves) to 1 (becomes the policy)."}
+        default=0.6,
+        metadata={"help": "Weight of the policy in a sync, from 0 (never moves) to 1 (becomes the policy)."},
     )
     sync_steps: int = field(default=512, metadata={"help": "Optimiser steps from one sync to the next."})
     start_step: int = field(default=0, metadata={"help": "No sync before this optimiser step."})
