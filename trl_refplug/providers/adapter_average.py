@@ -23,7 +23,7 @@ from .peft_policy import (
     peft_model_of,
     policy_adapter,
 )
-from .shards import Part, fill, full_shape, gathered, is_sharded
+from .shards import Part, fill, full_shape, gathered, is_sharded, reshard
 from .tensor_files import TensorReader, write_tensors
 
 
@@ -234,7 +234,9 @@ class AdapterAverage:
 
     @property
     def _model(self) -> Any:
-        return peft_model_of(self._policy())
+        policy = self._policy()
+        reshard(policy)
+        return peft_model_of(policy)
 
     def _device_of(self, name: str) -> torch.device:
         return self._products[name].matrix.left.device

@@ -1,4 +1,4 @@
-"""The `ema` provider: a reference that follows the policy, `alpha * policy + (1 - alpha) * reference` every so often."""
+"""The `ema` provider: a reference that follows the policy, by a moving average of its weights."""
 
 from __future__ import annotations
 
@@ -282,6 +282,6 @@ def read_state(directory: Path) -> dict[str, Any]:
         return state
     except (OSError, json.JSONDecodeError) as error:
         raise ReferenceMismatchError(
-            f"{directory} has no state of a moving reference ({error}), so it cannot go on where it was. Resume from a "
-            "checkpoint written with ref_provider='ema', or start anew."
+            f"{directory} has no state of a moving reference ({error}), so it cannot go on where it was. Resume from "
+            "a checkpoint written with ref_provider='ema', or start anew."
         ) from error

@@ -1,4 +1,4 @@
-"""Matrices kept as the product of two thin factors: weighted sums, and recompression without ever forming the matrix."""
+"""Matrices kept as the product of two thin factors: weighted sums and recompression, never forming the matrix."""
 
 from __future__ import annotations
 

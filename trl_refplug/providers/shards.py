@@ -50,7 +50,7 @@ def full_shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
-def local(tensor: Tensor) -> Tensor:
+def local(tensor: Any) -> Tensor:
     """This rank's part, sharing its memory. No communication. Call it under `no_grad`."""
     if hasattr(tensor, "ds_id"):
         flat: Tensor = tensor.ds_tensor.data
@@ -58,10 +58,11 @@ def local(tensor: Tensor) -> Tensor:
     if hasattr(tensor, "to_local"):
         part: Tensor = tensor.to_local()
         return part
-    return tensor.data
+    whole: Tensor = tensor.data
+    return whole
 
 
-def part_of(tensor: Tensor) -> Part:
+def part_of(tensor: Any) -> Part:
     """Where [`local`] sits in the whole."""
     shape = full_shape(tensor)
     if hasattr(tensor, "ds_id"):
@@ -77,10 +78,10 @@ def part_of(tensor: Tensor) -> Part:
     return Part(shape, (0,) * len(shape), shape)
 
 
-def refresh(tensor: Tensor) -> None:
+def refresh(tensor: Any) -> None:
     """After [`local`] was written to: drop what ZeRO-3 may have gathered of the tensor before."""
     if hasattr(tensor, "ds_id") and tensor.ds_status.name == "AVAILABLE":
-        tensor.partition(has_been_updated=False)  # type: ignore[operator]
+        tensor.partition(has_been_updated=False)
 
 
 def fill(tensor: Tensor, whole: Tensor) -> None:
@@ -108,14 +109,16 @@ def named_parameters(model: nn.Module) -> dict[str, Tensor]:
     """
     from ..identity import canonical_name
 
-    _reshard(model)
+    reshard(model)
     return {canonical_name(name): parameter for name, parameter in model.named_parameters()}
 
 
-def _reshard(model: nn.Module) -> None:
-    # A root module keeps its parameters gathered after a forward that no backward follows; what is written then is
-    # lost, as the shards are what counts.
-    if not any(hasattr(module, "set_requires_gradient_sync") for module in model.modules()):
+def reshard(model: nn.Module) -> None:
+    """
+    Have FSDP2 put every parameter back into shards. A root module keeps its own gathered after a forward that no
+    backward follows, and what is written to them then is lost.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
     from torch.distributed.fsdp import FSDPModule
 
