@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import trl_refplug
-from trl_refplug.cli import plugins
+from trl_refplug.cli import ema, plugins
 from trl_refplug.errors import PluginError, RefPlugError
 
 
@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("plugins")(plugins.plugins)
+app.add_typer(ema.app, name="ema")
 
 
 def _print_version(asked: bool) -> None:
