@@ -137,6 +137,8 @@ def test_unusable_lazy_target_names_plugin_distribution_and_target(site: FakeSit
 
 HOOK = "from trl_refplug import hookimpl\n@hookimpl"
 
+HOOK_ONLY = f"{HOOK}\ndef refplug_scored(): pass"
+
 BROKEN = {
     "import error": ("import nowhere_to_be_found", "ModuleNotFoundError: No module named 'nowhere_to_be_found'."),
     "syntax error": ("def :", "SyntaxError"),
@@ -197,6 +199,7 @@ def test_broken_plugin_stays_outside(site: FakeSite, source: str, told: str) -> 
     record = record_of(manager, "acme")
     assert record.status == "failed"
     assert told in record.reason
+    assert "PluginError" not in record.reason  # our own findings are sentences
     assert record.exception is not None
     assert not any(provider.plugin.name == "acme" for provider in manager.providers.values())
 
@@ -237,8 +240,9 @@ def test_selected_broken_plugin_shows_its_own_traceback(site: FakeSite) -> None:
     assert "the culprit" in "".join(traceback.format_exception(caught.value))
 
 
-def test_broken_plugin_keeps_no_caller_alive(site: FakeSite) -> None:
-    source = "try:\n    import nowhere\nexcept ImportError as error:\n    raise ValueError from error"
+@pytest.mark.parametrize("last", ["    raise ValueError from None", "    cause = error\nraise ValueError from cause"])
+def test_broken_plugin_keeps_no_caller_alive(site: FakeSite, last: str) -> None:
+    source = f"try:\n    import nowhere\nexcept ImportError as error:\n{last}"
     site.install("acme-refs", plugins={"acme": "acme_mod"}, modules={"acme_mod": source})
 
     class Policy:
@@ -280,6 +284,24 @@ def test_one_module_under_two_names_is_loaded_once(site: FakeSite) -> None:
     manager = PluginManager()
     assert record_of(manager, "acme").status == "ok"
     assert "loaded already, as acme-refs:acme" in record_of(manager, "zebra").reason
+
+
+def test_one_name_twice_in_a_distribution_leaves_the_first_alone(site: FakeSite) -> None:
+    metadata = site.install(
+        "acme-refs", plugins={}, modules={"a_mod": selecting("return 'frozen'"), "b_mod": HOOK_ONLY}
+    )
+    (metadata / "entry_points.txt").write_text("[trl_refplug]\nacme = a_mod\nacme = b_mod\n")
+    manager = PluginManager()
+    assert sorted(record.status for record in manager.records) == ["failed", "ok", "ok"]
+    assert manager.select(object()) == "frozen"
+
+
+def test_module_without_a_file(site: FakeSite) -> None:
+    (site.path / "acme_namespace").mkdir()
+    site.install("acme-refs", plugins={"acme": "acme_namespace"})
+    record = record_of(PluginManager(), "acme")
+    assert record.status == "failed"
+    assert record.location == str(site.path)
 
 
 @pytest.mark.parametrize(
@@ -454,6 +476,12 @@ def test_distribution_found_twice_counts_once(make_site: Callable[[str], FakeSit
     assert "behind" not in manager.providers
 
 
+def test_order_is_that_of_the_names_and_not_of_the_path(make_site: Callable[[str], FakeSite]) -> None:
+    for name in ("a", "b", "c"):  # the last one comes first on the path
+        make_site(name).install(f"{name}-refs", plugins={name: f"{name}_mod"}, modules={f"{name}_mod": HOOK_ONLY})
+    assert [record.name for record in PluginManager().records] == ["builtin", "a", "b", "c"]
+
+
 # Names nobody has
 
 
@@ -472,6 +500,14 @@ def test_unknown_optional_provider_names_the_extra(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(trl_refplug.providers.EXTRAS, "orbital", "orbit")
     with pytest.raises(UnknownProviderError, match=r"pip install 'trl-refplug\[orbit\]'"):
         PluginManager().provider_class("orbital")
+
+
+def test_planned_provider_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trl_refplug.providers, "PLANNED", {"orbital": "orbit", "stored": ""})
+    with pytest.raises(UnknownProviderError, match=r"later release.*pip install 'trl-refplug\[orbit\]'"):
+        PluginManager().provider_class("orbital")
+    with pytest.raises(UnknownProviderError, match=r"later release of trl-refplug; this one does not have it"):
+        PluginManager().provider_class("stored")
 
 
 # Hooks that are called during training
@@ -524,7 +560,7 @@ def test_observers_see_a_copy_of_every_answer(site: FakeSite) -> None:
     modules = {
         "a_mod": f"{header}def refplug_scored(log_probs, seconds, identity):\n"
         "    seen.append((log_probs.clone(), seconds, identity))\n    log_probs.zero_()",
-        "b_mod": f"{header}def refplug_scored(batch, log_probs, seconds=None):\n"
+        "b_mod": f"{header}def refplug_scored(batch, log_probs, seconds=None, verbose=False):\n"
         "    seen.append((batch, log_probs.clone(), seconds))",
     }
     site.install("acme-refs", plugins={"a": "a_mod", "b": "b_mod"}, modules=modules)

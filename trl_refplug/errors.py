@@ -11,7 +11,10 @@ RefPlugError
 ├── SeamError                            TRL does not look as this release of trl-refplug expects
 ├── ReferenceMismatchError               the log-probs, or the reference itself, are not those that were declared
 ├── InvalidLogProbsError                 a provider answered with a wrong shape, dtype or a non-finite value
-└── UnsupportedInputError                this provider cannot score this batch
+├── UnsupportedInputError                this provider cannot score this batch
+└── StoreError                           a log-prob store cannot be opened, read or written
+    ├── StoreVersionError                it holds shards written by a newer release
+    └── StoreWriteError                  no space, no permission, no such place; what was published before is kept
 
 RefPlugWarning (UserWarning)             something is wrong that does not concern the reference in use
 ```
@@ -67,6 +70,18 @@ class UnsupportedInputError(RefPlugError):
 
 class RefPlugWarning(UserWarning):
     """Something is wrong that does not concern the reference in use: a broken plugin nobody selected, for example."""
+
+
+class StoreError(RefPlugError):
+    """A log-prob store cannot be opened, read or written as asked."""
+
+
+class StoreVersionError(StoreError):
+    """A shard of the store has a format version that this release does not know."""
+
+
+class StoreWriteError(StoreError):
+    """Rows could not be published. What was published before is kept; `__cause__` says what went wrong."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

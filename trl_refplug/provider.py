@@ -116,8 +116,7 @@ class ReferenceIdentity:
 
 class ReferenceContext(Protocol):
     """
-    What a provider may know of the run it serves. `trainers/` implements it; plugin tests use the one of
-    `trl_refplug.testing`.
+    What a provider may know of the run it serves.
     """
 
     @property

@@ -79,7 +79,12 @@ def test_other_exceptions_are_not_hidden() -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_interrupted(tmp_path: Path) -> None:
-    body = f"import pathlib, time; pathlib.Path({str(tmp_path / 'started')!r}).touch(); time.sleep(60)"
+    body = f"""
+    import pathlib, time
+    pathlib.Path({str(tmp_path / "started")!r}).touch()
+    while True:
+        time.sleep(0.1)  # short: a signal that comes just before a long sleep is only seen after it
+"""
     process = subprocess.Popen([sys.executable, "-c", COMMAND.format(body=body), "fail"], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 30
     while not (tmp_path / "started").exists():

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.cli.processes import ROOT, run_python
+from tests.conftest import FakeSite
 
 
 PACKAGES = ROOT / "tests" / "packages"
@@ -107,6 +108,26 @@ def test_table_at_80_columns(python: Path) -> None:
         "uniform uniform temperature scale: float = 1.0 offline",
     ):
         assert part in flat
+
+
+def test_provider_that_cannot_be_imported_is_listed_with_its_reason(site: FakeSite) -> None:
+    source = """
+        from trl_refplug import hookimpl
+        print("hello from a plugin")
+
+        @hookimpl
+        def refplug_register_providers(register):
+            register("lazy", "nowhere.provider:Provider")
+    """
+    site.install("acme-refs", plugins={"acme": "acme_mod"}, modules={"acme_mod": source})
+    path = os.pathsep.join([str(site.path), str(ROOT)])
+    provider = listed(sys.executable, PYTHONPATH=path)["providers"]["lazy"]  # what the plugin prints is not in the way
+    assert provider["capabilities"] == {}
+    assert "ModuleNotFoundError: No module named 'nowhere'" in provider["error"]
+
+    table = run_python(sys.executable, "-m", "trl_refplug", "plugins", PYTHONPATH=path).stdout
+    assert "hello from a plugin" not in table
+    assert "ModuleNotFoundError" in table
 
 
 TRAIN = """

@@ -127,7 +127,6 @@ class TestKindsOfAdapter:
 
     def test_adapter_that_starts_away_from_the_base(self, tmp_path, caplog):
         """A random B: policy and reference legitimately differ at the start, so there is nothing to check against."""
-        caplog.set_level("INFO", logger="trl_refplug")
         run = train(
             "dpo", tmp_path, tiny.saved(tmp_path), args=adapter_args(), peft_config=lora(init_lora_weights=False)
         )

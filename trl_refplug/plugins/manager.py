@@ -143,15 +143,14 @@ class PluginManager:
             return replace(record, status="blocked", reason=reason)
         try:
             plugin = entry_point.load()
-            record = replace(record, location=getattr(sys.modules[entry_point.module], "__file__", record.location))
+            module = sys.modules.get(entry_point.module)
+            record = replace(record, location=getattr(module, "__file__", None) or record.location)
             if reason := incompatibility(plugin):
                 return replace(record, status="incompatible", reason=reason)
             self._admit(record, plugin, targets)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit and panics of compiled modules are failures like any other
-            if self._hooks.has_plugin(record.key):
-                self._hooks.unregister(name=record.key)
             return replace(
                 record,
                 status="failed",
@@ -183,9 +182,13 @@ class PluginManager:
                 raise PluginError(problem)
             targets[name] = target
 
-        for implementation in self._hooks.hook.refplug_register_providers.get_hookimpls():
-            if implementation.plugin_name == record.key:
-                _call(implementation, register=register)
+        try:
+            for implementation in self._hooks.hook.refplug_register_providers.get_hookimpls():
+                if implementation.plugin is plugin:
+                    _call(implementation, register=register)
+        except BaseException:
+            self._hooks.unregister(plugin)
+            raise
         return targets
 
     def _accept(self, record: PluginRecord, targets: Mapping[str, Target]) -> None:
@@ -243,8 +246,8 @@ class PluginManager:
         for record in self.records:
             if record.status in ("failed", "incompatible"):
                 self._warn_once(
-                    f"The {record} {OUTCOMES[record.status]} and is not used. {record.reason} The provider in use is another "
-                    f"one; to silence this, uninstall {record.distribution} or name it in {BLOCK}."
+                    f"The {record} {OUTCOMES[record.status]} and is not used. {record.reason} The provider in use "
+                    f"is another one; to silence this, uninstall {record.distribution} or name it in {BLOCK}."
                 )
             # The frames of a traceback keep the local variables of all callers alive, so maybe a whole policy. Now
             # that a provider is found and the process goes on, the text of a failure is enough.
@@ -324,7 +327,13 @@ def _call(implementation: pluggy.HookImpl, **arguments: object) -> object:
 
 def _extra_hint(name: str) -> str:
     extra = providers.EXTRAS.get(name)
-    return f" It needs: pip install 'trl-refplug[{extra}]'" if extra else ""
+    if extra:
+        return f" It needs: pip install 'trl-refplug[{extra}]'"
+    planned = providers.PLANNED.get(name)
+    if planned is None:
+        return ""
+    needs = f", with the extra {planned!r} (pip install 'trl-refplug[{planned}]')" if planned else ""
+    return f" It will come with a later release of trl-refplug{needs}; this one does not have it."
 
 
 def _drop_frames(error: BaseException | None) -> None:

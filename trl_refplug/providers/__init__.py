@@ -7,8 +7,11 @@ from trl_refplug.hookspecs import Register, hookimpl
 
 API_VERSION = 1
 
-EXTRAS = {"remote": "serve"}
+EXTRAS: dict[str, str] = {}
 """Built-in providers that need an optional dependency, and the pip extra that brings it."""
+
+PLANNED = {"cached": "", "remote": "serve"}
+"""Providers of a later release, and the pip extra that each will need."""
 
 
 @hookimpl

@@ -50,6 +50,7 @@ class AdapterProvider(ReferenceProvider):
         self._identity: ReferenceIdentity | None = None
         self._base_tensors: dict[str, str] = {}
         self._starts_as_policy = False
+        self._scored_policy: nn.Module | None = None
         if self.options.adapter is not None and self.options.start is not None:
             raise ConfigurationError(
                 "ref_provider='adapter': options 'adapter' (a named adapter) and 'start' (the policy's own) exclude "
@@ -136,7 +137,6 @@ class AdapterProvider(ReferenceProvider):
         else:
             self._starts_as_policy = self._copies_adapter
         self._context = context
-        self._scorer = self._make_scorer(context)
 
     def identity(self) -> ReferenceIdentity:
         assert self._identity is not None, "identity() before pin()"
@@ -144,18 +144,15 @@ class AdapterProvider(ReferenceProvider):
 
     def log_probs(self, batch: ReferenceBatch) -> Tensor:
         from .peft_policy import reference_active
+        from .scorers import trainer_scorer
 
         assert self._context is not None, "log_probs() before setup()"
-        policy = self._context.policy  # looked up each time: accelerate and FSDP replace it when training starts
+        policy = self._context.policy
+        if policy is not self._scored_policy:  # FSDP and DeepSpeed put another object in its place as training starts
+            self._scorer = trainer_scorer(policy, self._context, self.options.scoring)
+            self._scored_policy = policy
         with reference_active(policy, self._reference_adapter):
-            return self._make_scorer(self._context).log_probs(batch)
-
-    def _make_scorer(self, context: ReferenceContext) -> Any:
-        from ..scoring import Scorer
-
-        if getattr(self, "_scorer", None) is None or self._scorer.model is not context.policy:
-            self._scorer = Scorer(context.policy, mode=self.options.scoring, temperature=context.temperature)
-        return self._scorer
+            return self._scorer.log_probs(batch)
 
     def _named_adapter(self, policy: nn.Module) -> str:
         known = list(getattr(policy, "peft_config", {}))
@@ -176,3 +173,4 @@ class AdapterProvider(ReferenceProvider):
 
     def close(self) -> None:
         self._context = None
+        self._scored_policy = None

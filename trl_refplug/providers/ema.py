@@ -94,7 +94,7 @@ class EmaProvider(ReferenceProvider):
         self._context: ReferenceContext | None = None
         self._module: nn.Module | None = None
         self._average: MovingAverage
-        self._scorer: Scorer | None = None
+        self._scorers: dict[tuple[nn.Module, str], Scorer] = {}
         self._is_peft = False
         self._syncs = 0
         self._last: tuple[ReferenceBatch, Tensor] | None = None
@@ -190,27 +190,27 @@ class EmaProvider(ReferenceProvider):
         return {name: options[name] for name in names}
 
     def log_probs(self, batch: ReferenceBatch) -> Tensor:
-        assert self._context is not None, "log_probs() before setup()"
-        policy = self._context.policy  # looked up each time: accelerate and FSDP replace it when training starts
-        if self._is_peft:
-            from .peft_policy import reference_active
+        from .peft_policy import reference_active
 
+        assert self._context is not None, "log_probs() before setup()"
+        policy = self._context.policy
+        if self._is_peft:
             with reference_active(policy, self.reference_adapter):
-                log_probs = self._scorer_of(policy).log_probs(batch)
+                log_probs = self._score(policy, self.options.scoring, batch)
         else:
             assert self._module is not None, "log_probs() after close()"
-            log_probs = self._scorer_of(self._module).log_probs(batch)
+            log_probs = self._score(self._module, self.options.scoring, batch)
         if policy.training:
             self._last = batch, log_probs.clone()
         return log_probs
 
-    def _scorer_of(self, model: nn.Module) -> Scorer:
-        from ..scoring import Scorer
+    def _score(self, model: nn.Module, mode: Literal["exact", "packed"], batch: ReferenceBatch) -> Tensor:
+        from .scorers import trainer_scorer
 
-        if self._scorer is None or self._scorer.model is not model:
-            assert self._context is not None
-            self._scorer = Scorer(model, mode=self.options.scoring, temperature=self._context.temperature)
-        return self._scorer
+        assert self._context is not None
+        if (model, mode) not in self._scorers:  # FSDP and DeepSpeed put another policy in its place as training starts
+            self._scorers[model, mode] = trainer_scorer(model, self._context, mode)
+        return self._scorers[model, mode].log_probs(batch)
 
     def on_step_end(self, step: int) -> None:
         # Multiples of `sync_steps`, as TRL counts; with alpha 0 a sync would only cost time.
@@ -233,12 +233,7 @@ class EmaProvider(ReferenceProvider):
 
     def _log_ratio(self, policy: nn.Module, batch: ReferenceBatch, reference: Tensor) -> float:
         """Mean over the scored tokens of this rank's last batch of `log policy - log reference`, in nats."""
-        from ..scoring import Scorer
-        from .peft_policy import in_eval_mode
-
-        assert self._context is not None
-        with in_eval_mode(policy):
-            log_probs = Scorer(policy, temperature=self._context.temperature).log_probs(batch)
+        log_probs = self._score(policy, "exact", batch)
         scored = batch.labels[:, 1:] != -100
         return float((log_probs - reference)[scored].mean()) if scored.any() else 0.0
 
@@ -268,6 +263,7 @@ class EmaProvider(ReferenceProvider):
         self._module = None
         self._given = None
         self._last = None
+        self._scorers.clear()
 
 
 def read_state(directory: Path) -> dict[str, Any]:

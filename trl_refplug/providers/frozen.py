@@ -100,12 +100,12 @@ class FrozenProvider(ReferenceProvider):
         return module
 
     def setup(self, context: ReferenceContext) -> None:
-        from ..scoring import Scorer
+        from .scorers import trainer_scorer
 
         self._module = context.reference_model
         assert self._module is not None, "the seam places what pin() returned"
         self._module.eval()  # a model passed as `ref_model=` may still be in train mode
-        self._scorer = Scorer(self._module, mode=self.options.scoring, temperature=context.temperature)
+        self._scorer = trainer_scorer(self._module, context, self.options.scoring)
 
     def identity(self) -> ReferenceIdentity:
         assert self._identity is not None, "identity() before pin()"

@@ -129,29 +129,19 @@ def reference_active(model: nn.Module, adapter: str | None) -> Iterator[None]:
     number is drawn inside: eval mode switches off dropout, functional attention dropout included.
     """
     peft_model = _unwrapped(model)
+    modes = [(module, module.training) for module in model.modules()]
     with ExitStack() as stack:
         stack.enter_context(_flags_kept(peft_model))
-        stack.enter_context(in_eval_mode(model))
+        stack.callback(_restore_modes, modes)
+        # Casts made under no_grad must not be reused by the policy's own pass: they carry no gradient.
+        stack.callback(torch.clear_autocast_cache)
+        for module, _ in modes:
+            module.training = False
         if adapter is None:
             stack.enter_context(peft_model.disable_adapter())
         else:
             stack.enter_context(_active(peft_model, adapter))
         yield
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and afterwards in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        # Casts made under no_grad must not be reused by the policy's own pass: they carry no gradient.
-        torch.clear_autocast_cache()
 
 
 @contextmanager
@@ -181,6 +171,11 @@ def _flags_kept(model: nn.Module) -> Iterator[None]:
         for parameter, flag in flags:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
+
+
+def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
 
 
 def _unwrapped(model: Any) -> Any:

@@ -60,11 +60,6 @@ def select_name(selection: Selection) -> str | None:
                     f"another. Remove one of the two."
                 )
         return flags.ref_provider
-    if selection.has_ref_model:
-        return "ema" if "ema" in meant.values() else "frozen"
-    chosen = plugin_manager().select(selection)
-    if chosen is not None:
-        return chosen
     for flag, name in meant.items():
         if name in plugin_manager().providers:
             return name
@@ -75,6 +70,11 @@ def select_name(selection: Selection) -> str | None:
             name,
         )
         return None
+    if selection.has_ref_model:
+        return "frozen"
+    chosen = plugin_manager().select(selection)
+    if chosen is not None:
+        return chosen
     return "adapter" if selection.policy_is_peft else "frozen"
 
 

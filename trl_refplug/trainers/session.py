@@ -169,7 +169,10 @@ class ReferenceSession:
         if self.flags.ref_check == "off" or self.resuming or self.trainer.state.global_step > 0:
             return
         if not self.provider.starts_as_policy:
-            logger.info("ref_check skipped: %s need not equal the policy at its start.", self.provider.identity())
+            logger.warning(
+                "ref_check skipped: the reference %s is not declared to be the policy as it starts.",
+                self.provider.identity(),
+            )
             return
         check_against_policy(
             self.trainer,

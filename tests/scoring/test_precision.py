@@ -1,0 +1,119 @@
+"""Both ways to score against a float64 run: packing is no less precise than the exact call."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from tests.scoring.models import random_batch, tiny
+from tests.scoring.test_scorer import trl_log_probs, trusted
+from trl_refplug.scoring import Scorer
+from trl_refplug.scoring.precision import TOLERANCE, disagreement
+
+
+def float64_log_probs(model, batch):
+    """Row by row, no padding, no kernel of ours or TRL's: log_softmax of the model's own logits."""
+    model = copy.deepcopy(model).double()
+    answer = torch.zeros(batch.labels.shape[0], batch.labels.shape[1] - 1, dtype=torch.float64)
+    for line, (ids, mask, labels) in enumerate(zip(batch.input_ids, batch.attention_mask, batch.labels, strict=True)):
+        own = mask.bool().nonzero().squeeze(1)
+        with torch.no_grad():
+            logits = model(input_ids=ids[own][None]).logits[0, :-1].log_softmax(-1)
+        wanted = labels[own[1:]]
+        values = logits.gather(1, wanted.clamp(min=0)[:, None]).squeeze(1)
+        answer[line, own[1:] - 1] = values.masked_fill(wanted == -100, 0.0)
+    return answer
+
+
+KINDS = ["llama", "gemma2", "gpt2", "qwen3", "granite"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_packed_is_as_close_to_float64_as_the_exact_call(kind, dtype):
+    batch = random_batch(groups=4, size=4)
+    model = tiny(kind).to(dtype)
+    reference = float64_log_probs(model, batch)  # of the rounded weights: what is left is the computation's error
+    scored = batch.labels[:, 1:] != -100
+    packed = (trusted(model).log_probs(batch) - reference)[scored].abs()
+    exact = (trl_log_probs(model, batch) - reference)[scored].abs()
+    eps = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).eps
+    assert packed.mean() <= 1.5 * exact.mean() + eps
+    assert packed.max() <= 2 * exact.max() + 16 * eps
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_tolerances_hold_with_room(kind, dtype):
+    batch = random_batch(groups=4, size=4, side="right")
+    model = tiny(kind).to(dtype)
+    scored = batch.labels[:, 1:] != -100
+    differences = (trusted(model).log_probs(batch) - trl_log_probs(model, batch))[scored].abs()
+    largest, mean = TOLERANCE[dtype]
+    assert differences.max() <= largest / 2
+    assert differences.mean() <= mean / 2
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_what_is_beyond_tolerance_is_told(dtype):
+    values = torch.randn(50)
+    largest, mean = TOLERANCE[dtype]
+    assert disagreement(values, values.clone(), dtype) is None
+    assert disagreement(values + 2 * mean, values, dtype) is not None
+    one_off = values.clone()
+    one_off[7] += 2 * largest
+    assert "differ" in str(disagreement(one_off, values, dtype))
+    one_off[7] = torch.nan
+    assert "differ" in str(disagreement(one_off, values, dtype))
+
+
+@contextlib.contextmanager
+def accelerator(precision):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        yield Accelerator(mixed_precision=precision, cpu=True)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_packed_runs_under_the_autocast_of_a_prepared_model(cast):
+    batch = random_batch(groups=4, size=4)
+    model = tiny("llama")
+    full = trl_log_probs(model, batch)
+    with accelerator("bf16") as prepared:
+        Scorer(model, cast_lm_head_to_fp32=cast)  # adds the head, as TRL does before it prepares the model
+        model = prepared.prepare_model(model, evaluation_mode=True)
+        scorer = trusted(model, cast_lm_head_to_fp32=cast)
+        packed, exact = scorer.log_probs(batch), Scorer(model).log_probs(batch)
+    assert packed.dtype == torch.float32
+    scored = batch.labels[:, 1:] != -100
+    assert 0 < (exact - full).abs()[scored].mean() < 0.1  # it does run in bfloat16
+    assert 0 < (packed - full).abs()[scored].mean() <= 1.5 * (exact - full).abs()[scored].mean()
+    assert disagreement(packed[scored], exact[scored], torch.bfloat16) is None
+    assert scorer._packed.dtype == torch.bfloat16
+
+
+def test_a_float32_head_is_more_precise_than_a_bfloat16_one():
+    batch = random_batch(groups=4, size=4)
+    model = tiny("llama").bfloat16()
+    exact = trl_log_probs(model, batch, cast=True)
+    scored = batch.labels[:, 1:] != -100
+    packed = trusted(model, cast_lm_head_to_fp32=True).log_probs(batch)
+    half = trusted(tiny("llama").bfloat16()).log_probs(batch)
+    assert (packed - exact)[scored].abs().mean() < (half - exact)[scored].abs().mean()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_routed_experts_stay_within_tolerance(kind, dtype):
+    """A token whose two best experts are all but tied may change hands when it is batched otherwise."""
+    batch = random_batch(groups=4, size=4)
+    model = tiny(kind).to(dtype)
+    scored = batch.labels[:, 1:] != -100
+    found, expected = trusted(model).log_probs(batch)[scored], trl_log_probs(model, batch)[scored]
+    assert disagreement(found, expected, dtype) is None
+    assert (found - expected).abs().median() <= 16 * torch.finfo(dtype).eps

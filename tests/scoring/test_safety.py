@@ -1,0 +1,204 @@
+"""Models and batches that packing would get wrong are recognised, and scored exactly with a warning that says why."""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from tests.scoring.models import random_batch, tiny
+from tests.scoring.test_scorer import TOLERANCE, trl_log_probs
+from trl_refplug.scoring import ExactFallbackWarning, Row, Scorer
+
+
+SLIDING = {"sliding_window": 8}
+DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}
+
+UNSAFE = {
+    "mistral": (SLIDING, "sliding window of 8"),
+    "gemma2": (SLIDING, "sliding window of 8"),
+    "bloom": ({"n_layer": 2, "n_head": 4}, "ALiBi"),
+    "falcon": ({"alibi": True}, "ALiBi"),
+    "mamba": ({"state_size": 4}, "recurrent"),
+    "falcon_h1": (
+        {"num_key_value_heads": 2, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+        "recurrent",
+    ),
+    "gptj": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, "attention interface"),
+    "llama": ({**DYNAMIC, "max_position_embeddings": 8}, "rotary embeddings that change"),
+}
+
+
+def stream(scorer, batch):
+    """The rows of a batch padded on the right, without their padding, and the answers put back."""
+    own = [mask.bool() for mask in batch.attention_mask]
+    rows = [Row(batch.input_ids[index, mask], batch.labels[index, mask]) for index, mask in enumerate(own)]
+    answers = torch.zeros(len(rows), batch.input_ids.shape[1] - 1)
+    for index, answer in scorer.score_rows(rows):
+        answers[index, : len(answer)] = answer
+    return answers
+
+
+@pytest.mark.parametrize("kind", UNSAFE)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_unsafe_models_are_scored_exactly(kind, streamed):
+    options, reason = UNSAFE[kind]
+    model, batch = tiny(kind, **options), random_batch()
+    expected = trl_log_probs(model, batch)
+    scorer = Scorer(model, mode="packed")
+    with pytest.warns(ExactFallbackWarning, match=reason):
+        found = stream(scorer, batch) if streamed else scorer.log_probs(batch)
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE if streamed else 0)
+    assert reason in scorer.stats.fallback
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scorer.log_probs(batch)  # said once
+
+
+def test_a_sliding_window_longer_than_the_rows_is_packed():
+    model, batch = tiny("mistral", sliding_window=64), random_batch()
+    scorer = Scorer(model, mode="packed")
+    torch.testing.assert_close(scorer.log_probs(batch), trl_log_probs(model, batch), rtol=0, atol=TOLERANCE)
+    assert scorer.stats.fallback is None
+
+
+def test_of_a_stream_only_the_rows_that_are_too_long_are_scored_exactly():
+    model = tiny("mistral", sliding_window=16)
+    rows = [Row.completion(list(range(5, 5 + length)), [7, 8, 9]) for length in (4, 30, 5, 30, 6)]
+    scorer = Scorer(model, mode="packed")
+    with pytest.warns(ExactFallbackWarning, match="sliding window of 16"):
+        answers = dict(scorer.score_rows(rows))
+    assert sorted(answers) == list(range(5))
+    assert scorer.stats.operations > 0
+    exact = dict(Scorer(model).score_rows(rows))
+    for index, answer in answers.items():
+        torch.testing.assert_close(answer, exact[index], rtol=0, atol=TOLERANCE)
+
+
+def test_left_padding_of_absolute_positions_is_scored_exactly():
+    model, batch = tiny("gpt2"), random_batch(side="left")
+    scorer = Scorer(model, mode="packed")
+    scorer.log_probs(random_batch())
+    with pytest.warns(ExactFallbackWarning, match="absolute positions"):
+        assert torch.equal(scorer.log_probs(batch), trl_log_probs(model, batch))
+    assert scorer.log_probs(random_batch()).shape  # and packing goes on where it is safe
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"extras": {"token_type_ids": torch.zeros(6, 26, dtype=torch.int64)}}, "token_type_ids"),
+        ({"rows_sliceable": False}, "not by row"),
+    ],
+)
+def test_batches_with_further_inputs_are_scored_exactly(change, reason):
+    model, batch = tiny("llama"), random_batch()
+    scorer = Scorer(model, mode="packed")
+    with pytest.warns(ExactFallbackWarning, match=reason):
+        scorer.log_probs(replace(batch, **change))
+
+
+def test_a_mask_with_holes_is_scored_exactly():
+    model, batch = tiny("llama"), random_batch()
+    batch.attention_mask[0, 3] = 0
+    scorer = Scorer(model, mode="packed")
+    with pytest.warns(ExactFallbackWarning, match="holes"):
+        assert torch.equal(scorer.log_probs(batch), trl_log_probs(model, batch))
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_are_scored_exactly(config):
+    policy = tiny("llama")
+    batch = random_batch()
+    Scorer(policy)  # adds the head, as TRL does before it wraps the model
+    model = get_peft_model(policy, config(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    scorer = Scorer(model, mode="packed")
+    with pytest.warns(ExactFallbackWarning, match="virtual tokens"):
+        found = scorer.log_probs(batch)
+    assert found.shape == (len(batch.input_ids), batch.input_ids.shape[1] - 1)
+    assert (found[batch.labels[:, 1:] == -100] == 0).all()
+    assert (found[batch.labels[:, 1:] != -100] < 0).all()
+
+
+class LeakyLayer(LlamaDecoderLayer):
+    """Mixes each token with the one before it in the input, outside attention: no configuration tells."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        mixed = hidden_states + 0.1 * torch.nn.functional.pad(hidden_states, (0, 0, 1, -1))
+        return super().forward(mixed, *args, **kwargs)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_model_that_disagrees_is_not_trusted(streamed):
+    model, batch = tiny("llama"), random_batch()
+    model.model.layers[0].__class__ = LeakyLayer
+    scorer = Scorer(model, mode="packed")
+    with pytest.warns(ExactFallbackWarning, match="differ from the exact call's"):
+        found = stream(scorer, batch) if streamed else scorer.log_probs(batch)
+    torch.testing.assert_close(found, trl_log_probs(model, batch), rtol=0, atol=TOLERANCE if streamed else 0)
+    assert torch.equal(scorer.log_probs(batch), trl_log_probs(model, batch))
+
+
+def test_a_model_that_cannot_take_the_packed_input_is_not_trusted():
+    model, batch = tiny("llama"), random_batch()
+    inner = model.model.forward
+
+    def forward(input_ids, attention_mask, **kwargs):
+        if attention_mask is None:
+            raise ValueError("needs a mask")
+        return inner(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    model.model.forward = forward
+    scorer = Scorer(model, mode="packed")
+    with pytest.warns(ExactFallbackWarning, match="ValueError: needs a mask"):
+        assert torch.equal(scorer.log_probs(batch), trl_log_probs(tiny("llama"), batch))
+    assert model.config._attn_implementation != "refplug_tree"
+
+
+class ScarceMemory(LlamaDecoderLayer):
+    """Runs out of memory above a number of tokens."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        if hidden_states.shape[0] * hidden_states.shape[1] > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+        return super().forward(hidden_states, *args, **kwargs)
+
+
+@pytest.mark.parametrize("mode", ["exact", "packed"])
+def test_out_of_memory_halves_the_budget_and_loses_nothing(mode):
+    model = tiny("llama")
+    rows = [Row.completion(list(range(5, 15)), [20 + index] * (3 + index % 5)) for index in range(24)]
+    expected = dict(Scorer(model).score_rows(rows))
+    scorer = Scorer(model, mode=mode, token_budget=200)
+    list(scorer.score_rows(rows[:1]))
+    model.model.layers[1].__class__ = ScarceMemory
+    answers = list(scorer.score_rows(rows))
+    assert sorted(index for index, _ in answers) == list(range(24))
+    for index, answer in answers:
+        torch.testing.assert_close(answer, expected[index], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("mode", ["exact", "packed"])
+def test_one_row_that_does_not_fit_is_an_error(mode):
+    model = tiny("llama")
+    scorer = Scorer(model, mode=mode)
+    list(scorer.score_rows([Row.completion([5], [6])]))
+    model.model.layers[1].__class__ = ScarceMemory
+    with pytest.raises(torch.OutOfMemoryError):
+        list(scorer.score_rows([Row.completion([5] * 50, [6])] * 2))
+
+
+def test_an_adapter_is_scored_as_it_is():
+    batch = random_batch()
+    policy = tiny("llama")
+    base = trl_log_probs(policy, batch)
+    model = get_peft_model(policy, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    packed, exact = Scorer(model, mode="packed"), Scorer(model)
+    adapted = packed.log_probs(batch)
+    torch.testing.assert_close(adapted, exact.log_probs(batch), rtol=0, atol=TOLERANCE)
+    assert (adapted - base).abs().max() > 0.01
+    with model.disable_adapter():
+        torch.testing.assert_close(packed.log_probs(batch), base, rtol=0, atol=TOLERANCE)
+    assert packed.stats.fallback is None

@@ -1,0 +1,60 @@
+"""Rows that can be told right from wrong, and the processes that write them."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from trl_refplug.store import LogProbStore
+
+
+def key_of(number: int) -> bytes:
+    return xxhash.xxh3_128_digest(number.to_bytes(8, "little"))
+
+
+def row_of(number: int) -> np.ndarray:
+    """The one right row for `number`, 0 to 40 log-probs."""
+    return -np.random.default_rng(number).random(number % 41, dtype=np.float32)
+
+
+def fill(store: LogProbStore, numbers: Sequence[int]) -> None:
+    store.put([key_of(number) for number in numbers], [row_of(number) for number in numbers])
+
+
+def right_rows(store: LogProbStore, numbers: Sequence[int]) -> set[int]:
+    """Which of `numbers` the store has. Fails if it has any of them wrong."""
+    answer = store.lookup([key_of(number) for number in numbers])
+    for i, number in enumerate(numbers):
+        row = answer[i]
+        assert row is None or np.array_equal(row, row_of(number)), f"row {number} is wrong"
+    return {number for number, found in zip(numbers, answer.found.tolist(), strict=True) if found}
+
+
+def files_of(path: Path, suffix: str) -> list[Path]:
+    return sorted(file for file in path.iterdir() if file.name.endswith(suffix))
+
+
+def write_all(location: str, numbers: range, seed: int, options: dict[str, float]) -> None:
+    """Fill a store with `numbers`, in an order of its own, in micro-batches."""
+    order = list(numbers)
+    random.Random(seed).shuffle(order)
+    with LogProbStore(location, mode="a", **options) as store:
+        for i in range(0, len(order), 5):
+            fill(store, order[i : i + 5])
+
+
+def write_until_killed(location: str, first: int, acknowledgements: str) -> None:
+    """Publish two micro-batches a shard for ever; append the number of a row to a file once it is published."""
+    with LogProbStore(location, mode="a", publish_rows=10) as store, open(acknowledgements, "ab", buffering=0) as log:
+        published = number = first
+        while True:
+            fill(store, range(number, number + 5))
+            number += 5
+            if (number - first) % 10 == 0:
+                os.write(log.fileno(), b"".join(n.to_bytes(8, "little") for n in range(published, number)))
+                published = number

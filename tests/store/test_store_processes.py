@@ -1,0 +1,108 @@
+"""Real processes on one store: several at once, and killed ones."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import store_writers
+from store_writers import right_rows, write_all, write_until_killed
+
+from trl_refplug.store import LogProbStore, summarize, verify
+
+
+@pytest.fixture(scope="module")
+def processes() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([store_writers.__name__])
+    return context
+
+
+def test_four_processes_fill_one_store(tmp_path: Path, processes: ForkServerContext) -> None:
+    numbers = range(2_000)
+    options = {"publish_rows": 100}
+    writers = [processes.Process(target=write_all, args=(str(tmp_path), numbers, seed, options)) for seed in range(4)]
+    for writer in writers:
+        writer.start()
+    with pytest.MonkeyPatch.context() as patch:  # a fifth one reads all the time
+        patch.setattr("warnings.warn", fail)
+        with LogProbStore(tmp_path, mode="a") as reader:
+            seen: set[int] = set()
+            while any(writer.is_alive() for writer in writers):
+                reader.refresh()
+                now = right_rows(reader, numbers)
+                assert seen <= now
+                seen = now
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    with LogProbStore(tmp_path) as store:
+        assert len(store) == 2_000
+        assert right_rows(store, numbers) == set(numbers)
+    report = verify(tmp_path)
+    assert report.ok
+    assert report.rows == 2_000
+    assert report.rows + report.duplicates == summarize(tmp_path).rows
+    assert not summarize(tmp_path).leftovers
+
+
+def fail(message: object, *_: object, **__: object) -> None:
+    raise AssertionError(message)
+
+
+def kill_at_random_moments(tmp_path: Path, processes: ForkServerContext, times: int) -> None:
+    """Kill a writer `times` times. Whatever it had published is there and right, and nothing is damaged."""
+    chance = random.Random(times)
+    path, log = tmp_path / "store", tmp_path / "acknowledged"
+    acknowledged: list[int] = []
+    killed_with_rows = 0
+    for attempt in range(times):
+        if attempt % 50 == 0:  # a store of its own now and then, so that opening it stays fast
+            path = tmp_path / f"store-{attempt}"
+            acknowledged = []
+        first = 1_000_000 * attempt
+        log.unlink(missing_ok=True)
+        log.touch()
+        writer: BaseProcess = processes.Process(target=write_until_killed, args=(str(path), first, str(log)))
+        writer.start()
+        assert writer.pid is not None
+        deadline = time.monotonic() + 60
+        if chance.random() < 0.8:  # most are killed while publishing, some before they have begun
+            while not log.stat().st_size and time.monotonic() < deadline:
+                time.sleep(0.001)
+        time.sleep(chance.expovariate(1 / 0.02))
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        assert writer.exitcode == -signal.SIGKILL
+        data = log.read_bytes()
+        published = [int.from_bytes(data[i : i + 8], "little") for i in range(0, len(data) // 8 * 8, 8)]
+        killed_with_rows += bool(published)
+        acknowledged += published
+        with LogProbStore(path, mode="a") as store:
+            assert not store.damaged
+            assert right_rows(store, acknowledged) == set(acknowledged), f"published rows were lost (kill {attempt})"
+            after = range(first + len(published), first + len(published) + 100)
+            # What was never acknowledged may be there, all of a shard or none of it, and is right.
+            assert len(right_rows(store, after)) in (0, 10)
+            assert sum(manifest.rows for manifest in store.manifests) == len(store)
+        assert verify(path).ok
+    assert killed_with_rows > times / 2
+
+
+def test_killed_writers_lose_nothing_they_published(tmp_path: Path, processes: ForkServerContext) -> None:
+    kill_at_random_moments(tmp_path, processes, times=20)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_killed_writers_lose_nothing_they_published_a_thousand_times(
+    tmp_path: Path, processes: ForkServerContext
+) -> None:
+    kill_at_random_moments(tmp_path, processes, times=1_000)

@@ -1,0 +1,99 @@
+"""`trl-refplug store`: what a log-prob store holds, and whether all of it is intact."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+
+if TYPE_CHECKING:
+    from ..store import Manifest, StoreSummary
+
+app = typer.Typer(name="store", help="Look after log-prob stores.", no_args_is_help=True)
+
+Location = Annotated[str, typer.Argument(help="Directory or fsspec URL of the store.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.callback()
+def main() -> None:
+    """Look after log-prob stores."""
+
+
+@app.command()
+def info(location: Location, as_json: AsJson = False) -> None:
+    """Say what is in a store and where it comes from. Reads the manifests only."""
+    from ..store import summarize
+
+    summary = _or_exit(summarize, location)
+    if as_json:
+        typer.echo(json.dumps({**asdict(summary), "rows": summary.rows, "tokens": summary.tokens}, indent=2))
+        return
+    typer.echo(
+        f"{summary.location}: {summary.rows:,} rows, {summary.tokens:,} log-probs in "
+        f"{len(summary.manifests):,} shards, {summary.size / 1e6:,.1f} MB"
+    )
+    for line in _sources(summary):
+        typer.echo(f"  {line}")
+    for name, reason in summary.damaged.items():
+        typer.echo(f"  damaged: {name}: {reason}")
+    if summary.set_aside:
+        typer.echo(f"  {len(summary.set_aside)} files of damaged shards, set aside: {', '.join(summary.set_aside)}")
+    if summary.leftovers:
+        typer.echo(
+            f"  {len(summary.leftovers)} files of writers that did not finish (delete them when no writer is at "
+            f"work): {', '.join(summary.leftovers)}"
+        )
+
+
+@app.command()
+def verify(
+    location: Location,
+    tolerance: Annotated[
+        float, typer.Option(help="Largest difference between two scorings of a token, in nats, that is no conflict.")
+    ] = 0.02,
+    as_json: AsJson = False,
+) -> None:
+    """Read all of a store: check every checksum, compare rows that were scored twice. Exits with 1 on any finding."""
+    from ..store import verify as verify_store
+
+    report = _or_exit(verify_store, location, tolerance)
+    if as_json:
+        typer.echo(json.dumps({**asdict(report), "ok": report.ok}, indent=2))
+    else:
+        typer.echo(
+            f"{report.shards:,} shards intact, {report.rows:,} different rows, {report.duplicates:,} more than once"
+        )
+        for name, reason in report.damaged.items():
+            typer.echo(f"damaged: {name}: {reason}")
+        for conflict in report.conflicts:
+            typer.echo(
+                f"conflict: row {conflict.key} differs by {conflict.difference:.3g} nats between shards "
+                f"{conflict.shards[0]} (used) and {conflict.shards[1]}"
+            )
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _or_exit(action: Any, *arguments: Any) -> Any:
+    from ..errors import StoreError
+
+    try:
+        return action(*arguments)
+    except StoreError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _sources(summary: StoreSummary) -> list[str]:
+    """One line for each provenance: how much comes from it, and when."""
+    groups: dict[str, list[Manifest]] = {}
+    for manifest in summary.manifests:
+        groups.setdefault(json.dumps(manifest.provenance, sort_keys=True), []).append(manifest)
+    return [
+        f"{sum(manifest.rows for manifest in group):,} rows, {group[0].created} to {group[-1].created}: {provenance}"
+        for provenance, group in groups.items()
+    ]

@@ -1,0 +1,237 @@
+"""
+`trl-refplug dpo|kto|grpo|rloo`: TRL's own training scripts, with the reference from a provider.
+
+Run as a file, this module is what `accelerate launch` starts in every process; imported, it is the commands that check
+the flags and launch it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from subprocess import CalledProcessError
+from typing import Any, NoReturn
+
+import typer
+
+from trl_refplug.errors import ConfigurationError, RefPlugError, SeamError, did_you_mean
+
+
+# Everything on the command line goes to TRL's parser as it is, `--help` included.
+COMMAND_SETTINGS: dict[str, Any] = {
+    "add_help_option": False,
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
+}
+PREFIXES = {"dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO"}  # of TRL's class names
+LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def dpo(context: typer.Context) -> None:
+    """Train with DPO: TRL's `trl dpo` and the reference flags (`--help` lists all)."""
+    _launch("dpo", context.args)
+
+
+def kto(context: typer.Context) -> None:
+    """Train with KTO: TRL's `trl kto` and the reference flags (`--help` lists all)."""
+    _launch("kto", context.args)
+
+
+def grpo(context: typer.Context) -> None:
+    """Train with GRPO: TRL's `trl grpo` and the reference flags (`--help` lists all)."""
+    _launch("grpo", context.args)
+
+
+def rloo(context: typer.Context) -> None:
+    """Train with RLOO: TRL's `trl rloo` and the reference flags (`--help` lists all)."""
+    _launch("rloo", context.args)
+
+
+def _launch(method: str, arguments: Sequence[str]) -> None:
+    """Check what can be checked at once, then start this file in every process as `accelerate launch` does."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    arguments = list(arguments)
+    parser = _parser(method)
+    *parsed, from_config, from_cli = _parse(parser, arguments)
+    _check(method, *parsed)
+
+    # What TRL's parser does not know is for `accelerate launch`, or a mistake.
+    launch_parser = launch_command_parser()
+    _check_launch_flags([*from_config, *from_cli], launch_parser, parser)
+    try:
+        launch_flags = resolve_accelerate_config_argument([*from_config, *from_cli])
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from None
+    launch_args = launch_parser.parse_args([*launch_flags, __file__, method, *_without(arguments, from_cli)])
+    if launch_args.training_script != __file__:
+        raise ConfigurationError(f"Unexpected argument {launch_args.training_script!r}: it belongs to no flag.")
+    _run(launch_command, launch_args)
+
+
+def _parse(parser: Any, arguments: list[str]) -> tuple[Any, ...]:
+    from yaml import YAMLError  # type: ignore[import-untyped]
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the launched processes parse again, and show them
+            return parser.parse_args_and_config(  # type: ignore[no-any-return]
+                arguments, return_remaining_strings=True, separate_remaining_strings=True
+            )
+    except RefPlugError:
+        raise
+    except (OSError, ValueError, YAMLError) as error:  # what TRL's configurations and `--config` files raise
+        raise ConfigurationError(str(error)) from error
+
+
+def _run(launch_command: Any, launch_args: Any) -> None:
+    """Failures were reported by the process that failed, so only the exit code is passed on."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        launch_command(launch_args)
+    except CalledProcessError as error:
+        raise typer.Exit(error.returncode) from None
+    except ChildFailedError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+def _check(method: str, script_args: Any, training_args: Any, model_args: Any, mixture: Any) -> None:
+    """
+    What would otherwise fail after the launch, or after a model and data are loaded.
+
+    Raises:
+        RefPlugError: In the reference flags, or where the model or the data set is not named or does not exist.
+    """
+    from trl_refplug.cli.flags import check_reference
+
+    check_reference(training_args, policy_is_peft=model_args.use_peft, online=method in ("grpo", "rloo"))
+    if model_args.model_name_or_path is None:
+        raise ConfigurationError("No model: pass --model_name_or_path with a directory or hub id.")
+    name = script_args.dataset_name
+    if mixture.datasets:
+        return
+    if name is None:
+        raise ConfigurationError("No data: pass --dataset_name with a file, a directory or a hub id.")
+    if not Path(name).is_file():
+        if Path(name).suffix in LOADERS:
+            raise ConfigurationError(f"--dataset_name {name}: there is no such file.")
+        return
+    if Path(name).suffix not in LOADERS:
+        raise ConfigurationError(f"--dataset_name {name}: expected a file that ends in {', '.join(LOADERS)}.")
+    if training_args.eval_strategy != "no":
+        raise ConfigurationError(
+            f"--dataset_name {name} is a single file, which has no evaluation split. Pass a directory with one file a "
+            "split (train.jsonl and test.jsonl, say), or --eval_strategy no."
+        )
+
+
+def _check_launch_flags(arguments: list[str], launch_parser: Any, parser: Any) -> None:
+    known = {*launch_parser._option_string_actions, "--accelerate_config"}
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and flag not in known:
+            raise ConfigurationError(
+                f"Unknown flag {flag}.{did_you_mean(flag, known | set(parser._option_string_actions))}"
+            )
+
+
+def _without(arguments: list[str], removed: list[str]) -> list[str]:
+    """`arguments` less `removed`, an ordered subsequence of it."""
+    kept, pending = [], list(removed)
+    for argument in arguments:
+        if pending and argument == pending[0]:
+            pending.pop(0)
+        else:
+            kept.append(argument)
+    return kept
+
+
+# TRL's scripts import their classes from `trl` when their functions are called. Running those very functions with our
+# classes in that place keeps every flag of every TRL release, where a copy of the scripts would fall behind.
+
+
+@contextmanager
+def _our_classes(method: str) -> Iterator[None]:
+    import trl
+
+    import trl_refplug
+
+    prefix = PREFIXES[method]
+    names = [f"{prefix}Config", f"{prefix}Trainer"]
+    originals = {name: getattr(trl, name) for name in names}
+    for name in names:
+        setattr(trl, name, getattr(trl_refplug, f"RefPlug{name}"))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(trl, name, original)
+
+
+def _script(method: str) -> Any:
+    script = importlib.import_module(f"trl.scripts.{method}")
+    # A trainer imported any earlier would be TRL's own: the reference flags would be ignored silently.
+    if f"{PREFIXES[method]}Trainer" not in script.main.__code__.co_varnames:
+        _raise_unsupported(method)
+    return script
+
+
+def _parser(method: str) -> Any:
+    import trl_refplug
+
+    with _our_classes(method):
+        parser = _script(method).make_parser(prog=f"trl-refplug {method}")
+    if getattr(trl_refplug, f"RefPlug{PREFIXES[method]}Config") not in parser.dataclass_types:
+        _raise_unsupported(method)
+    return parser
+
+
+def _raise_unsupported(method: str) -> NoReturn:
+    import trl
+
+    raise SeamError(
+        f"`trl-refplug {method}` runs the training script of TRL, which TRL {trl.__version__} has changed. Install "
+        "another release of TRL or of trl-refplug, or use the trainer classes in a script of your own."
+    )
+
+
+def train(method: str, arguments: Sequence[str]) -> None:
+    """What every launched process runs: TRL's script for `method`, with the flags that it understands."""
+    *parsed, _ = _parser(method).parse_args_and_config(list(arguments), return_remaining_strings=True)
+    script_args, training_args, model_args, mixture = parsed
+    if script_args.dataset_name and not mixture.datasets and Path(script_args.dataset_name).is_file():
+        _load_as_file(script_args, mixture)
+    with _our_classes(method):
+        _script(method).main(script_args, training_args, model_args, mixture)
+
+
+def _load_as_file(script_args: Any, mixture: Any) -> None:
+    """TRL's scripts load directories and hub ids by name; a file they take as the one member of a mixture."""
+    from trl.scripts.utils import DatasetConfig
+
+    path = Path(script_args.dataset_name)
+    mixture.datasets = [DatasetConfig(path=LOADERS[path.suffix], data_files=str(path), split="train")]
+    mixture.streaming = script_args.dataset_streaming
+    script_args.dataset_name = None
+
+
+def _main() -> None:
+    try:
+        train(sys.argv[1], sys.argv[2:])
+    except RefPlugError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    # Python put this directory first on the path, where modules of these names do not belong.
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+    _main()

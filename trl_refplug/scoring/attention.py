@@ -1,0 +1,205 @@
+"""
+Attention over the tree of a [`Pack`], as an attention implementation of transformers.
+
+While [`tree_attention`] is active, the model's layers call [`_attend`] in place of their own implementation (sdpa,
+eager, flash, ...).
+
+- On CPU no mask is built: a node is one attention call, of its own tokens and all that are below it against its own
+  keys, and what a token gets from its ancestors and from its own node is merged by the log-sum-exp of the scores. The
+  work done is the work counted.
+- On CUDA it is one call of compiled FlexAttention, which skips the blocks in which nothing is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+from trl_refplug.scoring.layout import Node, Pack
+
+
+NAME = "refplug_tree"
+
+_IGNORED_OPTIONS = {"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions"}
+_IGNORED_OPTIONS |= {
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+    "logits_to_keep",
+    "position_embeddings",
+}
+
+
+class UnsafeError(Exception):
+    """The model does something with this input that packing does not reproduce; the text completes "because of"."""
+
+
+FLEX_DEVICES = {"cuda"}
+"""Types of device on which FlexAttention is the fastest."""
+
+
+class TreeAttention:
+    """The tree of the pack being scored, and how many layers have attended so far."""
+
+    def __init__(self, pack: Pack) -> None:
+        self.pack = pack
+        self.calls = 0
+        self._block_mask: BlockMask | None = None
+
+    def block_mask(self, device: torch.device) -> BlockMask:
+        """The tree for FlexAttention, built once a pack."""
+        if self._block_mask is None:
+            tokens = len(self.pack.tokens)
+            spans = [(node.end, node.stop - node.start) for node in self.pack.nodes]
+            ends = torch.tensor([end for end, size in spans for _ in range(size)], device=device)
+
+            def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                return (key <= query) & (query < ends[key])
+
+            self._block_mask = create_block_mask(seen, None, None, tokens, tokens, device=str(device))
+        return self._block_mask
+
+
+_active: ContextVar[TreeAttention | None] = ContextVar("refplug_tree_attention", default=None)
+
+
+@contextmanager
+def tree_attention(model: PreTrainedModel, pack: Pack) -> Iterator[TreeAttention]:
+    """Have all attention layers of `model` attend along the tree of `pack`, until the block ends."""
+    configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
+    configs |= {id(config): config for config in (c.get_text_config() for c in list(configs.values()))}
+    before = [(config, config._attn_implementation_internal) for config in configs.values()]
+    tree = TreeAttention(pack)
+    token = _active.set(tree)
+    try:
+        for config, _ in before:
+            config._attn_implementation_internal = NAME
+        yield tree
+    finally:
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+        _active.reset(token)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """`query` `[1, heads, tokens, dim]`, `key` and `value` with as many or fewer heads; `[1, tokens, heads, dim]`."""
+    tree = _active.get()
+    if tree is None:
+        raise RuntimeError(f"The attention implementation {NAME!r} only works inside trl-refplug's scorer.")
+    tree.calls += 1
+    _refuse_unknown(module, tree.pack, query, key, attention_mask, sliding_window, options)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave query and key in float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if query.device.type in FLEX_DEVICES:
+        output = _flex(query, key, value, tree.block_mask(query.device), scaling, softcap)
+    else:
+        output = _by_node(tree.pack.nodes, query, key, value, scaling, softcap)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _by_node(
+    nodes: Sequence[Node], query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
+) -> Tensor:
+    fused = query.device.type == "cpu" and softcap is None and query.shape[-1] == value.shape[-1]
+    heads, tokens = query.shape[1:3]
+    output = query.new_empty(1, tokens, heads, value.shape[-1]).transpose(1, 2)
+    weight = torch.empty(1, heads, tokens, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
+    covered = 0
+    for node in nodes:
+        below, own = slice(node.start, node.end), slice(node.start, node.stop)
+        operands = query[:, :, below], key[:, :, own], value[:, :, own]
+        part, part_weight = _fused(*operands, scaling) if fused else _explicit(*operands, scaling, softcap)
+        if node.start >= covered:  # a root
+            covered = node.end
+            output[:, :, below], weight[:, :, below] = part, part_weight
+            continue
+        share = torch.sigmoid(part_weight - weight[:, :, below]).unsqueeze(-1)
+        output[:, :, below].lerp_(part, share.to(part.dtype))
+        weight[:, :, below] = torch.logaddexp(weight[:, :, below], part_weight)
+    return output
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    # With more queries than keys "causal" means that query i sees keys 0 to i: what a node and those below it need
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[no-any-return]
+        query, key, value, dropout_p=0.0, is_causal=True, scale=scaling
+    )
+
+
+def _explicit(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = (query @ key.transpose(-1, -2) * scaling).to(torch.promote_types(query.dtype, torch.float32))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    unseen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    scores.masked_fill_(unseen, -torch.inf)
+    weight = torch.logsumexp(scores, -1)
+    return (scores - weight.unsqueeze(-1)).exp_().to(value.dtype) @ value, weight
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float, softcap: float | None) -> Tensor:
+    cap = torch.tensor(softcap or 1.0, device=query.device)
+
+    def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
+    modify = None if softcap is None else capped
+    grouped = query.shape[1] != key.shape[1]
+    output: Tensor = _compiled_flex_attention()(
+        query, key, value, score_mod=modify, block_mask=mask, scale=scaling, enable_gqa=grouped
+    )
+    return output
+
+
+@cache
+def _compiled_flex_attention() -> Any:
+    # No pack is as long as another: without `dynamic` each would be compiled, and soon none
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _refuse_unknown(
+    module: nn.Module,
+    pack: Pack,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    sliding_window: int | None,
+    options: dict[str, Any],
+) -> None:
+    if attention_mask is not None:
+        raise UnsafeError("a mask of its own that the model adds to attention")
+    if not getattr(module, "is_causal", True) or options.get("is_causal") is False:
+        raise UnsafeError("attention that is not causal")
+    if query.shape[0] != 1 or not query.shape[2] == key.shape[2] == len(pack.tokens):
+        raise UnsafeError("attention over other tokens than the input's (cross-attention, compressed or cached keys)")
+    if sliding_window is not None and pack.longest > sliding_window:
+        raise UnsafeError(f"rows longer than the sliding window of {sliding_window} tokens")
+    unknown = sorted(name for name, value in options.items() if value is not None and name not in _IGNORED_OPTIONS)
+    if unknown:
+        raise UnsafeError(f"the attention option {unknown[0]!r}, which has no equivalent for shared prefixes")
+
+
+AttentionInterface.register(NAME, _attend)

@@ -1,0 +1,69 @@
+"""
+TRL's own reference call, on a batch as it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trl_refplug.provider import ReferenceBatch
+from trl_refplug.scoring.execution import causal_lm
+from trl_refplug.scoring.rows import IGNORED, Row
+
+
+def ensure_fused_head(model: nn.Module, temperature: float, cast_lm_head_to_fp32: bool) -> None:
+    """Add TRL's fused LM head to the causal LM in `model`, unless it has one (the trainers add it)."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    inner = causal_lm(model)
+    if not _has_fused_head(inner):
+        add_fused_lm_head(inner, temperature=temperature, cast_lm_head_to_fp32=cast_lm_head_to_fp32)
+
+
+def _has_fused_head(inner: nn.Module) -> bool:
+    forward: Any = inner.__dict__.get("forward")
+    while forward is not None:  # accelerate may have wrapped it further
+        function = getattr(forward, "__func__", forward)
+        code = getattr(function, "__code__", None)
+        if code is not None and "fused_lm_head" in inspect.getargs(code).args + list(code.co_varnames):
+            return True
+        forward = getattr(function, "__wrapped__", None) or getattr(function, "model_forward", None)
+    return False
+
+
+def exact_log_probs(model: nn.Module, batch: ReferenceBatch) -> Tensor:
+    """`[batch, seq - 1]` log-probabilities, from the same call, of the same shapes, that TRL makes."""
+    with torch.no_grad():
+        output = model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            **batch.extras,
+            labels=batch.labels,
+            fused_lm_head=True,
+        )
+    log_probs: Tensor = output.log_probs
+    virtual_tokens = log_probs.shape[1] - (batch.input_ids.shape[1] - 1)  # of a prompt-learning adapter
+    return log_probs[:, virtual_tokens:]
+
+
+def pad_rows(rows: Sequence[Row], device: torch.device) -> ReferenceBatch:
+    """Rows as a batch, padded on the right with token 0."""
+    columns = max(map(len, rows))
+
+    def padded(values: Callable[[Row], Any], fill: int) -> Tensor:
+        table = np.full((len(rows), columns), fill, np.int64)
+        for line, row in zip(table, rows, strict=True):
+            line[: len(row)] = values(row)
+        return torch.from_numpy(table).to(device)
+
+    return ReferenceBatch(
+        input_ids=padded(lambda row: row.input_ids, 0),
+        attention_mask=padded(lambda row: 1, 0),
+        labels=padded(lambda row: row.labels, IGNORED),
+    )

@@ -1,0 +1,71 @@
+"""
+What a forward pass costs, in counted floating-point operations (a multiplication and an addition are two).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trl_refplug.scoring.rows import Row
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Operations:
+    """
+    Args:
+        token (`float`): Per token: all matrix products with weights, without the LM head.
+        pair (`float`): Per pair of a token and one it attends to: scores and weighted sum, all layers and heads.
+        head (`float`): Per position projected through the LM head.
+    """
+
+    token: float
+    pair: float
+    head: float
+
+    def span(self, start: int, stop: int) -> float:
+        """Cost of the tokens at depths `start` to `stop` of a sequence, each attending to itself and all before."""
+        return (stop - start) * self.token + (stop * (stop + 1) - start * (start + 1)) / 2 * self.pair
+
+    def row(self, row: Row) -> float:
+        """Cost of a row on its own, without sharing and padding."""
+        return self.span(0, len(row)) + len(row.scored()) * self.head
+
+    def padded(self, rows: Iterable[Row], columns: int) -> float:
+        """Cost of rows padded to `columns`, every position projected through the LM head."""
+        return sum(self.span(0, columns) + columns * self.head for _ in rows)
+
+
+def count_operations(model: PreTrainedModel) -> Operations:
+    """
+    Operations of a causal LM, from its configuration and the shapes of its weights.
+
+    Matrix products are counted, which is what planning and benchmarks need; norms, activations and rotary embeddings
+    are left out. Of routed experts, those active for one token count.
+    """
+    config = model.config.get_text_config()
+    embeddings = {
+        id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module
+    }
+    experts: int = _first(config, "num_experts", "num_local_experts", "n_routed_experts") or 1
+    active: int = _first(config, "num_experts_per_tok", "top_k_experts") or 1
+    weights = 0.0
+    for name, parameter in model.base_model.named_parameters():
+        if id(parameter) in embeddings or parameter.dim() < 2:
+            continue
+        size = float(getattr(parameter, "ds_numel", None) or parameter.numel())
+        weights += size * active / experts if ".experts." in name and experts > 1 else size
+    heads: int = _first(config, "num_attention_heads", "n_head") or 1
+    hidden: int = _first(config, "hidden_size", "n_embd") or 1
+    layers: int = _first(config, "num_hidden_layers", "n_layer") or 1
+    head_dim: int = _first(config, "head_dim") or hidden // heads
+    return Operations(token=2 * weights, pair=4.0 * layers * heads * head_dim, head=2.0 * config.vocab_size * hidden)
+
+
+def _first(config: Any, *names: str) -> Any:
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)

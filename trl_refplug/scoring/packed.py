@@ -1,0 +1,131 @@
+"""
+Packed scoring: from rows, or a batch, to forward passes over packs and back.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor, nn
+
+from trl_refplug.provider import ReferenceBatch
+from trl_refplug.scoring import safety
+from trl_refplug.scoring.attention import UnsafeError
+from trl_refplug.scoring.execution import causal_lm, evaluation_mode, run_pack
+from trl_refplug.scoring.head import Head
+from trl_refplug.scoring.layout import Pack, plan
+from trl_refplug.scoring.operations import count_operations
+from trl_refplug.scoring.rows import IGNORED, Ints, Row, rows_of
+from trl_refplug.scoring.stats import ScoreStats
+
+
+class PackedPass:
+    """
+    Args:
+        model (`nn.Module`): The model, however wrapped.
+        head ([`Head`]): What comes after its last hidden state.
+        budget (`int`): Most tokens in a forward pass; halved when memory runs out.
+        stats ([`ScoreStats`]): Counts are added to it.
+
+    Attributes:
+        unsafe_model (`str` or `None`): Why no rows may be packed.
+        limit (`float`), limit_reason (`str`): The longest rows, padded, that may be packed, and why.
+        lockstep (`bool`): Whether every rank has to make as many forward passes as this one.
+        dtype (`torch.dtype`): What the model computed the last forward pass in.
+    """
+
+    def __init__(self, model: nn.Module, head: Head, budget: int, stats: ScoreStats) -> None:
+        inner = causal_lm(model)
+        self.budget = budget
+        self.dtype = torch.float32
+        self.lockstep = safety.in_lockstep(model)
+        self.unsafe_model = safety.unsafe_model(model, inner)
+        self.limit, self.limit_reason = safety.length_limit(inner)
+        self._model = model
+        self._head = head
+        self._stats = stats
+        self._cost = count_operations(inner)
+        self._absolute = safety.absolute_positions(inner)
+
+    def cut(self, batch: ReferenceBatch) -> tuple[list[Row], Ints]:
+        """
+        The rows of a batch, and the column at which each begins.
+
+        Raises:
+            UnsafeError: Packed, this batch would not give the exact call's numbers.
+        """
+        if self.unsafe_model:
+            raise UnsafeError(self.unsafe_model)
+        if batch.extras or not batch.rows_sliceable:
+            raise UnsafeError(f"model inputs beyond token ids ({', '.join(sorted(batch.extras)) or 'not by row'})")
+        if batch.input_ids.shape[1] > self.limit:
+            raise UnsafeError(self.limit_reason)
+        try:
+            rows, starts = rows_of(
+                *(tensor.cpu().numpy() for tensor in (batch.input_ids, batch.attention_mask, batch.labels))
+            )
+        except ValueError as error:
+            raise UnsafeError(str(error)) from None
+        if self._absolute and starts.any():
+            raise UnsafeError("padding on the left of a model with absolute positions")
+        return rows, starts
+
+    def sample(self, rows: Sequence[Row], size: int) -> list[Row]:
+        """Some of the rows, neighbours in the plan: they share what there is to share."""
+        packs = plan(rows, self.budget, self._cost)
+        return [rows[index] for index in packs[0].rows[:size]] if packs else []
+
+    def run(self, rows: Sequence[Row]) -> Iterator[tuple[int, Tensor]]:
+        """
+        Score rows, forward pass by forward pass.
+
+        In lockstep with other ranks, that is exactly one forward pass, even when there is nothing to score.
+
+        Yields:
+            `tuple[int, Tensor]`: The index of a row and the values of its scored positions, in order. Rows without one
+            are left out.
+        """
+        packs = deque(plan(rows, None if self.lockstep else self.budget, self._cost))
+        if self.lockstep and not packs:
+            idle = plan([Row(np.zeros(2, np.int64), np.array([IGNORED, 0]))], None, self._cost)[0]
+            packs.append(replace(idle, rows=(), answers=()))
+        while packs:
+            pack = packs.popleft()
+            try:
+                with evaluation_mode(self._model):
+                    scored = run_pack(self._model, pack, self._head)
+            except RuntimeError as error:
+                alone = len(pack.tokens) == pack.longest
+                if self.lockstep or alone or not should_reduce_batch_size(error):
+                    raise
+                self.budget = max(1, min(self.budget, len(pack.tokens)) // 2)
+                packs = deque(self._replan(rows, [pack, *packs]))
+                continue
+            self.dtype = scored.dtype
+            self._count(pack)
+            yield from zip(pack.rows, (scored.log_probs[torch.from_numpy(a)] for a in pack.answers), strict=True)
+
+    def _replan(self, rows: Sequence[Row], packs: Iterable[Pack]) -> Iterator[Pack]:
+        left = [index for pack in packs for index in pack.rows]
+        for pack in plan([rows[index] for index in left], self.budget, self._cost):
+            yield replace(pack, rows=tuple(left[number] for number in pack.rows))
+
+    def _count(self, pack: Pack) -> None:
+        self._stats.forwards += 1
+        self._stats.unique_tokens += len(pack.tokens)
+        self._stats.scored_tokens += len(pack.targets)
+        self._stats.operations += pack.operations(self._cost)
+
+
+def place(batch: ReferenceBatch, rows: Sequence[Row], starts: Ints, scored: Iterable[tuple[int, Tensor]]) -> Tensor:
+    """Put the scored values of a batch's rows where they belong: float32 `[batch, seq - 1]` on the batch's device."""
+    answer = torch.zeros(len(rows), batch.labels.shape[1] - 1, device=batch.labels.device)
+    for index, values in scored:
+        columns = torch.from_numpy(starts[index] + rows[index].scored() - 1)
+        answer[index, columns.to(answer.device)] = values.to(answer.device, answer.dtype)
+    return answer

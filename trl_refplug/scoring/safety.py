@@ -1,0 +1,81 @@
+"""
+Where sharing prefixes and packing rows would change the numbers, as far as a model's configuration tells.
+
+What it does not tell is caught later: layers that attend in some other way are noticed while a pack runs, and the
+first packed answer of every scorer is compared with the exact one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+
+
+def unsafe_model(model: nn.Module, inner: PreTrainedModel) -> str | None:
+    """Why no input of this model may be packed, as a phrase that completes "because of"; `None` if none is known."""
+    config = inner.config.get_text_config()
+    if getattr(inner.config, "is_encoder_decoder", False):
+        return "an encoder-decoder architecture"
+    if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", None):
+        return "attention that is not causal"
+    if getattr(config, "alibi", False) or getattr(config, "model_type", "") in ("bloom", "mpt"):
+        return "ALiBi position biases"
+    if any(getattr(config, name, None) for name in ("expert_capacity", "capacity_factor", "moe_capacity_factor")):
+        return "experts of limited capacity: which tokens they drop depends on the batch"
+    recurrent = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS
+    if recurrent:
+        return f"recurrent or hybrid layers ({', '.join(sorted(recurrent))})"
+    peft_configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
+    if any(getattr(peft_config, "is_prompt_learning", False) for peft_config in peft_configs.values()):
+        return "virtual tokens of a prompt-learning adapter"
+    return None
+
+
+def length_limit(inner: PreTrainedModel) -> tuple[float, str]:
+    """The longest padded row that may be packed, and why longer ones may not."""
+    config = inner.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    limits: list[tuple[float, str]] = [(float("inf"), "")]
+    window = getattr(config, "sliding_window", None)
+    if window and getattr(config, "use_sliding_window", True) and (not kinds or "sliding_attention" in kinds):
+        limits.append((window, f"rows longer than the sliding window of {window} tokens"))
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk and (not kinds or "chunked_attention" in kinds):
+        limits.append((chunk, f"rows longer than the attention chunk of {chunk} tokens"))
+    for rope in _rope_parameters(config):
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+            limits.append((original, f"rotary embeddings that change when the batch is longer than {original} tokens"))
+    return min(limits)
+
+
+def absolute_positions(inner: PreTrainedModel) -> bool:
+    """Whether shifting a row, as padding on its left does, may change its log-probabilities."""
+    return not _rope_parameters(inner.config.get_text_config())
+
+
+def in_lockstep(model: nn.Module) -> bool:
+    """
+    Whether a forward pass is a collective operation, so that every rank has to make as many of them: sharded weights
+    (FSDP, ZeRO-3, tensor parallel) and DDP, which synchronises buffers.
+    """
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        return torch.distributed.get_world_size() > 1
+    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()) or any(
+        type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
+    )
+
+
+def _rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """The rotary embeddings' parameters: one dictionary, or one a layer type."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if "rope_type" in parameters or "rope_theta" in parameters:
+        return [parameters]
+    return [value for value in parameters.values() if isinstance(value, dict)]

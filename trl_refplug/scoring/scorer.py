@@ -1,0 +1,261 @@
+"""
+From rows and a model to per-token log-probabilities.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor, nn
+
+from trl_refplug.errors import UnsupportedInputError
+from trl_refplug.provider import ReferenceBatch
+from trl_refplug.scoring.attention import UnsafeError
+from trl_refplug.scoring.exact import ensure_fused_head, exact_log_probs, pad_rows
+from trl_refplug.scoring.execution import causal_lm, evaluation_mode
+from trl_refplug.scoring.head import Head
+from trl_refplug.scoring.packed import PackedPass, place
+from trl_refplug.scoring.precision import disagreement
+from trl_refplug.scoring.rows import IGNORED, Ints, Row
+from trl_refplug.scoring.stats import ScoreStats
+
+
+TOKEN_BUDGET = {"cpu": 2048}
+"""Tokens of a forward pass, by device type: enough to keep it busy, few enough for activations to stay in cache."""
+
+TOKEN_BUDGET_ELSEWHERE = 16384
+
+WINDOW = 32
+"""How many forward passes' worth of a stream of rows is planned together."""
+
+VERIFIED_ROWS = 8
+"""How many rows of a stream are scored both ways before packed answers are trusted."""
+
+
+class ExactFallbackWarning(UserWarning):
+    """Rows that were to be scored packed are scored by the exact call; the text says why."""
+
+
+class Scorer:
+    """
+    Scores rows with a causal language model.
+
+    Rows are scored in evaluation mode, without gradient and without touching the global random state; whatever mode
+    the model's modules were in is restored. The model is entered through its outermost `forward`, so it may be wrapped
+    (PEFT, DDP, FSDP, DeepSpeed, accelerate's autocast).
+
+    Args:
+        model (`nn.Module`): The model. It is given TRL's fused LM head if it has none.
+        mode (`str`): `"exact"`: TRL's own call on the batch as it is, bit for bit. `"packed"`: no padding, shared
+            prefixes and identical rows computed once, the LM head on scored positions only; equal within rounding. The
+            first packed answer is compared with the exact one. Where packing is known to change the numbers, and for
+            good if that comparison fails, rows are scored exactly, with an [`ExactFallbackWarning`].
+        temperature (`float`): Logits are divided by it. If the model already has a fused LM head, this has to be the
+            temperature that was given to it.
+        token_budget (`int`, *optional*): Most tokens in one packed forward pass, or in one padded batch of
+            [`~Scorer.score_rows`]. Halved when memory runs out. Defaults to 2,048 on CPU and 16,384 elsewhere.
+        cast_lm_head_to_fp32 (`bool`): Project in float32, as TRL's flag of the same name.
+
+    Attributes:
+        stats ([`ScoreStats`]): What has been done so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        mode: Literal["exact", "packed"] = "exact",
+        temperature: float = 1.0,
+        token_budget: int | None = None,
+        cast_lm_head_to_fp32: bool = False,
+    ) -> None:
+        if mode not in ("exact", "packed"):
+            raise ValueError(f"Found mode={mode!r}, expected 'exact' or 'packed'.")
+        if token_budget is not None and token_budget < 1:
+            raise ValueError(f"Found token_budget={token_budget}, expected at least 1 token.")
+        ensure_fused_head(model, temperature, cast_lm_head_to_fp32)
+        inner = causal_lm(model)
+        self.mode = mode
+        self.stats = ScoreStats()
+        self._model = model
+        self._device = inner.get_input_embeddings().weight.device
+        budget = token_budget or TOKEN_BUDGET.get(self._device.type, TOKEN_BUDGET_ELSEWHERE)
+        head = Head.of(inner, temperature, cast_lm_head_to_fp32)
+        self._packed = PackedPass(model, head, budget, self.stats)
+        self._verified = False
+        self._distrusted: str | None = None
+        self._warned: set[str] = set()
+
+    def log_probs(self, batch: ReferenceBatch) -> Tensor:
+        """
+        Score a batch.
+
+        Args:
+            batch ([`ReferenceBatch`]): Rows to score, padded on either side.
+
+        Returns:
+            `Tensor`: float32 `[batch, seq - 1]`, on the batch's device and the caller's to change: entry `t` is the
+            log-probability of `labels[:, t + 1]`, 0 where that is -100.
+        """
+        self.stats.rows += len(batch.input_ids)
+        self.stats.padded_tokens += batch.input_ids.numel()
+        with self._timed():
+            if self.mode == "exact":
+                return self._exact(batch)
+            try:
+                if self._distrusted:
+                    raise UnsafeError(self._distrusted)
+                rows, starts = self._packed.cut(batch)
+            except UnsafeError as reason:
+                self._warn(str(reason))
+                if self._packed.lockstep and self._packed.unsafe_model is None and not self._settled:
+                    # Other ranks verify their first batch, with one more forward pass, and never again
+                    self._distrusted = "a first batch that could not be verified"
+                    self._exact(batch)
+                return self._exact(batch)
+            if not self._verified:
+                return self._verify(batch, rows, starts)
+            return place(batch, rows, starts, self._packed.run(rows))
+
+    def score_rows(self, rows: Iterable[Row]) -> Iterator[tuple[int, Tensor]]:
+        """
+        Score a stream of rows, as many at a time as the token budget allows.
+
+        Rows are read ahead by a bounded window (32 forward passes' worth) and reordered within it: those with common
+        prefixes come together when packing, those of similar length when padding. An answer is there as soon as its
+        forward pass is done, so answers do not come in the order of `rows`.
+
+        Args:
+            rows (`Iterable[Row]`): Any number of rows.
+
+        Yields:
+            `tuple[int, Tensor]`: The index of a row and its log-probabilities: float32 `[seq - 1]` on the CPU, entry
+            `t` for `labels[t + 1]`, 0 where that is -100. Every row once.
+
+        Raises:
+            UnsupportedInputError: The model is distributed over ranks.
+        """
+        if self._packed.lockstep:
+            raise UnsupportedInputError(
+                "Found a model distributed over ranks (FSDP, DeepSpeed ZeRO-3 or DDP), expected one that a rank can "
+                "run on its own: score_rows makes a different number of forward passes on each rank. Use log_probs."
+            )
+        for first, window in _windows(rows, WINDOW * self._packed.budget):
+            self.stats.rows += len(window)
+            self.stats.padded_tokens += sum(map(len, window))
+            answers = self._score_window(window)
+            while True:
+                with self._timed():  # not the caller's work in between
+                    scored = next(answers, None)
+                if scored is None:
+                    break
+                index, values = scored
+                answer = torch.zeros(max(len(window[index]) - 1, 0))
+                answer[torch.from_numpy(window[index].scored() - 1)] = values.to("cpu", torch.float32)
+                yield first + index, answer
+
+    def _score_window(self, rows: list[Row]) -> Iterator[tuple[int, Tensor]]:
+        """The scored values of each row, by its index."""
+        pending = [index for index, row in enumerate(rows) if len(row.scored())]
+        yield from ((index, torch.zeros(0)) for index in set(range(len(rows))) - set(pending))
+        packed = self._packable(rows, pending) if self.mode == "packed" else []
+        yield from ((packed[number], values) for number, values in self._packed.run([rows[i] for i in packed]))
+        pending = sorted(set(pending) - set(packed), key=lambda index: len(rows[index]))
+        while pending:
+            longest = len(rows[pending[-1]])
+            together = pending[-max(1, self._packed.budget // longest) :]
+            try:
+                log_probs = self._exact(pad_rows([rows[index] for index in together], self._device))
+            except RuntimeError as error:
+                if len(together) == 1 or not should_reduce_batch_size(error):
+                    raise
+                self._packed.budget = longest * len(together) // 2
+                continue
+            del pending[-len(together) :]
+            for index, values in zip(together, log_probs, strict=True):
+                yield index, values[torch.from_numpy(rows[index].scored() - 1).to(values.device)]
+
+    def _packable(self, rows: list[Row], pending: list[int]) -> list[int]:
+        """Which of the pending rows to pack."""
+        if reason := self._distrusted or self._packed.unsafe_model:
+            self._warn(reason)
+            return []
+        short = [index for index in pending if len(rows[index]) <= self._packed.limit]
+        if len(short) < len(pending):
+            self._warn(self._packed.limit_reason)
+        if short and not self._verified:
+            sample = pad_rows(self._packed.sample([rows[index] for index in short], VERIFIED_ROWS), self._device)
+            self._verify(sample, *self._packed.cut(sample))
+        return short if self._verified else []
+
+    def _verify(self, batch: ReferenceBatch, rows: list[Row], starts: Ints) -> Tensor:
+        """Score a batch both ways and decide whether packed answers are trusted from now on."""
+        exact = self._exact(batch)
+        try:
+            packed = place(batch, rows, starts, self._packed.run(rows))
+        except Exception as error:
+            if should_reduce_batch_size(error):
+                raise
+            first_line = (str(error).splitlines() or [""])[0]
+            self._distrusted = (
+                first_line if isinstance(error, UnsafeError) else f"{type(error).__name__}: {first_line}"
+            )
+            self._warn(self._distrusted)
+            return exact
+        scored = batch.labels[:, 1:] != IGNORED
+        self._distrusted = disagreement(packed[scored], exact[scored], self._packed.dtype)
+        if self._distrusted:
+            self._warn(self._distrusted)
+            return exact
+        # A batch without scored tokens proves nothing, but in lockstep all ranks verify once, at the same time
+        self._verified = bool(scored.any()) or self._packed.lockstep
+        return packed
+
+    @property
+    def _settled(self) -> bool:
+        return self._verified or self._distrusted is not None
+
+    def _exact(self, batch: ReferenceBatch) -> Tensor:
+        with evaluation_mode(self._model):
+            log_probs = exact_log_probs(self._model, batch).to(batch.labels.device)
+        self.stats.forwards += 1
+        self.stats.unique_tokens += batch.input_ids.numel()
+        self.stats.scored_tokens += int((batch.labels[:, 1:] != IGNORED).sum())
+        return log_probs
+
+    def _warn(self, reason: str) -> None:
+        self.stats.fallback = reason
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(
+                f"Scoring exactly (TRL's own call) instead of packed, because of {reason}.",
+                ExactFallbackWarning,
+                stacklevel=3,
+            )
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stats.seconds += time.perf_counter() - start
+
+
+def _windows(rows: Iterable[Row], tokens: int) -> Iterator[tuple[int, list[Row]]]:
+    """Consecutive rows of some `tokens` tokens together, each time with the index of the first."""
+    first, window, size = 0, [], 0
+    for row in rows:
+        window.append(row)
+        size += len(row)
+        if size >= tokens:
+            yield first, window
+            first, window, size = first + len(window), [], 0
+    if window:
+        yield first, window

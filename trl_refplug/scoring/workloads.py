@@ -1,0 +1,174 @@
+"""
+Rows to time scoring with: from a preference data set, or from nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trl_refplug.errors import ConfigurationError, did_you_mean
+from trl_refplug.scoring.rows import Ints, Row
+
+
+TRL_BATCH = 8
+"""Pairs (or, where there are none, rows) in a batch of TRL's precompute by default."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Token ids of a prompt and its two completions: int64, one-dimensional."""
+
+    prompt: Ints
+    chosen: Ints
+    rejected: Ints
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+    """
+    Args:
+        shape (`str`): One of [`SHAPES`].
+        rows (`list[Row]`): In the order of the data set.
+        batches (`list[list[int]]`): The rows of each of TRL's batches.
+    """
+
+    shape: str
+    rows: list[Row]
+    batches: list[list[int]]
+
+
+def workload(shape: str, pairs: Sequence[Pair], max_length: int) -> Workload:
+    """Lay pairs out in one of the [`SHAPES`]; rows are cut to `max_length` tokens."""
+    if shape not in SHAPES:
+        raise ConfigurationError(
+            f"Found shape {shape!r}, expected one of {', '.join(SHAPES)}.{did_you_mean(shape, SHAPES)}"
+        )
+    rows, batches = SHAPES[shape](pairs)
+    return Workload(shape, [Row(row.input_ids[:max_length], row.labels[:max_length]) for row in rows], batches)
+
+
+Laid = tuple[list[Row], list[list[int]]]
+
+
+def _pairs(pairs: Sequence[Pair]) -> Laid:
+    """As they are, in TRL's layout: a batch's chosen rows, then its rejected ones."""
+    rows: list[Row] = []
+    batches: list[list[int]] = []
+    for start in range(0, len(pairs), TRL_BATCH):
+        some = pairs[start : start + TRL_BATCH]
+        batches.append(list(range(len(rows), len(rows) + 2 * len(some))))
+        rows += [Row.completion(pair.prompt, pair.chosen) for pair in some]
+        rows += [Row.completion(pair.prompt, pair.rejected) for pair in some]
+    return rows, batches
+
+
+def _long_prompt(pairs: Sequence[Pair]) -> Laid:
+    """Prompts cut to a third of their length, completions to a third of that."""
+
+    def cut(pair: Pair) -> Pair:
+        prompt = pair.prompt[: max(1, len(pair.prompt) // 3)]
+        length = max(1, len(prompt) // 3)
+        return Pair(prompt, pair.chosen[:length], pair.rejected[:length])
+
+    return _pairs([cut(pair) for pair in pairs])
+
+
+def _grpo(pairs: Sequence[Pair]) -> Laid:
+    """Groups of 8 completions of 64 tokens to prompts of 512, as many rows as there are in the pairs."""
+    tokens = _text(pairs)
+    rows = []
+    for _ in range(max(1, len(pairs) // 4)):
+        prompt = _take(tokens, 512)
+        rows += [Row.completion(prompt, _take(tokens, 64)) for _ in range(8)]
+    return rows, _in_order(len(rows))
+
+
+def _unshared(pairs: Sequence[Pair]) -> Laid:
+    """Rows of 256 tokens without a common prefix, all of them scored."""
+    tokens = _text(pairs)
+    rows = [Row(ids, ids) for ids in (_take(tokens, 256) for _ in range(2 * len(pairs)))]
+    return rows, _in_order(len(rows))
+
+
+def _long(pairs: Sequence[Pair]) -> Laid:
+    """One pair of 4,096 tokens, half of them the prompt, for every 16 pairs."""
+    tokens = _text(pairs)
+    long = [Pair(_take(tokens, 2048), _take(tokens, 2048), _take(tokens, 2048)) for _ in range(0, len(pairs), 16)]
+    rows = [Row.completion(pair.prompt, answer) for pair in long for answer in (pair.chosen, pair.rejected)]
+    return rows, [[index, index + 1] for index in range(0, len(rows), 2)]
+
+
+SHAPES: dict[str, Callable[[Sequence[Pair]], Laid]] = {
+    "pairs": _pairs,
+    "long-prompt": _long_prompt,
+    "grpo": _grpo,
+    "unshared": _unshared,
+    "long": _long,
+}
+
+
+def _in_order(rows: int) -> list[list[int]]:
+    return [list(range(start, min(start + TRL_BATCH, rows))) for start in range(0, rows, TRL_BATCH)]
+
+
+def _text(pairs: Sequence[Pair]) -> Iterator[int]:
+    """All tokens one after the other, without end; after the first round in another order, so that nothing repeats."""
+    tokens = np.concatenate([part for pair in pairs for part in (pair.prompt, pair.chosen, pair.rejected)])
+    rng = np.random.default_rng(0)
+    while True:
+        yield from tokens.tolist()
+        tokens = rng.permutation(tokens)
+
+
+def _take(tokens: Iterator[int], count: int) -> Ints:
+    return np.fromiter((next(tokens) for _ in range(count)), np.int64, count)
+
+
+def synthetic_pairs(count: int, vocabulary: int) -> list[Pair]:
+    """Pairs of random tokens, with lengths spread as in real preference data (prompts vary most)."""
+    rng = np.random.default_rng(0)
+
+    def tokens(median: float, spread: float) -> Ints:
+        return rng.integers(0, vocabulary, int(np.clip(rng.lognormal(np.log(median), spread), 8, 2048)))
+
+    return [Pair(tokens(190, 1.1), tokens(250, 0.8), tokens(250, 0.8)) for _ in range(count)]
+
+
+def read_pairs(path: Path, tokenizer: Any, count: int | None) -> list[Pair]:
+    """
+    The first pairs (`None`: all) of a JSON-lines file in TRL's preference format: `prompt`, `chosen` and `rejected`,
+    each a text or a list of messages. Tokenised as TRL does.
+    """
+    pairs: list[Pair] = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if len(pairs) == count:
+                break
+            example = json.loads(line)
+            missing = {"prompt", "chosen", "rejected"} - set(example)
+            if missing:
+                raise ConfigurationError(
+                    f"{path}, line {number}: found the columns {', '.join(example)}, expected TRL's preference format "
+                    f"(prompt, chosen, rejected); {', '.join(sorted(missing))} missing."
+                )
+            prompt = _tokenize(tokenizer, example["prompt"], "")
+            whole = [_tokenize(tokenizer, example["prompt"], example[name]) for name in ("chosen", "rejected")]
+            pairs.append(Pair(prompt, *(ids[len(prompt) :] for ids in whole)))
+    return pairs
+
+
+def _tokenize(tokenizer: Any, prompt: Any, completion: Any) -> Ints:
+    if isinstance(prompt, str):
+        text = prompt + completion + (tokenizer.eos_token or "" if completion else "")
+        ids = tokenizer(text)["input_ids"]
+    else:
+        ids = tokenizer.apply_chat_template(
+            prompt + (completion or []), add_generation_prompt=not completion, tokenize=True, return_dict=False
+        )
+    return np.asarray(ids, np.int64)

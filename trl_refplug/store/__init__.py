@@ -1,0 +1,37 @@
+"""
+The log-prob store: an append-only map from what a row is to the log-probs a reference gave it. Imports no torch.
+
+```python
+facts = ScoringFacts(identity_digest=identity.digest, attention_implementation="sdpa", scoring_mode="exact")
+keys = [RowKey(facts, token_ids, scored_positions).digest() for token_ids, scored_positions in rows]
+
+with LogProbStore("ref-store", mode="a", provenance={"identity": identity.to_dict()}) as store:
+    missing = np.flatnonzero(~store.contains(keys))
+    store.put([keys[i] for i in missing], score(missing))
+    first_row = store.lookup(keys)[0]
+```
+
+`docs/store.md` specifies the files and what is guaranteed about them.
+"""
+
+from .format import FORMAT_VERSION, Manifest
+from .keys import KEY_BYTES, RowKey, ScoringFacts
+from .maintenance import Conflict, StoreSummary, VerifyReport, summarize, verify
+from .store import LogProbRows, LogProbStore, StoreWarning
+
+
+__all__ = [
+    "FORMAT_VERSION",
+    "KEY_BYTES",
+    "Conflict",
+    "LogProbRows",
+    "LogProbStore",
+    "Manifest",
+    "RowKey",
+    "ScoringFacts",
+    "StoreSummary",
+    "StoreWarning",
+    "VerifyReport",
+    "summarize",
+    "verify",
+]

@@ -1,0 +1,198 @@
+"""
+What the files of a store hold: a shard with the rows, and a manifest that vouches for it.
+
+A shard counts from the moment its manifest is there. Both are written once and never changed, and both carry a
+checksum, so that a reader either gets the bytes that were written or knows that it does not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+
+from ..errors import StoreVersionError
+from .keys import KEY_BYTES
+
+
+FORMAT_VERSION = 1
+MANIFEST_SUFFIX = ".json"
+SHARD_SUFFIX = ".arrow"
+
+_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.binary(KEY_BYTES), nullable=False),
+        pa.field("log_probs", pa.list_(pa.field("item", pa.float32(), nullable=False)), nullable=False),
+    ]
+)
+_CHUNK_BYTES = 1 << 20
+
+
+# What is not named so is no part of a store, whatever its suffix.
+_NAME = re.compile(r"\d{8}T\d{6}\.\d{6}Z-[0-9a-f]{16}")
+
+
+def new_name(now: datetime) -> str:
+    """A name for a shard that no other has, in any process; names sort by time (UTC)."""
+    return f"{now:%Y%m%dT%H%M%S.%fZ}-{uuid.uuid4().hex[:16]}"
+
+
+def files_of(name: str) -> tuple[str, str]:
+    """The manifest's and the shard's file. Without the first, the second does not count."""
+    return name + MANIFEST_SUFFIX, name + SHARD_SUFFIX
+
+
+def published_names(files: Iterable[str]) -> list[str]:
+    """Names of the shards that are published among `files`, oldest first."""
+    names = (file.removesuffix(MANIFEST_SUFFIX) for file in files if file.endswith(MANIFEST_SUFFIX))
+    return sorted(name for name in names if _NAME.fullmatch(name))
+
+
+class DamagedFileError(Exception):
+    """A file is not what was published under its name. Says why."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """
+    What is known of a shard, and how to tell that it is intact.
+
+    Args:
+        name (`str`): Name of the shard and of the manifest, without suffix. Sorts by time of publication.
+        rows (`int`): Number of rows.
+        tokens (`int`): Number of log-probs.
+        size (`int`): Bytes of the shard's file.
+        xxh3_128 (`str`): Checksum of the shard's file, as hex digits.
+        created (`str`): When it was published, UTC, ISO 8601.
+        provenance (`Mapping[str, Any]`): Identity of the reference, package versions, ...: never part of a key.
+        format_version (`int`): Version of the format of both files.
+    """
+
+    name: str
+    rows: int
+    tokens: int
+    size: int
+    xxh3_128: str
+    created: str
+    provenance: Mapping[str, Any]
+    format_version: int = FORMAT_VERSION
+
+    def encode(self) -> bytes:
+        """The manifest file. Raises `TypeError` or `ValueError` when the provenance is not JSON."""
+        return _envelope(asdict(self))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Manifest:
+        """
+        The inverse of [`encode`].
+
+        Raises:
+            [`StoreVersionError`]: The file is intact and of a newer format version.
+            [`DamagedFileError`]: The file is not what was published.
+        """
+        # The envelope is the one thing that never changes between versions: it tells "newer" from "damaged".
+        try:
+            body = json.loads(data)["manifest"]
+            intact = _envelope(body) == data
+        except (ValueError, TypeError, LookupError, RecursionError):
+            intact = False
+        if not intact:
+            raise DamagedFileError("its manifest does not match its own checksum")
+        version = body["format_version"]
+        if version > FORMAT_VERSION:
+            raise StoreVersionError(
+                f"shard {body['name']} has format version {version}, this release of trl-refplug reads up to version "
+                f"{FORMAT_VERSION}. Upgrade trl-refplug, or use another path"
+            )
+        return cls(**body)
+
+
+def _envelope(body: Any) -> bytes:
+    """The one byte string that stands for `body`: canonical JSON with its own checksum."""
+    text = json.dumps(body, sort_keys=True, allow_nan=False)
+    checksum = xxhash.xxh3_128_hexdigest(text.encode())
+    return f'{{"manifest": {text}, "xxh3_128": "{checksum}"}}\n'.encode()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """
+    An intact shard, memory-mapped.
+
+    Args:
+        keys (`NDArray[np.uint64]`): `[rows, 2]`.
+        offsets (`NDArray[np.int32]`): `[rows + 1]`; row `i` is `values[offsets[i] : offsets[i + 1]]`.
+        values (`NDArray[np.float32]`): `[tokens]`, log-probs in nats.
+    """
+
+    keys: NDArray[np.uint64]
+    offsets: NDArray[np.int32]
+    values: NDArray[np.float32]
+
+    def row(self, number: int) -> NDArray[np.float32]:
+        """Row `number`, float32 `[tokens]`, without a copy."""
+        return self.values[self.offsets[number] : self.offsets[number + 1]]
+
+
+def encode_shard(keys: Sequence[bytes], rows: Sequence[NDArray[np.float32]]) -> bytes:
+    """The shard file: an Arrow IPC file with one record batch. `rows` are 1-D and non-empty as a list."""
+    offsets = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum([len(row) for row in rows], out=offsets[1:])
+    # Buffers and not pa.array(): converting numpy arrays would import pandas.
+    values = pa.Array.from_buffers(pa.float32(), int(offsets[-1]), [None, pa.py_buffer(np.concatenate(rows))])
+    columns = [
+        pa.Array.from_buffers(_SCHEMA.field(0).type, len(keys), [None, pa.py_buffer(b"".join(keys))]),
+        pa.Array.from_buffers(_SCHEMA.field(1).type, len(rows), [None, pa.py_buffer(offsets)], children=[values]),
+    ]
+    batch = pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, _SCHEMA) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+
+def open_shard(path: Path, manifest: Manifest) -> Shard:
+    """
+    Check a shard's file against its manifest, all of it, and map it into memory.
+
+    Raises:
+        [`DamagedFileError`]: Its bytes are not those that were published.
+        `OSError`: It is not there or cannot be read.
+    """
+    size, checksum = _checksum(path)
+    if size != manifest.size:
+        raise DamagedFileError(f"it has {size} bytes, its manifest says {manifest.size}")
+    if checksum != manifest.xxh3_128:
+        raise DamagedFileError(f"its checksum is {checksum}, its manifest says {manifest.xxh3_128}")
+    with pa.memory_map(os.fspath(path)) as file:  # closes the file; the mapping lives as long as the arrays
+        batch = pa.ipc.open_file(file).get_batch(0)
+    # Buffers and not to_numpy(), which would import pandas: 30 MB, and as slow as opening a million rows.
+    _, keys = batch.column(0).buffers()
+    _, offsets, _, values = batch.column(1).buffers()
+    return Shard(
+        keys=np.frombuffer(keys, "<u8", count=2 * manifest.rows).reshape(-1, 2),
+        offsets=np.frombuffer(offsets, "<i4", count=manifest.rows + 1),
+        values=np.frombuffer(values, "<f4", count=manifest.tokens),
+    )
+
+
+def _checksum(path: Path) -> tuple[int, str]:
+    # Through read(), not through the mapping: a file that shrinks is then a short read and not a SIGBUS, and checking
+    # a large store does not count as memory of this process.
+    digest, size, chunk = xxhash.xxh3_128(), 0, memoryview(bytearray(_CHUNK_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(chunk):
+            digest.update(chunk[:count])
+            size += count
+    return size, digest.hexdigest()

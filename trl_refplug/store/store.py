@@ -1,0 +1,306 @@
+"""Reading and writing a store: the one class that training uses."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ..errors import InvalidLogProbsError, StoreError, StoreWriteError
+from .catalogue import Catalogue
+from .folder import open_existing, open_folder, reading
+from .format import DamagedFileError, Manifest, encode_shard, files_of, new_name
+from .keys import as_key_array
+
+
+_PROVENANCE_PACKAGES = ("trl-refplug", "torch", "transformers", "trl", "peft", "numpy", "pyarrow")
+_NO_VALUES = np.empty(0, np.float32)
+
+
+class StoreWarning(UserWarning):
+    """Part of a store cannot be used: its rows are missing and will be scored again."""
+
+
+@dataclass(frozen=True)
+class LogProbRows:
+    """
+    The answer to a look-up, rows in the order of the keys.
+
+    Args:
+        found (`NDArray[np.bool_]`): `[rows]`, whether the store has the row.
+        offsets (`NDArray[np.int64]`): `[rows + 1]`; a row that is missing has length 0.
+        values (`NDArray[np.float32]`): Log-probs in nats, `values[offsets[i] : offsets[i + 1]]` for row `i`. A copy.
+    """
+
+    found: NDArray[np.bool_]
+    offsets: NDArray[np.int64]
+    values: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def __getitem__(self, row: int) -> NDArray[np.float32] | None:
+        """float32 `[tokens]`, or `None` where the row is missing."""
+        if not self.found[row]:
+            return None
+        row = range(len(self))[row]
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+
+class LogProbStore:
+    """
+    An append-only map from 128-bit keys to float32 log-probs, shared by any number of processes without locks.
+
+    What is found was checked: every shard's checksum is verified when it is opened, and a shard that fails is left
+    out, so that its rows are missing again. Of several published rows with one key the first one wins, in the order
+    of the shards' names and then of [`refresh`], and stays for as long as the store is open. Use it from one thread.
+
+    Args:
+        location (`str` or `os.PathLike`): A directory, or an fsspec URL such as `s3://bucket/ref-store`.
+        mode (`"r"` or `"a"`): `"a"` may `put`, creates the place if needed and writes to it once to prove that it can.
+        provenance (`Mapping[str, Any]`): For `mode="a"`: where rows come from, as JSON values, for people; usually the
+            reference's identity. Package versions are added.
+        publish_rows (`int`): Publish a shard as soon as this many rows are waiting, ...
+        publish_bytes (`int`): ... or this many bytes of log-probs, ...
+        publish_seconds (`float`): ... or, looked at in every `put`, the oldest has waited this long. A killed process
+            loses what waits.
+        cache_dir (`str` or `os.PathLike`): Where copies of remote shards are kept, by default
+            `~/.cache/trl-refplug/store`.
+
+    Raises:
+        [`StoreError`]: There is no such store to read, or it cannot be read.
+        [`StoreVersionError`]: A newer release wrote part of it.
+        [`StoreWriteError`]: `mode="a"`, and nothing can be written there.
+    """
+
+    def __init__(
+        self,
+        location: str | os.PathLike[str],
+        mode: Literal["r", "a"] = "r",
+        *,
+        provenance: Mapping[str, Any] | None = None,
+        publish_rows: int = 16_384,
+        publish_bytes: int = 16 << 20,
+        publish_seconds: float = 10.0,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if mode not in ("r", "a"):
+            raise ValueError(f'mode must be "r" or "a", got {mode!r}')
+        self.location = os.fspath(location)
+        self.mode = mode
+        self._folder = (open_existing if mode == "r" else open_folder)(location, cache_dir)
+        self._published = Catalogue(self._folder)
+        self._publish_limits = (publish_rows, publish_bytes, publish_seconds)
+        self._waiting: dict[bytes, NDArray[np.float32]] = {}
+        self._waiting_bytes = 0
+        self._waiting_since = 0.0
+        self._closed = False
+        if mode == "a":
+            self._provenance = {**(provenance or {}), "versions": _versions()}
+            Manifest("", 0, 0, 0, "", "", self._provenance).encode()  # not JSON? Say so now and not after scoring.
+            try:
+                self._folder.create()
+            except OSError as error:
+                raise self._refused(error) from error
+        self.refresh()
+
+    def __len__(self) -> int:
+        """Number of different rows, waiting ones included."""
+        waiting_and_published = self._published.index.find(as_key_array(list(self._waiting))).found
+        return len(self._published.index) + len(self._waiting) - int(waiting_and_published.sum())
+
+    @property
+    def manifests(self) -> list[Manifest]:
+        """The manifests of all shards in use, in the order they were opened."""
+        return list(self._published.manifests.values())
+
+    @property
+    def damaged(self) -> dict[str, str]:
+        """Shards that were left out, by name, and why."""
+        return {name: str(error) for name, error in self._published.damaged.items()}
+
+    # Reading
+
+    def contains(self, keys: Sequence[bytes]) -> NDArray[np.bool_]:
+        """Which of these keys the store has: bool `[keys]`."""
+        self._check_open()
+        found = self._published.index.find(as_key_array(keys)).found
+        if self._waiting:
+            for i in np.flatnonzero(~found).tolist():
+                found[i] = keys[i] in self._waiting
+        return found
+
+    def lookup(self, keys: Sequence[bytes]) -> LogProbRows:
+        """The rows with these keys, from memory-mapped shards. A key may be asked for more than once."""
+        self._check_open()
+        rows = self._published.rows(as_key_array(keys))
+        if self._waiting:
+            rows = [self._waiting.get(key) if row is None else row for key, row in zip(keys, rows, strict=True)]
+        found = np.fromiter((row is not None for row in rows), bool, len(rows))
+        pieces = [_NO_VALUES if row is None else row for row in rows]
+        offsets = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum([len(piece) for piece in pieces], out=offsets[1:])
+        return LogProbRows(found, offsets, np.concatenate([_NO_VALUES, *pieces]))
+
+    def refresh(self) -> int:
+        """Take in what others have published since. Returns the number of rows that are new."""
+        self._check_open()
+        before = len(self._published.index)
+        with reading(self.location):
+            damaged = self._published.refresh()
+        for name, reason in damaged.items():
+            self._leave_out(name, reason)
+        return len(self._published.index) - before
+
+    # Writing
+
+    def ensure_room(self, tokens: int) -> None:
+        """
+        Refuse early, before they are scored, log-probs that are known not to fit.
+
+        Args:
+            tokens (`int`): Number of log-probs that are going to be put.
+
+        Raises:
+            [`StoreWriteError`]: The disk has less room than that.
+        """
+        try:
+            self._folder.ensure_room(tokens * np.dtype(np.float32).itemsize)
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def put(self, keys: Sequence[bytes], rows: Sequence[NDArray[np.float32]]) -> None:
+        """
+        Add rows. Those the store has already are left as they are.
+
+        Args:
+            keys (`Sequence[bytes]`): A key for each row.
+            rows (`Sequence[NDArray[np.float32]]`): Log-probs of the scored tokens of each row, 1-D, finite. Copied.
+
+        Raises:
+            [`InvalidLogProbsError`]: A row is not finite, not float32 or not 1-D. Nothing of this call is added.
+            [`StoreWriteError`]: A shard could not be published. The rows still wait, for this process to read and for
+                the next `flush`.
+        """
+        if self.mode != "a":
+            raise StoreError(f'the store {self.location!r} is open for reading; open it with mode="a"')
+        self._check_open()
+        if len(keys) != len(rows):
+            raise ValueError(f"every row needs a key: got {len(keys)} keys and {len(rows)} rows")
+        for key, row in zip(keys, rows, strict=True):
+            if row.dtype != np.float32 or row.ndim != 1:
+                raise InvalidLogProbsError(
+                    f"row {key.hex()}: log-probs must be float32 [tokens], got {row.dtype} {list(row.shape)}"
+                )
+        values = np.concatenate([_NO_VALUES, *rows])  # the copy that is kept
+        if not np.isfinite(values).all():
+            bad = next(key for key, row in zip(keys, rows, strict=True) if not np.isfinite(row).all())
+            raise InvalidLogProbsError(f"row {bad.hex()}: log-probs must be finite")
+        ends = np.cumsum([len(row) for row in rows]).tolist()
+        for i in np.flatnonzero(~self.contains(keys)).tolist():
+            if keys[i] in self._waiting:  # the same row twice in one call
+                continue
+            if not self._waiting:
+                self._waiting_since = time.monotonic()
+            row = self._waiting[keys[i]] = values[ends[i] - len(rows[i]) : ends[i]]
+            self._waiting_bytes += row.nbytes
+            if len(self._waiting) >= self._publish_limits[0] or self._waiting_bytes >= self._publish_limits[1]:
+                self.flush()
+        if self._waiting and time.monotonic() - self._waiting_since >= self._publish_limits[2]:
+            self.flush()
+
+    def flush(self) -> None:
+        """
+        Publish the rows that wait, as one shard. When it returns they survive this process.
+
+        Raises:
+            [`StoreWriteError`]: That failed. The rows still wait.
+        """
+        self._check_open()
+        if not self._waiting:
+            return
+        data = encode_shard(list(self._waiting), list(self._waiting.values()))
+        now = datetime.now(timezone.utc)
+        manifest = Manifest(
+            name=new_name(now),
+            rows=len(self._waiting),
+            tokens=self._waiting_bytes // np.dtype(np.float32).itemsize,
+            size=len(data),
+            xxh3_128=xxhash.xxh3_128_hexdigest(data),
+            created=now.isoformat(timespec="seconds"),
+            provenance=self._provenance,
+        )
+        manifest_file, shard_file = files_of(manifest.name)
+        try:
+            self._folder.publish(shard_file, data)
+            self._folder.publish(manifest_file, manifest.encode())  # from here on the rows count
+        except OSError as error:
+            raise self._write_error(error) from error
+        for name, reason in self._published.add([manifest.name]).items():
+            self._leave_out(name, reason)
+            raise self._write_error(f"a shard reads back otherwise than it was written: {reason}") from reason
+        self._waiting.clear()
+        self._waiting_bytes = 0
+
+    def close(self) -> None:
+        """Publish what waits and let go of all shards. May be called more than once."""
+        if self._closed:
+            return
+        self.flush()
+        self._closed = True
+        self._published = Catalogue(self._folder)
+
+    def __enter__(self) -> LogProbStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Behind both
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreError(f"the store {self.location!r} is closed")
+
+    def _refused(self, cause: Exception) -> StoreWriteError:
+        return StoreWriteError(f"cannot write to the store {self.location!r}: {cause}. Use another path")
+
+    def _write_error(self, cause: object) -> StoreWriteError:
+        return StoreWriteError(
+            f"cannot publish {len(self._waiting):,} rows to the store {self.location!r}: {cause}. The "
+            f"{sum(manifest.rows for manifest in self.manifests):,} rows published before are kept"
+        )
+
+    def _leave_out(self, name: str, error: Exception) -> None:
+        done = "ignored"
+        # An error of the file system may pass; a wrong checksum does not.
+        if self.mode == "a" and isinstance(error, DamagedFileError) and self._folder.set_aside(files_of(name)):
+            done = "set aside"
+        warnings.warn(
+            f"shard {name} of the store {self.location!r} is damaged and was {done}, its rows are missing: {error}",
+            StoreWarning,
+            stacklevel=4,
+        )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in _PROVENANCE_PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
