@@ -153,16 +153,10 @@ def _canonical_tensors(model: nn.Module, adapter: str | None) -> Iterator[tuple[
             owned = adapter_tensor_name(name, attributes)
             if owned is not None:
                 if owned[0] == adapter:
-<<<<<<< HEAD
-                    yield "adapter|" + canonical_name(owned[1].removeprefix(prefix)), tensor
-                continue
-        yield canonical_name(name.removeprefix(prefix)), tensor
-=======
                     # Adapters of several parameters of one module nest, and only `base_layer` tells them apart.
-                    yield "adapter|" + _strip_wrappers(owned[1].removeprefix(prefix)), tensor
+                    yield "adapter|" + strip_wrappers(owned[1].removeprefix(prefix)), tensor
                 continue
-        yield _strip_peft(_strip_wrappers(name.removeprefix(prefix))), tensor
->>>>>>> main
+        yield _strip_peft(strip_wrappers(name.removeprefix(prefix))), tensor
 
 
 def _peft_prefix(model: nn.Module) -> str:
@@ -171,18 +165,12 @@ def _peft_prefix(model: nn.Module) -> str:
     return "base_model." if config.is_prompt_learning else "base_model.model."
 
 
-<<<<<<< HEAD
-def canonical_name(name: str) -> str:
-    """The name a parameter has in the model itself, whatever wraps it (DDP, FSDP, `torch.compile`, PEFT)."""
-    name = name.removeprefix("module.")
-    components = [c for c in name.split(".") if c not in _WRAPPER_COMPONENTS]
-=======
-def _strip_wrappers(name: str) -> str:
+def strip_wrappers(name: str) -> str:
+    """The name that a parameter or module has in the model itself, inside DDP, FSDP or `torch.compile`."""
     return ".".join(c for c in name.removeprefix("module.").split(".") if c not in _WRAPPER_COMPONENTS)
 
 
 def _strip_peft(name: str) -> str:
->>>>>>> main
     # PEFT moves what it wraps below `base_layer` or `original_module`.
     return ".".join(c for c in name.split(".") if c not in ("base_layer", "original_module"))
 

@@ -10,11 +10,7 @@ from typing import Annotated
 import typer
 
 import trl_refplug
-<<<<<<< HEAD
-from trl_refplug.cli import ema, plugins
-=======
-from trl_refplug.cli import bench, demo, plugins, store, train
->>>>>>> main
+from trl_refplug.cli import bench, demo, ema, plugins, store, train
 from trl_refplug.errors import PluginError, RefPlugError
 
 
@@ -27,14 +23,11 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("plugins")(plugins.plugins)
-<<<<<<< HEAD
-app.add_typer(ema.app, name="ema")
-=======
 app.add_typer(bench.app, name="bench")
+app.add_typer(ema.app, name="ema")
 app.add_typer(store.app, name="store")
 for _method in (train.dpo, train.kto, train.grpo, train.rloo):
     app.command(_method.__name__, **train.COMMAND_SETTINGS)(_method)
->>>>>>> main
 
 
 def _print_version(asked: bool) -> None:

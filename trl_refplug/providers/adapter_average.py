@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ConfigurationError
-from ..identity import adapter_attributes, adapter_tensor_name, canonical_name
+from ..identity import adapter_attributes, adapter_tensor_name, strip_wrappers
 from .low_rank import LowRank, weighted_sum
 from .peft_policy import (
     REFERENCE_ADAPTER,
@@ -328,7 +328,7 @@ def _lora_layers(model: Any, adapter: str) -> Iterator[tuple[str, Any]]:
 
     for name, module in model.base_model.model.named_modules():
         if isinstance(module, LoraLayer) and adapter in module.r:
-            yield canonical_name(name), module
+            yield strip_wrappers(name), module
 
 
 def _refuse_unsupported(config: Any) -> None:
@@ -393,8 +393,8 @@ def _add_second_adapter(model: Any, config: Any) -> None:
 def _tell_overflow(overflows: list[tuple[int, str, float]], max_ranks: dict[str, int], tolerance: float) -> None:
     needed, name, left_out = max(overflows, key=lambda overflow: overflow[2])
     logger.warning(
-        "The average of %d adapted modules needs a higher rank than max_rank allows: that of %s would need rank %d for "
-        "tolerance=%g, has %d, and leaves out %.2g of its norm in this sync. It is told only once; ref/average_error "
+        "The average of %d adapted modules needs a higher rank than max_rank allows: that of %s would need rank %d "
+        "for tolerance=%g, has %d, and leaves out %.2g of its norm in this sync. Told only once; ref/average_error "
         "in the logs bounds what has been left out in all. Raise max_rank to avoid it.",
         len(overflows),
         name,

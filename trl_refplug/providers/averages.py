@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from ..errors import ConfigurationError, did_you_mean
-from ..identity import canonical_name
+from ..identity import strip_wrappers
 from .shards import full_shape, is_sharded, local, named_parameters, part_of, refresh
 from .tensor_files import TensorReader, write_tensors
 
@@ -198,5 +198,5 @@ def _named_buffers(model: nn.Module, *, persistent: bool = False) -> dict[str, T
     for prefix, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and not (persistent and name in module._non_persistent_buffers_set):
-                found[canonical_name(f"{prefix}.{name}" if prefix else name)] = buffer
+                found[strip_wrappers(f"{prefix}.{name}" if prefix else name)] = buffer
     return found

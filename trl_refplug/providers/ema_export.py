@@ -58,7 +58,7 @@ def _model(directory: Path, architecture: str) -> Any:
     import torch
     import transformers
 
-    from ..identity import canonical_name
+    from ..identity import strip_wrappers
     from .tensor_files import TensorReader
 
     model_class = getattr(transformers, architecture, None)
@@ -72,10 +72,10 @@ def _model(directory: Path, architecture: str) -> Any:
         model = model_class._from_config(config)
         tensors = dict(model.named_parameters())
         tensors.update(
-            (name, buffer) for name, buffer in model.named_buffers() if canonical_name(name) in reader.names
+            (name, buffer) for name, buffer in model.named_buffers() if strip_wrappers(name) in reader.names
         )
         for name, tensor in tensors.items():
-            known = canonical_name(name)
+            known = strip_wrappers(name)
             # stored as it is averaged, written as it scores
             tensor.data = reader.whole(known, tuple(tensor.shape)).to(reader.dtypes[known])
         model.tie_weights()

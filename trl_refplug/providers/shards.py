@@ -107,10 +107,10 @@ def named_parameters(model: nn.Module) -> dict[str, Tensor]:
     """
     The parameters by the name they have in the model itself, tied ones once, sharded wherever FSDP2 shards them.
     """
-    from ..identity import canonical_name
+    from ..identity import strip_wrappers
 
     reshard(model)
-    return {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    return {strip_wrappers(name): parameter for name, parameter in model.named_parameters()}
 
 
 def reshard(model: nn.Module) -> None:
