@@ -209,7 +209,7 @@ class TestFiles:
 
     def test_large_models_go_to_several_files(self, tmp_path, monkeypatch):
         monkeypatch.setattr("trl_refplug.providers.tensor_files._BYTES_PER_FILE", 10_000)
-        policy, average, before = self.saved(tmp_path)
+        _, average, before = self.saved(tmp_path)
         files = list(tmp_path.glob("*.safetensors"))
         assert len(files) > 3
         average.load(tmp_path)

@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from tests.trainers.runs import DATA, ONLINE, TRL, config, finished, trainer_class
 from tests import tiny
+from tests.trainers.runs import DATA, ONLINE, TRL, config, finished, trainer_class
 from trl_refplug.identity import digest_model
 
 

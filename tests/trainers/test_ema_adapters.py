@@ -1,6 +1,7 @@
 """`ema` with a LoRA policy, where TRL has no moving reference: in all four trainers, and nowhere in what is saved."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -67,7 +68,7 @@ class TestTraining:
 
         trainer.ref_model.provider.on_step_end = remember
         trainer.train()
-        same = [torch.equal(one, other) for one, other in zip(seen, seen[1:], strict=False)]
+        same = [torch.equal(one, other) for one, other in itertools.pairwise(seen)]
         assert same == [False, True, False, True]
 
 

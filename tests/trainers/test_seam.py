@@ -1,8 +1,11 @@
 """`plug`: any trainer of TRL and of others, any way to name a provider, and clear errors where it cannot work."""
 
+import gc
+import weakref
+
 import pytest
 import torch
-from trl import DPOTrainer, SFTTrainer
+from trl import DPOTrainer, SFTTrainer, SyncRefModelCallback
 
 from trl_refplug import (
     Capabilities,
@@ -16,6 +19,7 @@ from trl_refplug import (
     UnsupportedInputError,
     plug,
 )
+from trl_refplug.trainers import ReferenceModel
 
 from .. import tiny
 from .runs import KINDS, ONLINE, assert_same, build, config, finished, train, trainer_class
@@ -242,10 +246,36 @@ class TestAuto:
         ours = train("dpo", tmp_path, tiny.saved(tmp_path), args=args, ref_model=tiny.model(seed=1))
         assert ours.trainer.precompute_ref_logps is True
 
+    def test_a_flag_counts_beside_a_ref_model(self, tmp_path):
+        path, other = tiny.saved(tmp_path), tiny.model(seed=1)
+        trainer = build("dpo", tmp_path, path, ref_model=other, args={"sync_ref_model": True})
+        assert not isinstance(trainer.ref_model, ReferenceModel)
+        assert any(isinstance(callback, SyncRefModelCallback) for callback in trainer.callback_handler.callbacks)
+        with pytest.raises(ConfigurationError, match="Remove one of the two"):
+            build("grpo", tmp_path, path, ref_model=other, args={"sync_ref_model": True})
+
     def test_flags_are_as_they_were(self, tmp_path):
         trainer = build("dpo", tmp_path, tiny.saved(tmp_path), args={"ref_provider": "frozen"})
         assert trainer.args.ref_provider == "frozen"
         assert trainer.args.sync_ref_model is False
+
+
+def test_a_trainer_no_longer_used_is_freed(tmp_path):
+    closed = []
+
+    class Attached(Uniform):
+        def setup(self, context):
+            self.context = context
+
+        def close(self):
+            closed.append(self)
+
+    trainer = build("dpo", tmp_path, tiny.saved(tmp_path), reference=Attached())
+    policy = weakref.ref(trainer.model)
+    del trainer
+    gc.collect()
+    assert closed
+    assert policy() is None
 
 
 def test_metrics_in_trls_logs(tmp_path):

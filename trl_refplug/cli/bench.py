@@ -53,7 +53,7 @@ def score(
     torch_dtype = getattr(torch, dtype, None)
     if not isinstance(torch_dtype, torch.dtype):
         raise ConfigurationError(
-            f"Found --dtype {dtype}, expected the name of a torch dtype such as float32 or bfloat16."
+            f"Found --dtype {dtype}, expected a floating-point torch dtype: float32, bfloat16, ..."
         )
     shapes = shape or ["pairs", "long-prompt", "grpo", "unshared"]
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype).eval()

@@ -48,7 +48,7 @@ class LowRank:
             `Tensor`: `[rows]`, at least float32.
         """
         weight = weight.to(self.left.dtype)
-        squared = torch.linalg.vector_norm(weight, dim=1).square()
+        squared: Tensor = torch.linalg.vector_norm(weight, dim=1).square()
         squared += 2 * ((weight @ self.right.T) * self.left).sum(dim=1)
         squared += ((self.left @ (self.right @ self.right.T)) * self.left).sum(dim=1)
         return squared.clamp(min=0).sqrt()
