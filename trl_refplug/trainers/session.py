@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -51,13 +51,18 @@ class ReferenceSession:
         self.passes_ref_model = passes_ref_model
         self.flags = ReferenceArguments.of(args)
         self.resuming = bool(getattr(args, "resume_from_checkpoint", None))
-        self.trainer: Any = None
+        self._trainer: Callable[[], Any] = lambda: None
         self.stand_in: ReferenceModel | None = None
         self._nested: list[tuple[ReferenceProvider, TrainerContext, nn.Module | None]] = []
         self._context = TrainerContext(self)
         self._module: nn.Module | None = None
         self._pinned = False
         check_capabilities(provider, name, temperature=self._context.temperature)
+
+    @property
+    def trainer(self) -> Any:
+        """The trainer, once it is built. Referred to weakly: providers keep their context until it is gone."""
+        return self._trainer()
 
     # Before TRL touches anything
 
@@ -104,7 +109,7 @@ class ReferenceSession:
 
     def start(self, trainer: Any, adapters_before: frozenset[str]) -> ReferenceModel:
         """Set the provider up and return the stand-in for `trainer.ref_model`."""
-        self.trainer = trainer
+        self._trainer = weakref.ref(trainer)
         self.args = trainer.args
         if not self._pinned:
             raise seam_error("TRL constructed its trainer without loading the policy through the expected name")
@@ -113,7 +118,9 @@ class ReferenceSession:
                 context.reference_model = self._placed(provider, context, module)
                 provider.setup(context)
             placed = trainer.ref_model
-            self._context.reference_model = placed or self._placed(self.provider, self._context, self._module)
+            if placed is None:
+                placed = self._placed(self.provider, self._context, self._module)
+            self._context.reference_model = placed
             self._module = None
             self.provider.setup(self._context)
         policies.remove_unused_reference_adapter(trainer.model, adapters_before, self.providers)
@@ -224,6 +231,11 @@ def open_session(
     )
     name = select_name(selection)
     if name is None:
+        if ref_model is not None and seam.online:
+            raise ConfigurationError(
+                f"A reference model was passed (`ref_model=`), and TRL's {seam.owner.__name__}, which its own flag "
+                "leaves in charge of the reference (see the warning above), cannot take one. Remove one of the two."
+            )
         return None
     provider = make_provider(name, flags.ref_provider_kwargs, args=args, ref_model=ref_model)
     return ReferenceSession(seam, provider, name, args, peft_config, passes_ref_model)
