@@ -60,14 +60,6 @@ def select_name(selection: Selection) -> str | None:
                     f"another. Remove one of the two."
                 )
         return flags.ref_provider
-<<<<<<< HEAD
-=======
-    if selection.has_ref_model and not meant:
-        return "frozen"
-    chosen = plugin_manager().select(selection)
-    if chosen is not None:
-        return chosen
->>>>>>> trltests
     for flag, name in meant.items():
         if name in plugin_manager().providers:
             return name
