@@ -154,9 +154,9 @@ def _canonical_tensors(model: nn.Module, adapter: str | None) -> Iterator[tuple[
             if owned is not None:
                 if owned[0] == adapter:
                     # Adapters of several parameters of one module nest, and only `base_layer` tells them apart.
-                    yield "adapter|" + _strip_wrappers(owned[1].removeprefix(prefix)), tensor
+                    yield "adapter|" + strip_wrappers(owned[1].removeprefix(prefix)), tensor
                 continue
-        yield _strip_peft(_strip_wrappers(name.removeprefix(prefix))), tensor
+        yield _strip_peft(strip_wrappers(name.removeprefix(prefix))), tensor
 
 
 def _peft_prefix(model: nn.Module) -> str:
@@ -165,7 +165,8 @@ def _peft_prefix(model: nn.Module) -> str:
     return "base_model." if config.is_prompt_learning else "base_model.model."
 
 
-def _strip_wrappers(name: str) -> str:
+def strip_wrappers(name: str) -> str:
+    """The name that a parameter or module has in the model itself, inside DDP, FSDP or `torch.compile`."""
     return ".".join(c for c in name.removeprefix("module.").split(".") if c not in _WRAPPER_COMPONENTS)
 
 

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from trl import DPOTrainer, SFTTrainer, SyncRefModelCallback
+from trl import DPOTrainer, SFTTrainer
 
 from trl_refplug import (
     Capabilities,
@@ -19,7 +19,6 @@ from trl_refplug import (
     UnsupportedInputError,
     plug,
 )
-from trl_refplug.trainers import ReferenceModel
 
 from .. import tiny
 from .runs import KINDS, ONLINE, assert_same, build, config, finished, train, trainer_class
@@ -245,14 +244,6 @@ class TestAuto:
         args = {"precompute_ref_log_probs": True}
         ours = train("dpo", tmp_path, tiny.saved(tmp_path), args=args, ref_model=tiny.model(seed=1))
         assert ours.trainer.precompute_ref_logps is True
-
-    def test_a_flag_counts_beside_a_ref_model(self, tmp_path):
-        path, other = tiny.saved(tmp_path), tiny.model(seed=1)
-        trainer = build("dpo", tmp_path, path, ref_model=other, args={"sync_ref_model": True})
-        assert not isinstance(trainer.ref_model, ReferenceModel)
-        assert any(isinstance(callback, SyncRefModelCallback) for callback in trainer.callback_handler.callbacks)
-        with pytest.raises(ConfigurationError, match="Remove one of the two"):
-            build("grpo", tmp_path, path, ref_model=other, args={"sync_ref_model": True})
 
     def test_flags_are_as_they_were(self, tmp_path):
         trainer = build("dpo", tmp_path, tiny.saved(tmp_path), args={"ref_provider": "frozen"})

@@ -18,3 +18,4 @@ PLANNED = {"cached": "", "remote": "serve"}
 def refplug_register_providers(register: Register) -> None:
     register("frozen", "trl_refplug.providers.frozen:FrozenProvider")
     register("adapter", "trl_refplug.providers.adapter:AdapterProvider")
+    register("ema", "trl_refplug.providers.ema:EmaProvider")

@@ -161,6 +161,11 @@ class ReferenceSession:
         self._resumed = True
         compare_with_checkpoint(checkpoint, self.provider)
 
+    def rewound(self, checkpoint: str) -> None:
+        """The policy is that of `checkpoint` again, the best one, and so must be a reference that follows it."""
+        if self.provider.capabilities.moving:
+            compare_with_checkpoint(checkpoint, self.provider)
+
     def step_ended(self, step: int) -> None:
         """An optimiser step is over."""
         assert self.stand_in is not None
@@ -211,7 +216,6 @@ def open_session(
             )
         return None
     passes_ref_model = ref_model is not None and not seam.online
-    provider: ReferenceProvider
     if reference is not None:
         if flags.ref_provider != "auto" or ref_model is not None:
             raise ConfigurationError(
@@ -238,15 +242,7 @@ def open_session(
                 "leaves in charge of the reference (see the warning above), cannot take one. Remove one of the two."
             )
         return None
-    if ref_model is None:
-        provider = make_provider(name, flags.ref_provider_kwargs)
-    elif name == "frozen":
-        provider = policies.frozen_from(ref_model, flags.ref_provider_kwargs)
-    else:
-        raise ConfigurationError(
-            f"A reference model was passed (`ref_model=`) and ref_provider={name!r} does not use one. Remove one of "
-            "the two, or use ref_provider='frozen'."
-        )
+    provider = make_provider(name, flags.ref_provider_kwargs, args=args, ref_model=ref_model)
     return ReferenceSession(seam, provider, name, args, peft_config, passes_ref_model)
 
 
