@@ -26,8 +26,8 @@ def snapshot(policy: nn.Module, dtype: str | None = None) -> nn.Module:
     if any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
         if dtype is not None:
             raise ConfigurationError(
-                f"ref_provider='frozen': option dtype={dtype!r} cannot be used under DeepSpeed ZeRO-3, where the copy is "
-                "made shard by shard. Remove it, or name the reference: {'model': ..., 'dtype': ...}."
+                f"ref_provider='frozen': option dtype={dtype!r} cannot be used under DeepSpeed ZeRO-3, where the copy "
+                "is made shard by shard. Remove it, or name the reference: {'model': ..., 'dtype': ...}."
             )
         module = _zero3_copy(policy)
     else:
