@@ -65,11 +65,12 @@ def score(
         pairs = workloads.read_pairs(data, AutoTokenizer.from_pretrained(model), None if sample else rows)
         if sample:
             pairs = random.Random(0).sample(pairs, min(rows, len(pairs)))
+    output.mkdir(parents=True, exist_ok=True)
+    table = ""
     results = []
     for work in [workloads.workload(name, pairs, max_length) for name in shapes]:  # a wrong shape ends here
         results.append(benchmark.measure(loaded, work, repeats, token_budget, lambda line: typer.echo(line, err=True)))
-    table = benchmark.as_markdown(results, Path(model).name, torch_dtype)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "score.md").write_text(table, encoding="utf-8")
-    benchmark.plot(results, output / "score.png")
+        table = benchmark.as_markdown(results, Path(model).name, torch_dtype)
+        (output / "score.md").write_text(table, encoding="utf-8")
+        benchmark.plot(results, output / "score.png")
     typer.echo(table)
