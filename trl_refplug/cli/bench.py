@@ -23,7 +23,11 @@ def score(
     model: Annotated[str, typer.Option(help="Directory or hub id of a causal language model.")],
     data: Annotated[
         Path | None,
-        typer.Option(help="JSON lines in TRL's preference format (prompt, chosen, rejected). Default: random tokens."),
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="JSON lines in TRL's preference format (prompt, chosen, rejected). Default: random tokens.",
+        ),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Pairs to use.")] = 32,
     sample: Annotated[bool, typer.Option(help="Draw the pairs from all of the file, with a fixed seed.")] = False,
