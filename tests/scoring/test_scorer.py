@@ -12,7 +12,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from tests.scoring.models import ARCHITECTURES, VOCAB, batch_of, random_batch, tiny
 from trl_refplug.provider import ReferenceBatch
-from trl_refplug.scoring import ExactFallbackWarning, Row, Scorer
+from trl_refplug.scoring import ExactFallbackWarning, Row, Scorer, ScoreStats
 
 
 TOLERANCE = 2e-5
@@ -203,6 +203,8 @@ def test_counts():
     assert scorer.stats.forwards - before.forwards == 1
     assert scorer.stats.seconds > before.seconds
     assert scorer.stats.fallback is None
+    scorer.stats.clear()
+    assert scorer.stats == ScoreStats()
 
 
 @pytest.mark.parametrize("mode", ["exact", "packed"])
