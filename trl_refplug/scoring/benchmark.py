@@ -113,17 +113,17 @@ def measure(
 
 def score_like_trl(model: Any, workload: Workload, device: torch.device) -> Tensor:
     """TRL's precompute: batches in the order of the data set, padded on the right. Sums, one a row."""
-    sums = torch.zeros(len(workload.rows))
+    sums = torch.zeros(len(workload.rows), dtype=torch.float64)
     for indices in workload.batches:
         batch = pad_rows([workload.rows[index] for index in indices], device)
-        sums[indices] = exact_log_probs(model, batch).sum(1).cpu()
+        sums[indices] = exact_log_probs(model, batch).double().sum(1).cpu()
     return sums
 
 
 def _sums(scorer: Scorer, rows: Sequence[Row]) -> Tensor:
-    sums = torch.zeros(len(rows))
+    sums = torch.zeros(len(rows), dtype=torch.float64)
     for index, log_probs in scorer.score_rows(rows):
-        sums[index] = log_probs.sum()
+        sums[index] = log_probs.double().sum()
     return sums
 
 

@@ -26,8 +26,8 @@ from trl_refplug.scoring.rows import IGNORED, Ints, Row
 from trl_refplug.scoring.stats import ScoreStats
 
 
-TOKEN_BUDGET = {"cpu": 2048}
-"""Tokens of a forward pass, by device type: enough to keep it busy, few enough for activations to stay in cache."""
+TOKEN_BUDGET = {"cpu": 8192}
+"""Tokens of a forward pass, by device type: room for a group of long rows to share its prompt."""
 
 TOKEN_BUDGET_ELSEWHERE = 16384
 
@@ -59,7 +59,7 @@ class Scorer:
         temperature (`float`): Logits are divided by it. If the model already has a fused LM head, this has to be the
             temperature that was given to it.
         token_budget (`int`, *optional*): Most tokens in one packed forward pass, or in one padded batch of
-            [`~Scorer.score_rows`]. Halved when memory runs out. Defaults to 2,048 on CPU and 16,384 elsewhere.
+            [`~Scorer.score_rows`]. Halved when memory runs out. Defaults to 8,192 on CPU and 16,384 elsewhere.
         cast_lm_head_to_fp32 (`bool`): Project in float32, as TRL's flag of the same name.
 
     Attributes:
