@@ -86,3 +86,27 @@ def test_resume(tmp_path):
             del entry["num_tokens"]  # TRL starts counting anew
     assert resumed["logs"] == whole["logs"]
     assert resumed["reference"] == whole["reference"]
+
+
+EMA = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.3, "ref_model_sync_steps": 2, "max_steps": 4}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ema_equals_trl(tmp_path, stage):
+    """TRL gathers both models for a sync under ZeRO-3; here every rank moves its own shards."""
+    job = {"stage": stage, "args": EMA}
+    theirs, ours = run(tmp_path, {**job, "ours": False}, job)
+    assert len(theirs["logs"]) > 0
+    assert ours["logs"] == theirs["logs"]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_ema_goes_on_as_if_never_stopped(tmp_path, lora):
+    args = {**EMA, "save_strategy": "steps", "save_steps": 1}
+    resume = [str(tmp_path / "out" / f"checkpoint-{step}") for step in (1, 2)]
+    job = {"stage": 3, "lora": lora}
+    whole, *resumed = run(
+        tmp_path, {**job, "args": args}, *({**job, "args": EMA, "resume": checkpoint} for checkpoint in resume)
+    )
+    for result in resumed:
+        assert [entry["loss"] for entry in result["logs"]] == [entry["loss"] for entry in whole["logs"]]
