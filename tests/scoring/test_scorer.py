@@ -128,7 +128,10 @@ def test_packed_divides_logits_by_the_temperature(kind, temperature):
 def test_a_head_the_trainer_added_is_kept():
     model, batch = tiny("llama"), random_batch()
     add_fused_lm_head(model, temperature=0.5)
-    assert torch.equal(Scorer(model, temperature=0.5).log_probs(batch), trl_log_probs(model, batch, 0.5))
+    forward = model.forward
+    scorer = Scorer(model, temperature=0.5)
+    assert model.forward == forward
+    assert torch.equal(scorer.log_probs(batch), trl_log_probs(model, batch, 0.5))
 
 
 lists = st.lists(st.integers(3, VOCAB - 1), max_size=9)
