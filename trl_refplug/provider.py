@@ -144,6 +144,10 @@ class ReferenceContext(Protocol):
         """Whether training goes on from a checkpoint."""
 
     @property
+    def policy_moved(self) -> bool:
+        """Whether the policy may be another than the one passed in: it was trained, or a checkpoint was loaded."""
+
+    @property
     def reference_model(self) -> nn.Module | None:
         """In `setup`: the module returned by `pin`, placed by TRL (dropout, LM head, DeepSpeed, FSDP, device)."""
 

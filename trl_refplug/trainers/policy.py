@@ -32,6 +32,13 @@ def frozen_from(ref_model: nn.Module, options: Any) -> ReferenceProvider:
     return FrozenProvider(parse_options("frozen", FrozenOptions, options or {}), model=ref_model)
 
 
+def cached_from(ref_model: nn.Module, options: Any) -> ReferenceProvider:
+    """The `cached` provider whose source is a model that the user passed."""
+    from ..providers.cached import CachedOptions, CachedProvider
+
+    return CachedProvider(parse_options("cached", CachedOptions, options or {}), model=ref_model)
+
+
 @contextmanager
 def rng_kept() -> Iterator[None]:
     """Whatever happens inside, the global random streams go on as if it had not."""

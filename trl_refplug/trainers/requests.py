@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -31,19 +32,24 @@ def unpaired_requests(inputs: Mapping[str, Any]) -> list[ReferenceBatch]:
 
 
 def planned(trainer: Any, seam: Seam, split: str) -> Iterator[ReferenceBatch] | None:
-    """The requests of a whole split in dataset order, or `None` where they are not known beforehand."""
+    """
+    The requests of a whole split in dataset order, or `None` where they are not known beforehand. `split` is
+    `"train"`, `"eval"` (all evaluation sets) or the name of one evaluation set.
+    """
     dataset = trainer.train_dataset if split == "train" else trainer.eval_dataset
     if isinstance(dataset, Mapping):
-        dataset = dataset.get(split)
-    if seam.online or dataset is None or not hasattr(dataset, "__getitem__"):
+        datasets = list(dataset.values()) if split == "eval" else [dataset.get(split)]
+    else:
+        datasets = [dataset]
+    if seam.online or not datasets or any(not hasattr(dataset, "__getitem__") for dataset in datasets):
         return None
     args = trainer.args
     size = args.per_device_train_batch_size if split == "train" else args.per_device_eval_batch_size
+    return chain.from_iterable(_planned(dataset, size, trainer.data_collator, args.device) for dataset in datasets)
+
+
+def _planned(dataset: Any, size: int, collate: Any, device: torch.device) -> Iterator[ReferenceBatch]:
     requests = unpaired_requests if "label" in dataset.column_names else preference_requests
-    return _planned(dataset, size, trainer.data_collator, requests, args.device)
-
-
-def _planned(dataset: Any, size: int, collate: Any, requests: Any, device: torch.device) -> Iterator[ReferenceBatch]:
     # No DataLoader: iterating one draws from the global random stream.
     for start in range(0, len(dataset), size):
         rows = [dataset[index] for index in range(start, min(start + size, len(dataset)))]

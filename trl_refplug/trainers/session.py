@@ -51,7 +51,8 @@ class ReferenceSession:
         self.passes_ref_model = passes_ref_model
         self.flags = ReferenceArguments.of(args)
         self.resuming = bool(getattr(args, "resume_from_checkpoint", None))
-        self.trainer: Any = None
+        self.policy_moved = False
+        self._trainer: weakref.ref[Any] | None = None
         self.stand_in: ReferenceModel | None = None
         self._nested: list[tuple[ReferenceProvider, TrainerContext, nn.Module | None]] = []
         self._context = TrainerContext(self)
@@ -104,7 +105,7 @@ class ReferenceSession:
 
     def start(self, trainer: Any, adapters_before: frozenset[str]) -> ReferenceModel:
         """Set the provider up and return the stand-in for `trainer.ref_model`."""
-        self.trainer = trainer
+        self._trainer = weakref.ref(trainer)  # providers know the session, and must not keep the trainer alive
         self.args = trainer.args
         if not self._pinned:
             raise seam_error("TRL constructed its trainer without loading the policy through the expected name")
@@ -131,6 +132,11 @@ class ReferenceSession:
         return self.stand_in
 
     @property
+    def trainer(self) -> Any:
+        """The trainer, from `start` on."""
+        return None if self._trainer is None else self._trainer()
+
+    @property
     def providers(self) -> list[ReferenceProvider]:
         """The selected provider and those it is made of."""
         return [self.provider, *(provider for provider, _, _ in self._nested)]
@@ -146,11 +152,12 @@ class ReferenceSession:
 
     def resume(self, checkpoint: str) -> None:
         """Training goes on from `checkpoint`: the reference must be the one it was started with."""
-        self.resuming = True
+        self.resuming = self.policy_moved = True
         compare_with_checkpoint(checkpoint, self.provider)
 
     def step_ended(self, step: int) -> None:
         """An optimiser step is over."""
+        self.policy_moved = True
         assert self.stand_in is not None
         if self.stand_in.calls == 0:
             raise SeamError(
@@ -225,6 +232,8 @@ def open_session(
         provider = make_provider(name, flags.ref_provider_kwargs)
     elif name == "frozen":
         provider = policies.frozen_from(ref_model, flags.ref_provider_kwargs)
+    elif name == "cached":
+        provider = policies.cached_from(ref_model, flags.ref_provider_kwargs)
     else:
         raise ConfigurationError(
             f"A reference model was passed (`ref_model=`) and ref_provider={name!r} does not use one. Remove one of "
