@@ -257,6 +257,9 @@ class ReferenceProvider(ABC):
     def on_step_end(self, step: int) -> None:  # noqa: B027 (optional hook)
         """Called after optimiser step `step` (from 1). Only with `capabilities.moving`."""
 
+    def on_train_end(self) -> None:  # noqa: B027 (optional hook)
+        """Training is over, as planned or early: write what is held back. Evaluation, or more training, may follow."""
+
     def counters(self) -> dict[str, float]:
         """Numbers for TRL's logs, reported as `ref/<name>` (cache hits, bytes sent, ...)."""
         return {}

@@ -38,7 +38,7 @@ class BorrowedPolicy(ReferenceProvider):
 
     def setup(self, context: ReferenceContext) -> None:
         self._context: ReferenceContext | None = context
-        self._checked = False
+        self._unmoved: list[tuple[int, int]] = []
 
     def identity(self) -> ReferenceIdentity:
         return self._identity
@@ -68,8 +68,10 @@ class BorrowedPolicy(ReferenceProvider):
                 'at any time, such as ref_provider_kwargs={"source": "frozen", "source_kwargs": {"model": ...}} with '
                 "the policy's own path (the same weights give the same keys), or fill the store before training."
             )
-        if not self._checked:
-            policy: Any = context.policy
+        policy: Any = context.policy
+        # Looked at before every use, and digested again only if something wrote to the weights since.
+        state = [(tensor.data_ptr(), tensor._version) for tensor in policy.state_dict(keep_vars=True).values()]
+        if state != self._unmoved:
             found = digest_tensors(policy)
             changed = [name for name, digest in self._tensors.items() if found.get(name) != digest]
             if changed:
@@ -78,7 +80,7 @@ class BorrowedPolicy(ReferenceProvider):
                     "it cannot be scored in place of the reference. Change the policy before the trainer is built, or "
                     'use ref_provider_kwargs={"source": "frozen", ...}.'
                 )
-            self._checked = True
+            self._unmoved = state
         return context
 
     def close(self) -> None:

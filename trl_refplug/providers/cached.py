@@ -177,8 +177,10 @@ class CachedProvider(ReferenceProvider):
         return {"path": self._store.location, "rows": len(self._store)}
 
     def save_state(self, directory: Path) -> None:
-        if self._store.mode == "a":
-            self._store.flush()
+        self._store.flush()
+
+    def on_train_end(self) -> None:
+        self._store.flush()
 
     def close(self) -> None:
         if self._store is not None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from ..errors import ReferenceMismatchError, UnsupportedInputError
 from ..provider import ReferenceBatch, ReferenceProvider
@@ -68,7 +68,7 @@ def survey(
     batches: Iterable[ReferenceBatch],
     keys: RowKeys,
     *,
-    verify: int,
+    verify: int = 0,
     rank: int = 0,
     ranks: int = 1,
 ) -> Survey:
@@ -146,6 +146,7 @@ def fill(
     bulk = hasattr(source, "bulk_scorer")
     started = time.perf_counter()
     waiting: list[tuple[bytes, Values]] = []
+    scorer: Any
     bar = tqdm(total=len(found.mine), desc="Reference log-probs", unit="row", disable=not progress)
     with bar, source.bulk_scorer() if bulk else nullcontext() as scorer:
         answers = scorer.score_rows(missing_rows()) if bulk else _batched(source, missing_rows())

@@ -119,9 +119,10 @@ class FrozenProvider(ReferenceProvider):
         return self._identity
 
     def log_probs(self, batch: ReferenceBatch) -> Tensor:
+        scorer: Scorer = self._scorer
         if self.options.device is None:
-            return self._scorer.log_probs(batch)
-        return self._scorer.log_probs(batch.to(self.options.device)).to(batch.input_ids.device)
+            return scorer.log_probs(batch)
+        return scorer.log_probs(batch.to(self.options.device)).to(batch.input_ids.device)
 
     @contextmanager
     def bulk_scorer(self) -> Iterator[Scorer]:

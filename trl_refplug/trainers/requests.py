@@ -41,11 +41,16 @@ def planned(trainer: Any, seam: Seam, split: str) -> Iterator[ReferenceBatch] | 
         datasets = list(dataset.values()) if split == "eval" else [dataset.get(split)]
     else:
         datasets = [dataset]
-    if seam.online or not datasets or any(not hasattr(dataset, "__getitem__") for dataset in datasets):
+    if seam.online or not all(map(_is_indexed, datasets)):
         return None
     args = trainer.args
     size = args.per_device_train_batch_size if split == "train" else args.per_device_eval_batch_size
     return chain.from_iterable(_planned(dataset, size, trainer.data_collator, args.device) for dataset in datasets)
+
+
+def _is_indexed(dataset: Any) -> bool:
+    # Streams inherit a `__getitem__` that does nothing from torch's Dataset.
+    return hasattr(dataset, "__len__") and not isinstance(dataset, torch.utils.data.IterableDataset)
 
 
 def _planned(dataset: Any, size: int, collate: Any, device: torch.device) -> Iterator[ReferenceBatch]:
