@@ -155,7 +155,10 @@ class ReferenceContext(Protocol):
         """Another provider by name, pinned; it is set up and closed with the one that asked. Call it in `pin`."""
 
     def planned(self, split: str) -> Iterable[ReferenceBatch] | None:
-        """The batches this run will ask for, where that is known; `None` for GRPO, RLOO and streams."""
+        """
+        The rows that this run will ask for, in batches of any size, where they are known; `None` for GRPO, RLOO and
+        streams. `split` is `"train"`, `"eval"` (all evaluation sets) or the name of one evaluation set.
+        """
 
 
 @dataclass(frozen=True)

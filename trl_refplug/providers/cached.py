@@ -167,7 +167,7 @@ class CachedProvider(ReferenceProvider):
             for line, index in enumerate(missing):
                 values[index] = rows.take(scored, index, line)
             facts = self._keys.packed if self._scores_packed else self._keys.exact
-            self._store.put([rows.key(index, facts) for index in missing], [values[index] for index in missing])
+            self._store.put(rows.keys(facts, missing), [values[index] for index in missing])
         return rows.place(values, batch)
 
     def counters(self) -> dict[str, float]:

@@ -85,9 +85,9 @@ def survey(
     number = 0
     for position, batch in enumerate(batches):
         rows = keys.of(batch)
-        values = keys.find(store, rows)
-        for index, value in enumerate(values):
-            key = rows.key(index, keys.packed)
+        packed = rows.keys(keys.packed)
+        values = keys.find(store, rows, packed)
+        for index, (key, value) in enumerate(zip(packed, values, strict=True)):
             if key not in seen:
                 seen.add(key)
                 if value is None:
@@ -130,8 +130,7 @@ def fill(
             if not pending:
                 return
             rows = keys.of(batch)
-            for index, row in enumerate(rows.rows):
-                key = rows.key(index, keys.packed)
+            for index, (key, row) in enumerate(zip(rows.keys(keys.packed), rows.rows, strict=True)):
                 if key not in pending:
                     continue
                 if rows.offsets[index]:
@@ -140,7 +139,7 @@ def fill(
                         "positions: their log-probs depend on the padding. Pad on the right, or use fill='lazy'."
                     )
                 pending.discard(key)
-                sent[len(sent)] = (key if bulk else rows.key(index, keys.exact), rows.scored[index])
+                sent[len(sent)] = (key if bulk else rows.keys(keys.exact, [index])[0], rows.scored[index])
                 yield row
 
     bulk = hasattr(source, "bulk_scorer")

@@ -41,10 +41,12 @@ class BatchRows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def key(self, index: int, facts: ScoringFacts) -> bytes:
-        """The key of one row."""
-        row = self.rows[index]
-        return RowKey(facts, row.input_ids, self.scored[index], padding_offset=self.offsets[index]).digest()
+    def keys(self, facts: ScoringFacts, indices: Sequence[int] | None = None) -> list[bytes]:
+        """The keys of some rows, of all by default."""
+        return [
+            RowKey(facts, self.rows[index].input_ids, self.scored[index], padding_offset=self.offsets[index]).digest()
+            for index in (range(len(self)) if indices is None else indices)
+        ]
 
     def place(self, values: Sequence[Values | None], batch: ReferenceBatch) -> Tensor:
         """float32 `[batch, seq - 1]` on the batch's device; rows that are `None` stay zero."""
@@ -103,21 +105,22 @@ class RowKeys:
         offsets = starts.tolist() if self._absolute else [0] * len(rows)
         return BatchRows(rows, starts, [row.scored() for row in rows], offsets)
 
-    def find(self, store: LogProbStore, batch: BatchRows, indices: Sequence[int] | None = None) -> list[Values | None]:
-        """What the store has of `batch`: float32 `[scored]` for each row, `None` for those it misses."""
-        found: list[Values | None] = [None] * len(batch)
-        wanted = list(range(len(batch)) if indices is None else indices)
+    def find(self, store: LogProbStore, batch: BatchRows, packed: list[bytes] | None = None) -> list[Values | None]:
+        """
+        What the store has of `batch`: float32 `[scored]` for each row, `None` for those it misses.
+
+        Args:
+            packed (`list[bytes]`, *optional*): The keys of the rows under `packed`, where they are known already.
+        """
         # Always in this order, so that all runs that read one store read the same bits.
-        for facts in (self.packed, self.exact):
-            if not wanted:
-                break
-            answer = store.lookup([batch.key(index, facts) for index in wanted])
-            for line, index in enumerate(wanted):
-                found[index] = answer[line]
-            wanted = [index for index in wanted if found[index] is None]
-        for index in wanted:
-            if not len(batch.scored[index]):
-                found[index] = np.empty(0, np.float32)  # nothing to know
+        answer = store.lookup(batch.keys(self.packed) if packed is None else packed)
+        found = [answer[index] for index in range(len(batch))]
+        missing = [index for index, values in enumerate(found) if values is None]
+        if missing:
+            answer = store.lookup(batch.keys(self.exact, missing))
+            for line, index in enumerate(missing):
+                # What has no scored token has nothing to be stored
+                found[index] = answer[line] if len(batch.scored[index]) else np.empty(0, np.float32)
         return found
 
 
