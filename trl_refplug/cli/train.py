@@ -230,9 +230,9 @@ def _fill_only(training_args: Any) -> None:
     provider = training_args.ref_provider
     if provider not in ("auto", "cached"):
         raise ConfigurationError(
-            f"`trl-refplug precompute` fills the store of ref_provider='cached', and found --ref_provider {provider}. "
-            'To store what it answers, name it as the source: --ref_provider cached --ref_provider_kwargs \'{"source": '
-            f'"{provider}"}}\'.'
+            f"`trl-refplug precompute` fills the store of ref_provider='cached', and found --ref_provider {provider}. To "
+            "store what it answers, make it the source: --ref_provider cached --ref_provider_kwargs "
+            f'\'{{"source": "{provider}"}}\'.'
         )
     training_args.ref_provider = "cached"
     training_args.ref_provider_kwargs = {**(training_args.ref_provider_kwargs or {}), "fill": "ahead"}
