@@ -1,6 +1,9 @@
 """A digest changes with everything that changes a log-prob, and with nothing else."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +83,19 @@ class TestAdapters:
         assert digest_model(adapted, adapter="default") != with_adapter
         assert digest_model(adapted) == digest_model(model)
 
+    def test_every_one_of_its_tensors_counts(self):
+        # Two adapted parameters of one module: PEFT nests one wrapper in the other.
+        experts = ["experts.gate_up_proj", "experts.down_proj"]
+        config = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=experts)
+        adapted = get_peft_model(tiny.model("mixtral"), config)
+        tensors = [parameter for name, parameter in adapted.named_parameters() if "lora_" in name]
+        seen = {digest_model(adapted, adapter="default")}
+        for tensor in tensors:
+            tensor.data.view(-1)[-1] += 0.5
+            seen.add(digest_model(adapted, adapter="default"))
+        assert len(seen) == 1 + len(tensors)
+        assert digest_model(adapted) == digest_model(adapted.unload())
+
     def test_its_name_does_not(self, model):
         torch.manual_seed(0)
         one = lora(model, "one")
@@ -95,6 +111,25 @@ class TestAdapters:
         assert digest_model(one, adapter="default") != digest_model(two, adapter="default")
 
 
+def test_sharding_does_not(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "tests.sharded_digest", "qwen3"]
+    done = subprocess.run(
+        [*command, str(tmp_path)], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    digests = {(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)}
+    assert digests == {digest_model(tiny.model("qwen3"))}
+
+
 def test_unloaded_weights_are_refused(model):
     with pytest.raises(ValueError, match="meta device"):
         digest_model(model.to("meta"))
+
+
+def test_weights_on_the_first_rank_only(model):
+    """Under FSDP's memory-saving loading the other ranks have no weights yet, and still agree."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=localhost:0", "-m", "tests.digest_ranks", digest_model(model)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]

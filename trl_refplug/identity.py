@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,17 +72,40 @@ def digest_model(model: nn.Module, adapter: str | None = None) -> str:
 
 def digest_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, str]:
     """The digest of every tensor `digest_model` covers, by canonical name: to say *which* weights differ."""
-    tensors = dict(sorted(_canonical_tensors(model, adapter)))
+    if not _weights_on_first_rank_only():
+        return _digest_tensors_here(model, adapter)
+    digests = [_digest_tensors_here(model, adapter) if torch.distributed.get_rank() == 0 else {}]
+    torch.distributed.broadcast_object_list(digests, src=0)
+    return digests[0]
+
+
+def _digest_tensors_here(model: nn.Module, adapter: str | None) -> dict[str, str]:
+    tensors = dict(sorted(_canonical_tensors(model, adapter), key=itemgetter(0)))
     meta = [name for name, tensor in tensors.items() if tensor.is_meta]
     if meta:
         raise ValueError(f"Cannot digest a model whose weights are not loaded: {meta[0]!r} is on the meta device.")
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    workers = min(8, os.cpu_count() or 1)
+    pending: list[Future[str]] = []
+    with ThreadPoolExecutor(max_workers=workers) as pool:
         # Gathering a shard is collective, so this thread fetches tensors in order; only the hashing is spread.
-        pending = {}
-        for name, tensor in tensors.items():
+        for tensor in tensors.values():
+            if len(pending) >= 2 * workers:  # of a model on an accelerator, only so much is on the host at once
+                pending[-2 * workers].result()
             with _gathered(tensor) as whole:
-                pending[name] = pool.submit(_digest_tensor, whole.cpu())
-        return {name: future.result() for name, future in pending.items()}
+                pending.append(pool.submit(_digest_tensor, whole.cpu()))
+        return {name: future.result() for name, future in zip(tensors, pending, strict=True)}
+
+
+def _weights_on_first_rank_only() -> bool:
+    """Whether transformers has loaded weights on the first rank alone, for FSDP to send them to the others later."""
+    return (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and all(
+            os.environ.get(name, "").lower() in ("1", "true", "yes")
+            for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+        )
+    )
 
 
 def combine_digests(model: nn.Module, tensors: Mapping[str, str], adapter: str | None = None) -> str:
@@ -129,9 +153,10 @@ def _canonical_tensors(model: nn.Module, adapter: str | None) -> Iterator[tuple[
             owned = adapter_tensor_name(name, attributes)
             if owned is not None:
                 if owned[0] == adapter:
-                    yield "adapter|" + _strip_wrappers(owned[1].removeprefix(prefix)), tensor
+                    # Adapters of several parameters of one module nest, and only `base_layer` tells them apart.
+                    yield "adapter|" + strip_wrappers(owned[1].removeprefix(prefix)), tensor
                 continue
-        yield _strip_wrappers(name.removeprefix(prefix)), tensor
+        yield _strip_peft(strip_wrappers(name.removeprefix(prefix))), tensor
 
 
 def _peft_prefix(model: nn.Module) -> str:
@@ -140,11 +165,14 @@ def _peft_prefix(model: nn.Module) -> str:
     return "base_model." if config.is_prompt_learning else "base_model.model."
 
 
-def _strip_wrappers(name: str) -> str:
-    name = name.removeprefix("module.")
-    components = [c for c in name.split(".") if c not in _WRAPPER_COMPONENTS]
+def strip_wrappers(name: str) -> str:
+    """The name that a parameter or module has in the model itself, inside DDP, FSDP or `torch.compile`."""
+    return ".".join(c for c in name.removeprefix("module.").split(".") if c not in _WRAPPER_COMPONENTS)
+
+
+def _strip_peft(name: str) -> str:
     # PEFT moves what it wraps below `base_layer` or `original_module`.
-    return ".".join(c for c in components if c not in ("base_layer", "original_module"))
+    return ".".join(c for c in name.split(".") if c not in ("base_layer", "original_module"))
 
 
 def _gathered(tensor: Tensor) -> Any:

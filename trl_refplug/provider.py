@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+STATE_DIRECTORY = "refplug/state"
+"""Where in a trainer's checkpoint is what providers wrote in `save_state`."""
+
+
 @dataclass(frozen=True)
 class ReferenceBatch:
     """

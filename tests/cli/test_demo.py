@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from tests import tiny
 from tests.cli.processes import ROOT, run_here
+from trl_refplug.cli.main import app
+from trl_refplug.errors import RefPlugError
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,15 @@ def test_everything_it_promises(model: str, tmp_path: Path) -> None:
     assert 0 < found["reference_share"] < 1
     assert 1e8 < found["peak_memory"] < 1e11
     assert any(sample["before"] != sample["after"] for sample in found["samples"])
+
+    # The prompts are answered together, each as if it were alone.
+    policy, tokenizer = tiny.model(), tiny.tokenizer()
+    for sample in found["samples"]:
+        chat = [{"role": "user", "content": sample["prompt"]}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        answer = policy.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert sample["before"].startswith(tokenizer.decode(answer[:4], skip_special_tokens=True).strip())
+        assert sample["before"]
 
     import matplotlib.image
     from peft import PeftModel
@@ -93,18 +105,19 @@ def test_providers_agree(model: str, tmp_path: Path) -> None:
     ],
 )
 def test_reference_flags_are_checked_before_anything_else(arguments: list[str], message: str, tmp_path: Path) -> None:
-    completed = run_demo(tmp_path / "out", "no/such/model", *arguments)
-    assert completed.returncode == 2
-    assert message in completed.stderr
-    assert "Traceback" not in completed.stderr
+    outcome = CliRunner().invoke(
+        app, ["demo", "--model", "no/model", "--output-dir", str(tmp_path / "out"), *arguments]
+    )
+    assert isinstance(outcome.exception, RefPlugError)
+    assert message in str(outcome.exception)
     assert not (tmp_path / "out").exists()
 
 
 def test_unwritable_output(model: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    completed = run_demo(tmp_path / "file", model)
-    assert completed.returncode == 2
-    assert "--output-dir" in completed.stderr
+    outcome = CliRunner().invoke(app, ["demo", "--model", model, "--output-dir", str(tmp_path / "file")])
+    assert isinstance(outcome.exception, RefPlugError)
+    assert "--output-dir" in str(outcome.exception)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
@@ -143,4 +156,5 @@ def test_learns_to_be_concise(tmp_path: Path) -> None:
     assert found["steps"][0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
     assert found["heldout_accuracy"] >= 0.9
     assert found["heldout_margin"] > 1
+    assert all(len(sample["before"].split()) > 5 for sample in found["samples"])
     print(f"{time.monotonic() - started:.0f} s in all, {found['step_seconds']:.2f} s a step")

@@ -1,18 +1,19 @@
 """`trl-refplug dpo|kto|grpo|rloo`: TRL's scripts, with the reference from a provider."""
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trl
 from datasets import Dataset
+from typer.testing import CliRunner
 
 from tests import tiny
 from tests.cli.processes import run_here
 from trl_refplug.cli import train as command
-from trl_refplug.errors import SeamError
+from trl_refplug.cli.main import app
+from trl_refplug.errors import RefPlugError, SeamError
 
 
 METHODS = ["dpo", "kto", "grpo", "rloo"]
@@ -147,12 +148,15 @@ def test_failure_of_the_launched_process(model: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "checkpoint-2").exists()
 
 
-def refused(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    """With a model and data that do not exist: whatever looks for them has come too far."""
-    completed = run_here(*arguments, "--model_name_or_path", "no/model", "--dataset_name", "no/data", "--use_cpu")
-    assert completed.returncode == 2, completed.stderr
-    assert "Traceback" not in completed.stderr
-    return completed
+def refusal(*arguments: str) -> str:
+    """The message with which the command refuses to start."""
+    outcome = CliRunner().invoke(app, list(arguments))
+    assert isinstance(outcome.exception, RefPlugError), outcome.output
+    return str(outcome.exception)
+
+
+# A model and data that do not exist: what complains of them has come too far.
+NOWHERE = ["--model_name_or_path", "no/model", "--dataset_name", "no/data", "--use_cpu"]
 
 
 @pytest.mark.parametrize(
@@ -161,6 +165,7 @@ def refused(*arguments: str) -> "subprocess.CompletedProcess[str]":
         (["--ref_provider", "frosen"], "Did you mean 'frozen'?"),
         (["--ref_provider", "frozen", "--ref_provider_kwargs", '{"modle": "x"}'], "'modle'"),
         (["--ref_provider_kwargs", "{"], "not valid JSON"),
+        (["--use_peft", "--ref_provider_kwargs", '{"start": "nowhere"}'], "'start'"),
         (["--ref_provder", "frozen"], "Unknown flag --ref_provder. Did you mean '--ref_provider'?"),
         (["--num_proceses", "2"], "Did you mean '--num_processes'?"),
         (["stray"], "'stray'"),
@@ -169,24 +174,25 @@ def refused(*arguments: str) -> "subprocess.CompletedProcess[str]":
     ],
 )
 def test_mistakes_are_found_before_the_launch(arguments: list[str], message: str) -> None:
-    assert message in refused("dpo", *arguments).stderr
+    assert message in refusal("dpo", *arguments, *NOWHERE)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_checks_its_reference(method: str) -> None:
-    assert "Did you mean 'frozen'?" in refused(method, "--ref_provider", "frosen").stderr
+    assert "Did you mean 'frozen'?" in refusal(method, *NOWHERE, "--ref_provider", "frosen")
 
 
-def test_model_and_data_must_be_named(tmp_path: Path) -> None:
-    for arguments, message in [
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (["--dataset_name", "no/data"], "--model_name_or_path"),
         (["--model_name_or_path", "no/model"], "--dataset_name"),
         (["--model_name_or_path", "no/model", "--dataset_name", "missing.jsonl"], "there is no such file"),
         (["--model_name_or_path", "no/model", "--dataset_name", __file__], "expected a file that ends in"),
-    ]:
-        completed = run_here("dpo", "--use_cpu", *arguments)
-        assert completed.returncode == 2
-        assert message in completed.stderr
+    ],
+)
+def test_model_and_data_must_be_named(arguments: list[str], message: str) -> None:
+    assert message in refusal("dpo", "--use_cpu", *arguments)
 
 
 def test_single_file_has_no_evaluation_split(tmp_path: Path) -> None:
@@ -200,14 +206,14 @@ def test_single_file_has_no_evaluation_split(tmp_path: Path) -> None:
         "--eval_strategy",
         "epoch",
     ]
-    assert "test.jsonl" in run_here("dpo", *arguments).stderr
+    assert "test.jsonl" in refusal("dpo", *arguments)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_help_is_trls_with_the_reference_flags(method: str) -> None:
-    completed = run_here(method, "--help")
-    assert completed.returncode == 0
-    assert completed.stdout.startswith(f"usage: trl-refplug {method} ")
+    outcome = CliRunner().invoke(app, [method, "--help"])
+    assert outcome.exit_code == 0
+    assert outcome.stdout.startswith(f"usage: trl-refplug {method} ")
     for flag in (
         "--ref_provider REF_PROVIDER",
         "--ref_check {error,warn,off}",
@@ -215,7 +221,7 @@ def test_help_is_trls_with_the_reference_flags(method: str) -> None:
         "--lora_r",
         "--dataset_name",
     ):
-        assert flag in completed.stdout
+        assert flag in outcome.stdout
 
 
 def test_trl_keeps_its_classes() -> None:

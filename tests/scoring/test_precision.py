@@ -97,6 +97,16 @@ def test_packed_runs_under_the_autocast_of_a_prepared_model(cast):
     assert scorer._packed.dtype == torch.bfloat16
 
 
+def test_reduced_float32_is_held_to_the_tolerance_of_half_precision():
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        scorer = trusted(tiny("llama"))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert scorer._packed.dtype == torch.float16
+
+
 def test_a_float32_head_is_more_precise_than_a_bfloat16_one():
     batch = random_batch(groups=4, size=4)
     model = tiny("llama").bfloat16()

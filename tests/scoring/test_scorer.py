@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from trl.trainer.utils import add_fused_lm_head
 
 from tests.scoring.models import ARCHITECTURES, VOCAB, batch_of, random_batch, tiny
 from trl_refplug.provider import ReferenceBatch
-from trl_refplug.scoring import ExactFallbackWarning, Row, Scorer
+from trl_refplug.scoring import ExactFallbackWarning, Row, Scorer, ScoreStats
 
 
 TOLERANCE = 2e-5
@@ -81,6 +82,37 @@ def test_packed_agrees_with_attention_softcapping():
     model, batch = tiny("gemma2", attn_logit_softcapping=2.0), random_batch()
     model.set_attn_implementation("eager")
     torch.testing.assert_close(trusted(model).log_probs(batch), trl_log_probs(model, batch), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.slow  # compiles
+@pytest.mark.parametrize("options", [{}, {"attn_logit_softcapping": 2.0}])
+def test_flex_attention_agrees(monkeypatch, options):
+    """What CUDA runs, on CPU."""
+    monkeypatch.setattr("trl_refplug.scoring.attention.FLEX_DEVICES", {"cpu"})
+    model = tiny("gemma2" if options else "llama", **options)
+    model.set_attn_implementation("eager")
+    scorer = trusted(model)
+    for seed in range(3):
+        batch = random_batch(seed=seed, groups=2 + seed)
+        torch.testing.assert_close(scorer.log_probs(batch), trl_log_probs(model, batch), rtol=0, atol=TOLERANCE)
+
+
+def test_the_text_side_of_a_vision_language_model_is_packed():
+    text = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        text_config=LlamaConfig(**text, num_attention_heads=4, initializer_range=0.25),
+        vision_config=CLIPVisionConfig(**vision, image_size=8, patch_size=4),
+        image_token_index=VOCAB - 1,
+    )
+    model, batch = LlavaForConditionalGeneration(config).eval(), random_batch()
+    batch.input_ids[batch.input_ids == VOCAB - 1] = 3
+    batch.labels[batch.labels == VOCAB - 1] = 3
+    expected = trl_log_probs(model, batch)
+    scorer = Scorer(model, mode="packed")
+    for _ in range(2):
+        torch.testing.assert_close(scorer.log_probs(batch), expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "phi", "granite"])
@@ -171,6 +203,8 @@ def test_counts():
     assert scorer.stats.forwards - before.forwards == 1
     assert scorer.stats.seconds > before.seconds
     assert scorer.stats.fallback is None
+    scorer.stats.clear()
+    assert scorer.stats == ScoreStats()
 
 
 @pytest.mark.parametrize("mode", ["exact", "packed"])

@@ -150,3 +150,13 @@ class TestState:
         trainer = build("dpo", out, path, args=SAVING, reference=Moving())
         with pytest.raises(ReferenceMismatchError, match="no reference state"):
             trainer.train(resume_from_checkpoint=str(out / "checkpoint-2"))
+
+
+def test_the_check_is_not_skipped_because_a_flag_is_set(tmp_path):
+    """`resume_from_checkpoint` in the arguments resumes nothing; only `train(resume_from_checkpoint=...)` does."""
+    args = {"resume_from_checkpoint": str(tmp_path / "checkpoint-2")}
+    trainer = build("dpo", tmp_path, tiny.saved(tmp_path), args=args)
+    with torch.no_grad():
+        trainer.ref_model.get_parameter("model.embed_tokens.weight").add_(0.5)
+    with pytest.raises(ReferenceMismatchError, match="declared to be the policy"):
+        trainer.train()

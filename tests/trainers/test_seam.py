@@ -1,5 +1,8 @@
 """`plug`: any trainer of TRL and of others, any way to name a provider, and clear errors where it cannot work."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from trl import DPOTrainer, SFTTrainer
@@ -236,6 +239,24 @@ class TestAuto:
         trainer = build("dpo", tmp_path, tiny.saved(tmp_path), args={"ref_provider": "frozen"})
         assert trainer.args.ref_provider == "frozen"
         assert trainer.args.sync_ref_model is False
+
+
+def test_a_trainer_no_longer_used_is_freed(tmp_path):
+    closed = []
+
+    class Attached(Uniform):
+        def setup(self, context):
+            self.context = context
+
+        def close(self):
+            closed.append(self)
+
+    trainer = build("dpo", tmp_path, tiny.saved(tmp_path), reference=Attached())
+    policy = weakref.ref(trainer.model)
+    del trainer
+    gc.collect()
+    assert closed
+    assert policy() is None
 
 
 def test_metrics_in_trls_logs(tmp_path):

@@ -23,7 +23,11 @@ def score(
     model: Annotated[str, typer.Option(help="Directory or hub id of a causal language model.")],
     data: Annotated[
         Path | None,
-        typer.Option(help="JSON lines in TRL's preference format (prompt, chosen, rejected). Default: random tokens."),
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="JSON lines in TRL's preference format (prompt, chosen, rejected). Default: random tokens.",
+        ),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Pairs to use.")] = 32,
     sample: Annotated[bool, typer.Option(help="Draw the pairs from all of the file, with a fixed seed.")] = False,
@@ -53,7 +57,7 @@ def score(
     torch_dtype = getattr(torch, dtype, None)
     if not isinstance(torch_dtype, torch.dtype):
         raise ConfigurationError(
-            f"Found --dtype {dtype}, expected the name of a torch dtype such as float32 or bfloat16."
+            f"Found --dtype {dtype}, expected a floating-point torch dtype: float32, bfloat16, ..."
         )
     shapes = shape or ["pairs", "long-prompt", "grpo", "unshared"]
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype).eval()
@@ -65,11 +69,12 @@ def score(
         pairs = workloads.read_pairs(data, AutoTokenizer.from_pretrained(model), None if sample else rows)
         if sample:
             pairs = random.Random(0).sample(pairs, min(rows, len(pairs)))
+    output.mkdir(parents=True, exist_ok=True)
+    table = ""
     results = []
     for work in [workloads.workload(name, pairs, max_length) for name in shapes]:  # a wrong shape ends here
         results.append(benchmark.measure(loaded, work, repeats, token_budget, lambda line: typer.echo(line, err=True)))
-    table = benchmark.as_markdown(results, Path(model).name, torch_dtype)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "score.md").write_text(table, encoding="utf-8")
-    benchmark.plot(results, output / "score.png")
+        table = benchmark.as_markdown(results, Path(model).name, torch_dtype)
+        (output / "score.md").write_text(table, encoding="utf-8")
+        benchmark.plot(results, output / "score.png")
     typer.echo(table)

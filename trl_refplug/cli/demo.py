@@ -31,7 +31,7 @@ def demo(
         str | None,
         typer.Option(help="Directory or hub id of a chat model. [default: SmolLM2-135M-Instruct, fetched if need be]"),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps, of two preference pairs each.")] = 30,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps, of two preference pairs each.")] = 24,
     output_dir: Annotated[Path, typer.Option(help="Where the picture, figures and adapter go.")] = Path(
         "refplug-demo"
     ),
@@ -110,7 +110,7 @@ def _train(console: Console, settings: DemoSettings, scratch: Path) -> DemoResul
         TimeElapsedColumn(),
         TextColumn("{task.fields[shown]}"),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, refresh_per_second=4) as progress:
         task = progress.add_task("", total=settings.steps, shown="")
 
         def on_step(step: Step) -> None:

@@ -230,7 +230,7 @@ def _fill_only(training_args: Any) -> None:
     provider = training_args.ref_provider
     if provider not in ("auto", "cached"):
         raise ConfigurationError(
-            f"`trl-refplug precompute` fills the store of ref_provider='cached', and found --ref_provider {provider}. To "
+            f"`trl-refplug precompute` fills the store of ref_provider='cached'; found --ref_provider {provider}. To "
             "store what it answers, make it the source: --ref_provider cached --ref_provider_kwargs "
             f'\'{{"source": "{provider}"}}\'.'
         )

@@ -45,7 +45,7 @@ class DemoSettings:
     model: str
     ref_provider: str = "auto"
     ref_provider_kwargs: str | None = None
-    steps: int = 30
+    steps: int = 24
     seed: int = 0
 
 
@@ -227,9 +227,10 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
 
 def _answers(trainer: Any, prompts: list[Any]) -> list[str]:
     tokenizer, model = trainer.processing_class, trainer.model
-    inputs = tokenizer.apply_chat_template(
-        prompts, add_generation_prompt=True, padding=True, padding_side="left", return_tensors="pt", return_dict=True
-    ).to(model.device)
+    texts = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
+    inputs = tokenizer(texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt").to(
+        model.device
+    )
     training, threads = model.training, torch.get_num_threads()
     model.eval()
     # A token is too little work to share between cores: waiting for a busy one can make it ten times as long.

@@ -19,3 +19,4 @@ def refplug_register_providers(register: Register) -> None:
     register("frozen", "trl_refplug.providers.frozen:FrozenProvider")
     register("adapter", "trl_refplug.providers.adapter:AdapterProvider")
     register("cached", "trl_refplug.providers.cached:CachedProvider")
+    register("ema", "trl_refplug.providers.ema:EmaProvider")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..errors import ConfigurationError
+
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,6 +24,11 @@ def snapshot(policy: nn.Module, dtype: str | None = None) -> nn.Module:
     configuration, partitioned the same way, and each shard is copied.
     """
     if any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
+        if dtype is not None:
+            raise ConfigurationError(
+                f"ref_provider='frozen': option dtype={dtype!r} cannot be used under DeepSpeed ZeRO-3, where the copy "
+                "is made shard by shard. Remove it, or name the reference: {'model': ..., 'dtype': ...}."
+            )
         module = _zero3_copy(policy)
     else:
         module = copy.deepcopy(policy)
@@ -66,8 +73,6 @@ def freeze(module: nn.Module) -> nn.Module:
 
 def _zero3_copy(policy: nn.Module) -> nn.Module:
     if hasattr(policy, "peft_config"):
-        from ..errors import ConfigurationError
-
         raise ConfigurationError(
             "ref_provider='frozen' cannot copy a PEFT policy under DeepSpeed ZeRO-3. Use ref_provider='adapter', "
             "which needs no copy, or name the reference: ref_provider_kwargs={'model': ...}."

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,8 +64,7 @@ def adapter_parameters(model: Any, adapter: str) -> dict[str, nn.Parameter]:
 def add_reference_adapter(model: Any, source: str) -> str:
     """Give `model` an adapter that is a copy of `source`, or fill the one TRL has added, and return its name."""
     if REFERENCE_ADAPTER not in model.peft_config:
-        with _flags_kept(model):
-            model.add_adapter(REFERENCE_ADAPTER, model.peft_config[source])
+        add_adapter(model, REFERENCE_ADAPTER, model.peft_config[source])
     copies = adapter_parameters(model, REFERENCE_ADAPTER)
     originals = adapter_parameters(model, source)
     if copies.keys() != originals.keys():
@@ -77,10 +79,33 @@ def add_reference_adapter(model: Any, source: str) -> str:
     return REFERENCE_ADAPTER
 
 
+def add_adapter(model: Any, name: str, config: Any) -> None:
+    """Give `model` another adapter and leave what it had as trainable as it was."""
+    with _flags_kept(model):
+        model.add_adapter(name, config)
+
+
 def freeze_adapter(model: Any, adapter: str) -> None:
     """Keep the reference adapter out of the optimiser."""
     for parameter in adapter_parameters(model, adapter).values():
         parameter.requires_grad_(False)
+
+
+def save_without(model: Any, adapter: str) -> None:
+    """
+    Have `model.save_pretrained`, which the trainer's checkpoints and `push_to_hub` use too, leave `adapter` out unless
+    it is asked for by name: what the user saves is the policy.
+    """
+
+    def save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        signature = inspect.signature(type(self).save_pretrained)
+        given = signature.bind(self, save_directory, *args, **kwargs)
+        if given.arguments.get("selected_adapters") is None:
+            given.arguments["selected_adapters"] = [name for name in self.peft_config if name != adapter]
+        type(self).save_pretrained(*given.args, **given.kwargs)
+
+    # A bound method, so that a deep copy of the model saves itself and not the original.
+    model.save_pretrained = MethodType(functools.wraps(type(model).save_pretrained)(save_pretrained), model)
 
 
 def starts_as_identity(model: Any, adapter: str) -> bool:

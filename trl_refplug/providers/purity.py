@@ -9,7 +9,7 @@ from ..errors import ImpureReferenceError
 from ..identity import adapter_attributes, adapter_tensor_name, digest_tensors
 
 
-def check_policy(policy: Any) -> None:
+def check_policy(policy: Any, provider: str = "adapter") -> None:
     """
     Refuse a PEFT policy whose base weights would move with training, or that would not train at all.
 
@@ -40,7 +40,7 @@ def check_policy(policy: Any) -> None:
             "`PeftModel.from_pretrained(..., is_trainable=True)`."
         )
     if problems:
-        raise ImpureReferenceError("ref_provider='adapter' cannot use this policy: " + " Also: ".join(problems))
+        raise ImpureReferenceError(f"ref_provider={provider!r} cannot use this policy: " + " Also: ".join(problems))
 
 
 def rewritten_tensors(before: Mapping[str, str], policy: Any, args: Any) -> list[str]:

@@ -2,23 +2,28 @@
 Attention over the tree of a [`Pack`], as an attention implementation of transformers.
 
 While [`tree_attention`] is active, the model's layers call [`_attend`] in place of their own implementation (sdpa,
-eager, flash, ...). No mask is built: a node is one attention call, of its own tokens and all that are below it against
-its own keys, and what a token gets from its ancestors and from its own node is merged by the log-sum-exp of the
-scores, in float32. The work done is the work counted.
+eager, flash, ...).
+
+- On CPU no mask is built: a node is one attention call, of its own tokens and all that are below it against its own
+  keys, and what a token gets from its ancestors and from its own node is merged by the log-sum-exp of the scores. The
+  work done is the work counted.
+- On CUDA it is one call of compiled FlexAttention, which skips the blocks in which nothing is seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from trl_refplug.scoring.layout import Pack
+from trl_refplug.scoring.layout import Node, Pack
 
 
 NAME = "refplug_tree"
@@ -37,12 +42,30 @@ class UnsafeError(Exception):
     """The model does something with this input that packing does not reproduce; the text completes "because of"."""
 
 
+FLEX_DEVICES = {"cuda"}
+"""Types of device on which FlexAttention is the fastest."""
+
+
 class TreeAttention:
     """The tree of the pack being scored, and how many layers have attended so far."""
 
     def __init__(self, pack: Pack) -> None:
         self.pack = pack
         self.calls = 0
+        self._block_mask: BlockMask | None = None
+
+    def block_mask(self, device: torch.device) -> BlockMask:
+        """The tree for FlexAttention, built once a pack."""
+        if self._block_mask is None:
+            tokens = len(self.pack.tokens)
+            spans = [(node.end, node.stop - node.start) for node in self.pack.nodes]
+            ends = torch.tensor([end for end, size in spans for _ in range(size)], device=device)
+
+            def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                return (key <= query) & (query < ends[key])
+
+            self._block_mask = create_block_mask(seen, None, None, tokens, tokens, device=str(device))
+        return self._block_mask
 
 
 _active: ContextVar[TreeAttention | None] = ContextVar("refplug_tree_attention", default=None)
@@ -87,12 +110,22 @@ def _attend(
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave query and key in float32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if query.device.type in FLEX_DEVICES:
+        output = _flex(query, key, value, tree.block_mask(query.device), scaling, softcap)
+    else:
+        output = _by_node(tree.pack.nodes, query, key, value, scaling, softcap)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _by_node(
+    nodes: Sequence[Node], query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
+) -> Tensor:
     fused = query.device.type == "cpu" and softcap is None and query.shape[-1] == value.shape[-1]
     heads, tokens = query.shape[1:3]
     output = query.new_empty(1, tokens, heads, value.shape[-1]).transpose(1, 2)
     weight = torch.empty(1, heads, tokens, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
     covered = 0
-    for node in tree.pack.nodes:
+    for node in nodes:
         below, own = slice(node.start, node.end), slice(node.start, node.stop)
         operands = query[:, :, below], key[:, :, own], value[:, :, own]
         part, part_weight = _fused(*operands, scaling) if fused else _explicit(*operands, scaling, softcap)
@@ -103,7 +136,7 @@ def _attend(
         share = torch.sigmoid(part_weight - weight[:, :, below]).unsqueeze(-1)
         output[:, :, below].lerp_(part, share.to(part.dtype))
         weight[:, :, below] = torch.logaddexp(weight[:, :, below], part_weight)
-    return output.transpose(1, 2), None
+    return output
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -125,6 +158,26 @@ def _explicit(
     scores.masked_fill_(unseen, -torch.inf)
     weight = torch.logsumexp(scores, -1)
     return (scores - weight.unsqueeze(-1)).exp_().to(value.dtype) @ value, weight
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float, softcap: float | None) -> Tensor:
+    cap = torch.tensor(softcap or 1.0, device=query.device)
+
+    def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
+    modify = None if softcap is None else capped
+    grouped = query.shape[1] != key.shape[1]
+    output: Tensor = _compiled_flex_attention()(
+        query, key, value, score_mod=modify, block_mask=mask, scale=scaling, enable_gqa=grouped
+    )
+    return output
+
+
+@cache
+def _compiled_flex_attention() -> Any:
+    # No pack is as long as another: without `dynamic` each would be compiled, and soon none
+    return torch.compile(flex_attention, dynamic=True)
 
 
 def _refuse_unknown(

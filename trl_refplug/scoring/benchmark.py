@@ -22,7 +22,6 @@ from trl_refplug.scoring.execution import causal_lm
 from trl_refplug.scoring.operations import count_operations
 from trl_refplug.scoring.rows import Row
 from trl_refplug.scoring.scorer import Scorer
-from trl_refplug.scoring.stats import ScoreStats
 from trl_refplug.scoring.workloads import Workload
 
 
@@ -83,7 +82,7 @@ def measure(
         expected, elapsed, peak = _timed(lambda: score_like_trl(model, workload, device), device)
         trl_seconds.append(elapsed)
         trl_memory = max(trl_memory, peak)
-        scorer.stats.__dict__.update(vars(ScoreStats()))
+        scorer.stats.clear()
         found, elapsed, peak = _timed(lambda: _sums(scorer, workload.rows), device)
         seconds.append(elapsed)
         memory = max(memory, peak)

@@ -63,9 +63,7 @@ def run_pack(model: nn.Module, pack: Pack, head: Head) -> Scored:
         targets = torch.from_numpy(pack.targets).to(hidden.device)
         bias = getattr(lm_head, "bias", None)
         log_probs = head.log_probs(hidden[0, sources], targets, lm_head.weight, bias)
-        kind = hidden.device.type
-        autocast = torch.is_autocast_enabled(kind)
-        scored.append(Scored(log_probs, torch.get_autocast_dtype(kind) if autocast else hidden.dtype))
+        scored.append(Scored(log_probs, _computed_in(hidden)))
         output.last_hidden_state = hidden[:, :0]
         return output
 
@@ -84,6 +82,15 @@ def run_pack(model: nn.Module, pack: Pack, head: Head) -> Scored:
     if len(scored) != 1:
         raise UnsafeError(f"a backbone that ran {len(scored)} times in one forward pass")
     return scored[0]
+
+
+def _computed_in(hidden: Tensor) -> torch.dtype:
+    """The dtype whose rounding errors the backbone's output has."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return torch.float16  # TF32 has the mantissa of float16
+    return dtype
 
 
 @contextmanager

@@ -4,11 +4,9 @@ What a forward pass costs, in counted floating-point operations (a multiplicatio
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-from trl_refplug.scoring.rows import Row
 
 
 if TYPE_CHECKING:
@@ -32,14 +30,6 @@ class Operations:
         """Cost of the tokens at depths `start` to `stop` of a sequence, each attending to itself and all before."""
         return (stop - start) * self.token + (stop * (stop + 1) - start * (start + 1)) / 2 * self.pair
 
-    def row(self, row: Row) -> float:
-        """Cost of a row on its own, without sharing and padding."""
-        return self.span(0, len(row)) + len(row.scored()) * self.head
-
-    def padded(self, rows: Iterable[Row], columns: int) -> float:
-        """Cost of rows padded to `columns`, every position projected through the LM head."""
-        return sum(self.span(0, columns) + columns * self.head for _ in rows)
-
 
 def count_operations(model: PreTrainedModel) -> Operations:
     """
@@ -56,9 +46,10 @@ def count_operations(model: PreTrainedModel) -> Operations:
     active: int = _first(config, "num_experts_per_tok", "top_k_experts") or 1
     weights = 0.0
     for name, parameter in model.base_model.named_parameters():
-        if id(parameter) in embeddings or parameter.dim() < 2:
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3 the parameter itself is empty
+        if id(parameter) in embeddings or len(shape) < 2:
             continue
-        size = float(getattr(parameter, "ds_numel", None) or parameter.numel())
+        size = float(math.prod(shape))
         weights += size * active / experts if ".experts." in name and experts > 1 else size
     heads: int = _first(config, "num_attention_heads", "n_head") or 1
     hidden: int = _first(config, "hidden_size", "n_embd") or 1

@@ -32,8 +32,9 @@ def unsafe_model(model: nn.Module, inner: PreTrainedModel) -> str | None:
     recurrent = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS
     if recurrent:
         return f"recurrent or hybrid layers ({', '.join(sorted(recurrent))})"
-    peft_configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
-    if any(getattr(peft_config, "is_prompt_learning", False) for peft_config in peft_configs.values()):
+    adapters = (getattr(module, "peft_config", None) for module in model.modules())
+    peft_configs = [adapter for configs in adapters if isinstance(configs, dict) for adapter in configs.values()]
+    if any(getattr(adapter, "is_prompt_learning", False) for adapter in peft_configs):
         return "virtual tokens of a prompt-learning adapter"
     return None
 

@@ -48,7 +48,7 @@ class Scorer:
 
     Rows are scored in evaluation mode, without gradient and without touching the global random state; whatever mode
     the model's modules were in is restored. The model is entered through its outermost `forward`, so it may be wrapped
-    (PEFT, DDP, FSDP, DeepSpeed, accelerate's autocast).
+    (PEFT, DDP, FSDP, DeepSpeed, accelerate's autocast). A model is scored by one thread at a time.
 
     Args:
         model (`nn.Module`): The model. It is given TRL's fused LM head if it has none.
@@ -202,7 +202,10 @@ class Scorer:
         except Exception as error:
             if should_reduce_batch_size(error):
                 raise
-            self._distrusted = str(error) if isinstance(error, UnsafeError) else f"{type(error).__name__}: {error}"
+            first_line = (str(error).splitlines() or [""])[0]
+            self._distrusted = (
+                first_line if isinstance(error, UnsafeError) else f"{type(error).__name__}: {first_line}"
+            )
             self._warn(self._distrusted)
             return exact
         scored = batch.labels[:, 1:] != IGNORED

@@ -4,7 +4,7 @@ What a scorer counts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass
@@ -31,3 +31,8 @@ class ScoreStats:
     operations: float = 0.0
     seconds: float = 0.0
     fallback: str | None = None
+
+    def clear(self) -> None:
+        """Start counting afresh."""
+        for counter in fields(self):
+            setattr(self, counter.name, counter.default)

@@ -50,7 +50,13 @@ def workload(shape: str, pairs: Sequence[Pair], max_length: int) -> Workload:
             f"Found shape {shape!r}, expected one of {', '.join(SHAPES)}.{did_you_mean(shape, SHAPES)}"
         )
     rows, batches = SHAPES[shape](pairs)
-    return Workload(shape, [Row(row.input_ids[:max_length], row.labels[:max_length]) for row in rows], batches)
+    rows = [Row(row.input_ids[:max_length], row.labels[:max_length]) for row in rows]
+    if not any(len(row.scored()) for row in rows):
+        raise ConfigurationError(
+            f"Found nothing to score in the rows of shape {shape!r} once cut to {max_length} tokens, expected "
+            "completions to begin before that; raise --max-length."
+        )
+    return Workload(shape, rows, batches)
 
 
 Laid = tuple[list[Row], list[list[int]]]

@@ -9,20 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ReferenceMismatchError
-from ..provider import ReferenceIdentity, ReferenceProvider
+from ..provider import STATE_DIRECTORY, ReferenceIdentity, ReferenceProvider
 
 
 logger = logging.getLogger("trl_refplug")
 
-DIRECTORY = "refplug"
-_RECORD = "reference.json"
-_STATE = "state"
+_RECORD = "refplug/reference.json"
 
 
 def write_to_checkpoint(checkpoint: str, provider: ReferenceProvider, name: str, *, main_process: bool) -> None:
     """Write the reference's record, and the provider's state, into a checkpoint that is not complete yet."""
-    directory = Path(checkpoint) / DIRECTORY
-    state = directory / _STATE
+    state = Path(checkpoint) / STATE_DIRECTORY
     state.mkdir(parents=True, exist_ok=True)
     provider.save_state(state)
     if main_process:
@@ -32,7 +29,7 @@ def write_to_checkpoint(checkpoint: str, provider: ReferenceProvider, name: str,
             "metadata": provider.metadata(),
             "versions": {package: version(package) for package in ("trl", "transformers", "peft", "torch")},
         }
-        (directory / _RECORD).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+        (Path(checkpoint) / _RECORD).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def compare_with_checkpoint(checkpoint: str, provider: ReferenceProvider) -> None:
@@ -42,12 +39,11 @@ def compare_with_checkpoint(checkpoint: str, provider: ReferenceProvider) -> Non
     Raises:
         ReferenceMismatchError: The identities differ, or a moving reference's state is missing.
     """
-    directory = Path(checkpoint) / DIRECTORY
-    record_file = directory / _RECORD
+    record_file = Path(checkpoint) / _RECORD
     if not record_file.is_file():
         if provider.capabilities.moving:
             raise ReferenceMismatchError(
-                f"{checkpoint} has no reference state ({DIRECTORY}/{_RECORD}), so the moving reference cannot go on "
+                f"{checkpoint} has no reference state ({_RECORD}), so the moving reference cannot go on "
                 "where it was. Start anew, or resume from a checkpoint written with this provider."
             )
         logger.warning(
@@ -65,7 +61,7 @@ def compare_with_checkpoint(checkpoint: str, provider: ReferenceProvider) -> Non
             "revision, adapter or precision. Pass the policy as it was passed when training started (not the "
             "checkpoint itself: `resume_from_checkpoint` loads that), and the same reference options."
         )
-    provider.load_state(directory / _STATE)
+    provider.load_state(Path(checkpoint) / STATE_DIRECTORY)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -45,7 +45,8 @@ def place(module: Any, trainer: Any, *, temperature: float, device: str | None) 
         placed = prepare_fsdp(module, trainer.accelerator)
     else:
         placed = trainer.accelerator.prepare_model(module, evaluation_mode=True)
-    result: nn.Module = placed.eval()
+    placed.eval()  # not chained: a DeepSpeed engine's eval() returns None
+    result: nn.Module = placed
     return result
 
 

@@ -130,6 +130,11 @@ class Plugged:
         finally:
             self._refplug_saving = False
 
+    def _load_best_model(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_best_model(*args, **kwargs)  # type: ignore[misc]
+        if self._refplug_session is not None:
+            self._refplug_session.rewound(self.state.best_model_checkpoint)  # type: ignore[attr-defined]
+
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
         # Inside a checkpoint the model is saved first and `trainer_state.json`, which makes it complete, last.

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..options import parse_options
 from ..provider import ReferenceBatch, ReferenceProvider
 
 
@@ -23,20 +22,6 @@ def is_peft(model: Any) -> bool:
     from peft import PeftModel
 
     return isinstance(model, PeftModel)
-
-
-def frozen_from(ref_model: nn.Module, options: Any) -> ReferenceProvider:
-    """The `frozen` provider around a model that the user passed."""
-    from ..providers.frozen import FrozenOptions, FrozenProvider
-
-    return FrozenProvider(parse_options("frozen", FrozenOptions, options or {}), model=ref_model)
-
-
-def cached_from(ref_model: nn.Module, options: Any) -> ReferenceProvider:
-    """The `cached` provider whose source is a model that the user passed."""
-    from ..providers.cached import CachedOptions, CachedProvider
-
-    return CachedProvider(parse_options("cached", CachedOptions, options or {}), model=ref_model)
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from ..arguments import ReferenceArguments
 from ..errors import ConfigurationError
 from ..options import parse_options
@@ -18,6 +20,9 @@ logger = logging.getLogger("trl_refplug")
 
 # What TRL's own flags mean, in the order in which they are looked at.
 _FLAG_MEANINGS = {"precompute_ref_log_probs": "cached", "sync_ref_model": "ema"}
+# Flags of TRL that are options of a provider, where `ref_provider_kwargs` do not give them.
+_FLAG_OPTIONS = {"ema": {"alpha": "ref_model_mixup_alpha", "sync_steps": "ref_model_sync_steps"}}
+_TAKE_A_MODEL = ("frozen", "cached", "ema")
 
 
 @dataclass(frozen=True)
@@ -73,10 +78,37 @@ def select_name(selection: Selection) -> str | None:
     return "adapter" if selection.policy_is_peft else "frozen"
 
 
-def make_provider(name: str, options: Mapping[str, Any] | str | None) -> ReferenceProvider:
-    """An instance of the provider registered as `name`, its options validated."""
-    provider_class = plugin_manager().provider_class(name)
-    return provider_class(parse_options(name, provider_class.Options, options))
+def make_provider(
+    name: str, options: Mapping[str, Any] | str | None, *, args: Any = None, ref_model: nn.Module | None = None
+) -> ReferenceProvider:
+    """
+    An instance of the provider registered as `name`, its options validated.
+
+    Args:
+        name (`str`): Name of the provider.
+        options: Its options, as the user wrote them.
+        args: Training arguments whose flags are options too; `None` for a provider made by another one.
+        ref_model (`nn.Module`, *optional*): The model that was passed to the trainer as its reference.
+
+    Raises:
+        ConfigurationError: The options are wrong, or the provider does not take a model.
+    """
+    provider_class: Any = plugin_manager().provider_class(name)
+    if args is not None and name in _FLAG_OPTIONS and not isinstance(options, str):
+        flags = {option: getattr(args, flag) for option, flag in _FLAG_OPTIONS[name].items() if hasattr(args, flag)}
+        options = {**flags, **(options or {})}
+    parsed = parse_options(name, provider_class.Options, options)
+    provider: ReferenceProvider
+    if ref_model is None:
+        provider = provider_class(parsed)
+    elif name in _TAKE_A_MODEL:
+        provider = provider_class(parsed, model=ref_model)
+    else:
+        raise ConfigurationError(
+            f"A reference model was passed (`ref_model=`) and ref_provider={name!r} does not use one. Remove one of "
+            "the two, or use ref_provider='frozen'."
+        )
+    return provider
 
 
 def check_capabilities(provider: ReferenceProvider, name: str, *, temperature: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -50,15 +50,25 @@ class ReferenceSession:
         self.peft_config = peft_config
         self.passes_ref_model = passes_ref_model
         self.flags = ReferenceArguments.of(args)
-        self.resuming = bool(getattr(args, "resume_from_checkpoint", None))
+        self._resumed = False
+        self._trainer: Callable[[], Any] = lambda: None
         self.policy_moved = False
-        self._trainer: weakref.ref[Any] | None = None
         self.stand_in: ReferenceModel | None = None
         self._nested: list[tuple[ReferenceProvider, TrainerContext, nn.Module | None]] = []
         self._context = TrainerContext(self)
         self._module: nn.Module | None = None
         self._pinned = False
         check_capabilities(provider, name, temperature=self._context.temperature)
+
+    @property
+    def trainer(self) -> Any:
+        """The trainer, once it is built. Referred to weakly: providers keep their context until it is gone."""
+        return self._trainer()
+
+    @property
+    def resuming(self) -> bool:
+        """Whether training goes on, or is announced to go on, from a checkpoint."""
+        return self._resumed or bool(getattr(self.args, "resume_from_checkpoint", None))
 
     # Before TRL touches anything
 
@@ -105,7 +115,7 @@ class ReferenceSession:
 
     def start(self, trainer: Any, adapters_before: frozenset[str]) -> ReferenceModel:
         """Set the provider up and return the stand-in for `trainer.ref_model`."""
-        self._trainer = weakref.ref(trainer)  # providers know the session, and must not keep the trainer alive
+        self._trainer = weakref.ref(trainer)
         self.args = trainer.args
         if not self._pinned:
             raise seam_error("TRL constructed its trainer without loading the policy through the expected name")
@@ -114,7 +124,9 @@ class ReferenceSession:
                 context.reference_model = self._placed(provider, context, module)
                 provider.setup(context)
             placed = trainer.ref_model
-            self._context.reference_model = placed or self._placed(self.provider, self._context, self._module)
+            if placed is None:
+                placed = self._placed(self.provider, self._context, self._module)
+            self._context.reference_model = placed
             self._module = None
             self.provider.setup(self._context)
         policies.remove_unused_reference_adapter(trainer.model, adapters_before, self.providers)
@@ -132,11 +144,6 @@ class ReferenceSession:
         return self.stand_in
 
     @property
-    def trainer(self) -> Any:
-        """The trainer, from `start` on."""
-        return None if self._trainer is None else self._trainer()
-
-    @property
     def providers(self) -> list[ReferenceProvider]:
         """The selected provider and those it is made of."""
         return [self.provider, *(provider for provider, _, _ in self._nested)]
@@ -152,8 +159,13 @@ class ReferenceSession:
 
     def resume(self, checkpoint: str) -> None:
         """Training goes on from `checkpoint`: the reference must be the one it was started with."""
-        self.resuming = self.policy_moved = True
+        self._resumed = self.policy_moved = True
         compare_with_checkpoint(checkpoint, self.provider)
+
+    def rewound(self, checkpoint: str) -> None:
+        """The policy is that of `checkpoint` again, the best one, and so must be a reference that follows it."""
+        if self.provider.capabilities.moving:
+            compare_with_checkpoint(checkpoint, self.provider)
 
     def step_ended(self, step: int) -> None:
         """An optimiser step is over."""
@@ -168,7 +180,7 @@ class ReferenceSession:
             self.provider.on_step_end(step)
 
     def _first_call(self, batch: ReferenceBatch, log_probs: Tensor) -> None:
-        if self.flags.ref_check == "off" or self.resuming or self.trainer.state.global_step > 0:
+        if self.flags.ref_check == "off" or self._resumed or self.trainer.state.global_step > 0:
             return
         if not self.provider.starts_as_policy:
             logger.warning(
@@ -206,7 +218,6 @@ def open_session(
             )
         return None
     passes_ref_model = ref_model is not None and not seam.online
-    provider: ReferenceProvider
     if reference is not None:
         if flags.ref_provider != "auto" or ref_model is not None:
             raise ConfigurationError(
@@ -227,18 +238,13 @@ def open_session(
     )
     name = select_name(selection)
     if name is None:
+        if ref_model is not None and seam.online:
+            raise ConfigurationError(
+                f"A reference model was passed (`ref_model=`), and TRL's {seam.owner.__name__}, which its own flag "
+                "leaves in charge of the reference (see the warning above), cannot take one. Remove one of the two."
+            )
         return None
-    if ref_model is None:
-        provider = make_provider(name, flags.ref_provider_kwargs)
-    elif name == "frozen":
-        provider = policies.frozen_from(ref_model, flags.ref_provider_kwargs)
-    elif name == "cached":
-        provider = policies.cached_from(ref_model, flags.ref_provider_kwargs)
-    else:
-        raise ConfigurationError(
-            f"A reference model was passed (`ref_model=`) and ref_provider={name!r} does not use one. Remove one of "
-            "the two, or use ref_provider='frozen'."
-        )
+    provider = make_provider(name, flags.ref_provider_kwargs, args=args, ref_model=ref_model)
     return ReferenceSession(seam, provider, name, args, peft_config, passes_ref_model)
 
 

@@ -1,0 +1,68 @@
+"""Two ranks with `fully_shard` on the CPU: every rank moves its own shards, and nothing large travels."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from trl_refplug.providers.tensor_files import TensorReader
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sharded")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=localhost:0", "-m", "tests.providers.two_ranks_ema", str(out)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ.copy(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out, [json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_full_fine_tuning_communicates_nothing(results):
+    _, ranks = results
+    for rank in ranks:
+        assert max(rank["full"]["collectives"], default=0) <= 1
+        assert rank["full"]["control"] > 1000  # gathering weights would have been seen
+
+
+def test_full_fine_tuning_has_the_unsharded_values(results):
+    _, ranks = results
+    for rank in ranks:
+        # gradients are reduced over two ranks in another order
+        assert rank["full"]["error"] < 1e-6
+        assert rank["full"]["distances"][0] == pytest.approx(rank["full"]["distances"][1], rel=1e-4)
+        assert max(rank["full"]["of_distance"]) <= 2
+
+
+def test_full_fine_tuning_is_saved_in_shards(results):
+    out, ranks = results
+    assert len(list((out / "full").glob("*.safetensors"))) == 2
+    expected = torch.load(out / "full.pt")
+    with TensorReader(out / "full") as reader:
+        for name, weight in expected.items():
+            torch.testing.assert_close(reader.whole(name, tuple(weight.shape)), weight, rtol=1e-6, atol=1e-7)
+    for rank in ranks:
+        assert rank["full"]["moved"] > 1e-3
+        assert rank["full"]["restored"] == 0
+
+
+def test_adapters_gather_one_factor_at_a_time(results):
+    _, ranks = results
+    for rank in ranks:
+        assert 0 < max(rank["adapter"]["collectives"]) <= rank["adapter"]["largest_factor"]
+
+
+def test_adapters_have_the_unsharded_values(results):
+    _, ranks = results
+    for rank in ranks:
+        assert rank["adapter"]["moved"] > 1e-3
+        assert rank["adapter"]["error"] < 1e-4
+        assert rank["adapter"]["restored"] == 0
+        assert rank["adapter"]["distances"][0] == pytest.approx(rank["adapter"]["distances"][1], rel=1e-3)

@@ -1,0 +1,405 @@
+"""A moving average of LoRA adapters, held in a second adapter of the policy: no second model, no dense delta."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import ConfigurationError
+from ..identity import adapter_attributes, adapter_tensor_name, strip_wrappers
+from .low_rank import LowRank, weighted_sum
+from .peft_policy import (
+    REFERENCE_ADAPTER,
+    adapter_parameters,
+    add_adapter,
+    freeze_adapter,
+    peft_model_of,
+    policy_adapter,
+)
+from .shards import Part, fill, full_shape, gathered, is_sharded, reshard
+from .tensor_files import TensorReader, write_tensors
+
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .ema import EmaOptions
+
+
+logger = logging.getLogger("trl_refplug")
+
+_DEFAULT_MAX_RANK = 4  # times the policy's rank: enough for a tolerance of 1e-4 at any alpha in the runs measured
+_UNSUPPORTED = (
+    "lora_bias",
+    "target_parameters",
+    "layer_replication",
+    "megatron_config",
+    "ensure_weight_tying",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+)
+
+
+@dataclass
+class _Product:
+    """
+    The average of what one module's adapter adds to its weight.
+
+    Args:
+        matrix ([`LowRank`]): The average of `scaling * B @ A`; with DoRA, of `diag(scale) @ (scaling * B @ A)`.
+        scale (`Tensor` or `None`): With DoRA, the average of `magnitude / |W + scaling * B @ A|`, `[rows]`.
+        error (`float`): Bound on the Frobenius norm of what recompression has left out of `matrix`.
+    """
+
+    matrix: LowRank
+    scale: Tensor | None
+    error: float = 0.0
+
+
+class AdapterAverage:
+    """
+    `reference = alpha * policy + (1 - alpha) * reference` for the weights that a LoRA policy computes with.
+
+    The masters are kept whole, outside the model; the second adapter holds their rounding, padded with zeros to a
+    rank that never changes. Of a sharded policy one module at a time is gathered.
+
+    Args:
+        policy (`Callable`): Looks the policy up, as it is wrapped when training starts. It gets the second adapter
+            now, before it is.
+        options ([`EmaOptions`]): `average`, `tolerance` and `max_rank`.
+        dtype (`torch.dtype`): Least precision of the masters.
+        device (`torch.device` or `None`): Where the masters are; `None` for where the policy is.
+
+    Raises:
+        ConfigurationError: This policy cannot be averaged.
+    """
+
+    def __init__(
+        self,
+        policy: Callable[[], nn.Module],
+        options: EmaOptions,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> None:
+        self._policy = policy
+        model = self._model
+        self._source = policy_adapter(model)
+        self._exact = options.average == "exact"
+        self._tolerance = options.tolerance
+        self._dtype, self._device = torch.promote_types(dtype, torch.float32), device
+        self._overflow_told = False
+        config = model.peft_config[self._source]
+        _refuse_unsupported(config)
+        layers = dict(_lora_layers(model, self._source))
+        self._max_ranks: dict[str, int] = {}
+        if self._exact:
+            self._max_ranks = {name: _max_rank(name, layer, self._source, options) for name, layer in layers.items()}
+        _add_second_adapter(model, _second_config(config, layers, self._max_ranks))
+        second = adapter_parameters(model, REFERENCE_ADAPTER)
+        for name, parameter in adapter_parameters(model, self._source).items():
+            second[name].data = second[name].data.to(parameter.dtype)  # the precision the policy computes in
+        freeze_adapter(model, REFERENCE_ADAPTER)
+        self._products: dict[str, _Product] = {}
+        self._values: dict[str, Tensor] = {}
+        self.update(alpha=1.0)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether every rank saves a part: never, as the masters are whole on all of them."""
+        return False
+
+    @torch.no_grad()
+    def update(self, alpha: float) -> None:
+        """Move the reference towards the policy; with `alpha` 1 it becomes the policy, whatever it was."""
+        overflows: list[tuple[int, str, float]] = []
+        for name, layer in self._layers():
+            with _adapter_of(layer, self._source, self._dtype, self._device) as (matrix, scale):
+                product = self._products.get(name)
+                if product is None or alpha == 1:
+                    self._products[name] = product = _Product(_owned(matrix), scale)
+                else:
+                    kept = 1.0 - alpha
+                    total = weighted_sum([(kept, product.matrix), (alpha, matrix)])
+                    smaller = total.recompressed(self._tolerance, self._max_ranks[name])
+                    error = kept * product.error + smaller.left_out
+                    if product.scale is not None and scale is not None:
+                        scale = kept * product.scale + alpha * scale
+                    self._products[name] = product = _Product(smaller.matrix, scale, error)
+                    if smaller.needed > self._max_ranks[name]:
+                        overflows.append((smaller.needed, name, smaller.left_out / smaller.norm))
+            self._write(layer, product)
+        if overflows and not self._overflow_told:
+            self._overflow_told = True
+            _tell_overflow(overflows, self._max_ranks, self._tolerance)
+        for name, theirs, ours in self._other_parameters():
+            with gathered([theirs]) as (value,):
+                value = value.to(device=self._device, dtype=self._dtype)
+                if name not in self._values:
+                    self._values[name] = value.clone()
+                else:
+                    self._values[name].mul_(1.0 - alpha).add_(value, alpha=alpha)
+            fill(ours, self._values[name])
+
+    def counters(self) -> dict[str, float]:
+        """The largest rank in use, and the largest bound on the relative error that recompression has left."""
+        if not self._products:
+            return {}
+        errors = [p.error / (p.matrix.norm() or 1.0) for p in self._products.values()]
+        return {"rank": float(max(p.matrix.rank for p in self._products.values())), "average_error": max(errors)}
+
+    @torch.no_grad()
+    def distance(self) -> float:
+        """`|policy - reference| / |policy|` over what the adapters add; gathers one module at a time if sharded."""
+        difference = size = 0.0
+        for name, layer in self._layers():
+            with _adapter_of(layer, self._source, self._dtype, self._device) as (matrix, _):
+                difference += weighted_sum([(1.0, matrix), (-1.0, self._products[name].matrix)]).norm() ** 2
+                size += matrix.norm() ** 2
+        for name, theirs, _ in self._other_parameters():
+            with gathered([theirs]) as (value,):
+                value = value.to(device=self._device, dtype=self._dtype)
+                difference += float(torch.linalg.vector_norm(value - self._values[name])) ** 2
+                size += float(torch.linalg.vector_norm(value)) ** 2
+        return float((difference / size) ** 0.5) if size else 0.0
+
+    @torch.no_grad()
+    def save(self, directory: Path, *, rank: int) -> None:
+        """Write the masters, and beside them the second adapter as PEFT saves one. Called on every rank."""
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        model = self._model
+        attributes = adapter_attributes(model)
+        adapter: dict[str, Tensor] = {}
+        for name, parameter in model.named_parameters():
+            owned = adapter_tensor_name(name, attributes)
+            if owned is not None and owned[0] == REFERENCE_ADAPTER:
+                with gathered([parameter]) as (whole,):
+                    adapter[name] = whole.detach().to("cpu", copy=True).contiguous()
+        if rank:
+            return
+        tensors = dict(self._values)
+        for name, product in self._products.items():
+            tensors.update({f"{name}.left": product.matrix.left, f"{name}.right": product.matrix.right})
+            tensors[f"{name}.error"] = torch.tensor(product.error, dtype=torch.float64)
+            if product.scale is not None:
+                tensors[f"{name}.scale"] = product.scale
+        entries = (
+            (name, t, Part(tuple(t.shape), (0,) * t.dim(), tuple(t.shape)), t.dtype) for name, t in tensors.items()
+        )
+        write_tensors(directory, 0, entries)
+        exported = directory / "adapter"
+        exported.mkdir(exist_ok=True)
+        state = get_peft_model_state_dict(
+            model, state_dict=adapter, adapter_name=REFERENCE_ADAPTER, save_embedding_layers=False
+        )
+        save_file(state, exported / "adapter_model.safetensors", metadata={"format": "pt"})
+        model.peft_config[REFERENCE_ADAPTER].save_pretrained(exported)
+
+    @torch.no_grad()
+    def load(self, directory: Path) -> None:
+        """
+        Restore what [`save`] wrote.
+
+        Raises:
+            ReferenceMismatchError: Something is missing, or is not the average of such an adapter.
+        """
+        with TensorReader(directory) as reader:
+            for name, layer in self._layers():
+                rows, columns = self._products[name].matrix.left.shape[0], self._products[name].matrix.right.shape[1]
+                rank = reader.shape(f"{name}.left")[-1]
+                left = reader.whole(f"{name}.left", (rows, rank)).to(self._device_of(name))
+                right = reader.whole(f"{name}.right", (rank, columns)).to(left.device)
+                scale = self._products[name].scale
+                if scale is not None:
+                    scale = reader.whole(f"{name}.scale", tuple(scale.shape)).to(left.device)
+                error = float(reader.whole(f"{name}.error", ()))
+                self._products[name] = _Product(LowRank(left, right), scale, error)
+                self._write(layer, self._products[name])
+            for name, _, ours in self._other_parameters():
+                self._values[name].copy_(reader.whole(name, tuple(self._values[name].shape)))
+                fill(ours, self._values[name])
+
+    @property
+    def _model(self) -> Any:
+        policy = self._policy()
+        reshard(policy)
+        return peft_model_of(policy)
+
+    def _device_of(self, name: str) -> torch.device:
+        return self._products[name].matrix.left.device
+
+    def _layers(self) -> Iterator[tuple[str, Any]]:
+        """The modules whose products are averaged."""
+        return _lora_layers(self._model, self._source) if self._exact else iter(())
+
+    def _other_parameters(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Name, the policy's and the reference's tensor of what is averaged value by value."""
+        ours = adapter_parameters(self._model, REFERENCE_ADAPTER)
+        for name, theirs in adapter_parameters(self._model, self._source).items():
+            if not (self._exact and ".lora_" in name):
+                yield name, theirs, ours[name]
+
+    def _write(self, layer: Any, product: _Product) -> None:
+        """Into the second adapter: zero-padded, its scaling being 1."""
+        left, right = product.matrix.left, product.matrix.right
+        right_parameter, left_parameter = _factors(layer, REFERENCE_ADAPTER)
+        if product.scale is not None:
+            matrix = LowRank(left / product.scale[:, None], right)
+            left = matrix.left
+            with _base_weight(layer, left.device) as weight:
+                magnitude = product.scale * matrix.row_norms(weight)
+            fill(layer.lora_magnitude_vector[REFERENCE_ADAPTER].weight, magnitude)
+        padded_left = left.new_zeros(full_shape(left_parameter))
+        padded_left[:, : product.matrix.rank] = left
+        padded_right = right.new_zeros(full_shape(right_parameter))
+        padded_right[: product.matrix.rank] = right
+        fill(left_parameter, padded_left)
+        fill(right_parameter, padded_right)
+
+
+@contextmanager
+def _adapter_of(
+    layer: Any, adapter: str, dtype: torch.dtype, device: torch.device | None
+) -> Iterator[tuple[LowRank, Tensor | None]]:
+    """
+    What an adapter adds to a module's weight, gathered if it is sharded, and with DoRA the factor on every row:
+    the module's weight is `scale * W + matrix`.
+    """
+    right_parameter, left_parameter = _factors(layer, adapter)
+    dora = layer.use_dora.get(adapter, False)
+    tensors = [right_parameter, left_parameter]
+    if dora:
+        tensors.append(layer.lora_magnitude_vector[adapter].weight)
+    with gathered(tensors) as wholes:
+        right, left, *magnitude = (whole.to(device=device, dtype=dtype) for whole in wholes)
+        matrix = LowRank(left * layer.scaling[adapter], right)
+        if not dora:
+            yield matrix, None
+            return
+        with _base_weight(layer, left.device) as weight:
+            scale = magnitude[0].reshape(-1) / matrix.row_norms(weight)
+        yield LowRank(scale[:, None] * matrix.left, right), scale
+
+
+@contextmanager
+def _base_weight(layer: Any, device: torch.device) -> Iterator[Tensor]:
+    """The weight that DoRA scales, `[rows, columns]`."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    base = layer.get_base_layer()
+    if is_sharded(base.weight):
+        with gathered([base.weight]) as (whole,):
+            yield (whole.T if layer.fan_in_fan_out else whole).to(device)
+    else:
+        weight = dequantize_module_weight(base).detach()
+        yield (weight.T if layer.fan_in_fan_out else weight).to(device)
+
+
+def _owned(matrix: LowRank) -> LowRank:
+    """A copy; without rank if it is zero, as that of a new adapter."""
+    if not matrix.left.any() or not matrix.right.any():
+        return LowRank(matrix.left[:, :0].clone(), matrix.right[:0].clone())
+    return LowRank(matrix.left.clone(), matrix.right.clone())
+
+
+def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """The parameters `A`, `[rank, columns]`, and `B`, `[rows, rank]`."""
+    if adapter in layer.lora_embedding_A:
+        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+
+
+def _lora_layers(model: Any, adapter: str) -> Iterator[tuple[str, Any]]:
+    """The modules that have such an adapter, by the name they have in the model itself."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in model.base_model.model.named_modules():
+        if isinstance(module, LoraLayer) and adapter in module.r:
+            yield strip_wrappers(name), module
+
+
+def _refuse_unsupported(config: Any) -> None:
+    from peft import PeftType
+
+    if config.peft_type != PeftType.LORA:
+        raise ConfigurationError(
+            f"ref_provider='ema' averages LoRA adapters, and the policy's is {config.peft_type.value}. Use "
+            "ref_provider='adapter' or 'frozen' with it."
+        )
+    found = [name for name in _UNSUPPORTED if getattr(config, name, None)]
+    if found:
+        raise ConfigurationError(
+            f"ref_provider='ema' cannot average an adapter with {', '.join(found)}. Leave that out of the adapter's "
+            "configuration, or use ref_provider='adapter' or 'frozen'."
+        )
+
+
+def _max_rank(name: str, layer: Any, adapter: str, options: EmaOptions) -> int:
+    right, left = _factors(layer, adapter)
+    if len(full_shape(right)) != 2 or (layer.use_dora.get(adapter) and adapter in layer.lora_embedding_A):
+        kind = f"DoRA on the embedding {name}" if len(full_shape(right)) == 2 else f"LoRA on the convolution {name}"
+        raise ConfigurationError(
+            f"ref_provider='ema' cannot average {kind} exactly. Use ref_provider_kwargs={{'average': 'factors'}}, or "
+            "leave it out of the adapter's target modules."
+        )
+    rank, columns = full_shape(right)
+    asked = _DEFAULT_MAX_RANK * rank if options.max_rank is None else options.max_rank
+    if asked < rank:
+        raise ConfigurationError(
+            f"ref_provider='ema': option max_rank={asked} is less than the rank {rank} of the policy's adapter at "
+            f"{name}, so the reference could not even become the policy. Use at least {rank}."
+        )
+    return max(rank, min(asked, columns, full_shape(left)[0]))  # a matrix has no higher rank than its shorter side
+
+
+def _second_config(config: Any, layers: dict[str, Any], max_ranks: dict[str, int]) -> Any:
+    """The configuration of the second adapter: with `max_ranks`, of these ranks and with scaling 1."""
+    second = copy.deepcopy(config)
+    # Other initialisations would rewrite the base, or draw on data; what it holds is written right after.
+    second.init_lora_weights = True
+    second.loftq_config = {}
+    for name in ("eva_config", "corda_config", "lora_ga_config"):
+        if hasattr(second, name):
+            setattr(second, name, None)
+    second.lora_dropout = 0.0
+    second.inference_mode = True
+    if max_ranks:
+        second.r = second.lora_alpha = max(max_ranks.values())
+        second.rank_pattern = {name: rank for name, rank in max_ranks.items() if rank != second.r}
+        second.alpha_pattern = dict(second.rank_pattern)
+        second.use_rslora = False
+    return second
+
+
+def _add_second_adapter(model: Any, config: Any) -> None:
+    if REFERENCE_ADAPTER in model.peft_config:
+        model.delete_adapter(REFERENCE_ADAPTER)  # TRL's own, of the policy's rank
+    add_adapter(model, REFERENCE_ADAPTER, config)
+
+
+def _tell_overflow(overflows: list[tuple[int, str, float]], max_ranks: dict[str, int], tolerance: float) -> None:
+    needed, name, left_out = max(overflows, key=lambda overflow: overflow[2])
+    logger.warning(
+        "The average of %d adapted modules needs a higher rank than max_rank allows: that of %s would need rank %d "
+        "for tolerance=%g, has %d, and leaves out %.2g of its norm in this sync. Told only once; ref/average_error "
+        "in the logs bounds what has been left out in all. Raise max_rank to avoid it.",
+        len(overflows),
+        name,
+        needed,
+        tolerance,
+        max_ranks[name],
+        left_out,
+    )

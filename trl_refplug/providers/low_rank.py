@@ -1,0 +1,98 @@
+"""Matrices kept as the product of two thin factors: weighted sums and recompression, never forming the matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """
+    The matrix `left @ right`.
+
+    Args:
+        left (`Tensor`): `[rows, rank]`.
+        right (`Tensor`): `[rank, columns]`, same dtype.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of `left`; the matrix may have less."""
+        return self.left.shape[1]
+
+    def norm(self) -> float:
+        """Frobenius norm."""
+        left, right = self.left.double(), self.right.double()
+        squared = ((left.T @ left) * (right @ right.T)).sum()
+        return float(squared.clamp(min=0).sqrt())
+
+    def row_norms(self, weight: Tensor) -> Tensor:
+        """
+        Euclidean norm of every row of `weight + left @ right`.
+
+        Args:
+            weight (`Tensor`): `[rows, columns]`.
+
+        Returns:
+            `Tensor`: `[rows]`, at least float32.
+        """
+        weight = weight.to(self.left.dtype)
+        squared: Tensor = torch.linalg.vector_norm(weight, dim=1).square()
+        squared += 2 * ((weight @ self.right.T) * self.left).sum(dim=1)
+        squared += ((self.left @ (self.right @ self.right.T)) * self.left).sum(dim=1)
+        return squared.clamp(min=0).sqrt()
+
+    def recompressed(self, tolerance: float, max_rank: int) -> Recompressed:
+        """
+        The same matrix with as small a rank as an error of `tolerance` allows, and at most `max_rank`.
+
+        Args:
+            tolerance (`float`): Frobenius norm of what may be left out, relative to that of the matrix.
+            max_rank (`int`): What `tolerance` would need beyond this is left out nevertheless.
+        """
+        orthogonal_left, upper_left = torch.linalg.qr(self.left)
+        orthogonal_right, upper_right = torch.linalg.qr(self.right.T)
+        u, singular, vh = torch.linalg.svd(upper_left @ upper_right.T, full_matrices=False)
+        # tails[k]: norm of what is left out when k singular values are kept
+        tails = singular.double().square().flip(0).cumsum(0).sqrt().flip(0)
+        tails = torch.cat([tails, tails.new_zeros(1)])
+        needed = int((tails > tolerance * tails[0]).sum())
+        kept = min(needed, max_rank)
+        root = singular[:kept].sqrt()
+        matrix = LowRank(orthogonal_left @ (u[:, :kept] * root), (root[:, None] * vh[:kept]) @ orthogonal_right.T)
+        return Recompressed(matrix, needed, float(tails[kept]), float(tails[0]))
+
+
+@dataclass(frozen=True)
+class Recompressed:
+    """
+    What came of a recompression.
+
+    Args:
+        matrix ([`LowRank`]): The matrix, of lower rank.
+        needed (`int`): The rank that the tolerance asked for.
+        left_out (`float`): Frobenius norm of the difference to the matrix before.
+        norm (`float`): Frobenius norm of the matrix before.
+    """
+
+    matrix: LowRank
+    needed: int
+    left_out: float
+    norm: float
+
+
+def weighted_sum(terms: Sequence[tuple[float, LowRank]]) -> LowRank:
+    """`sum(weight * matrix)`: its rank is the sum of theirs."""
+    left = torch.cat([weight * matrix.left for weight, matrix in terms], dim=1)
+    return LowRank(left, torch.cat([matrix.right for _, matrix in terms]))
