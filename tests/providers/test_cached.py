@@ -312,6 +312,14 @@ class TestPadding:
         with pytest.raises(UnsupportedInputError, match="token at its place"):
             trainer.ref_model(input_ids=ids, labels=ids + 1, fused_lm_head=True)
 
+    def test_rows_that_depend_on_their_batch(self, tmp_path, use):
+        """With dynamic scaling the longest row of a batch changes the positions of all."""
+        scaling = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+        path = tiny.saved(tmp_path, rope_parameters=scaling, max_position_embeddings=10)
+        with pytest.raises(UnsupportedInputError, match="longer than 10 tokens"):
+            build("dpo", tmp_path, path, args=use())
+        build("dpo", tmp_path, path, args=use(max_length=10))
+
     def test_images(self, tmp_path, use):
         with pytest.raises(UnsupportedInputError, match="pixel_values"):
             build(

@@ -204,7 +204,7 @@ class CachedProvider(ReferenceProvider):
 
     def _row_keys(self, context: ReferenceContext) -> RowKeys:
         from ..scoring.execution import causal_lm
-        from ..scoring.safety import absolute_positions
+        from ..scoring.safety import absolute_positions, batch_length_limit
         from ..store import ScoringFacts
         from ..tolerances import AUTOCAST_DTYPES
         from .row_keys import RowKeys
@@ -222,7 +222,12 @@ class CachedProvider(ReferenceProvider):
                 autocast_dtype=None if autocast is None else str(autocast).removeprefix("torch."),
             )
 
-        return RowKeys(facts("packed"), facts("exact"), absolute_positions=absolute_positions(model))
+        return RowKeys(
+            facts("packed"),
+            facts("exact"),
+            absolute_positions=absolute_positions(model),
+            length_limit=batch_length_limit(model),
+        )
 
     # What is scored
 

@@ -70,12 +70,16 @@ class RowKeys:
         packed, exact ([`ScoringFacts`]): Of rows scored in bulk and of rows scored in the trainer's own batches. They
             agree within rounding, so a row under either key is a hit.
         absolute_positions (`bool`): Whether padding on the left of a row changes its log-probs.
+        length_limit (`float`): The longest batch in which rows do not depend on each other's length.
     """
 
-    def __init__(self, packed: ScoringFacts, exact: ScoringFacts, *, absolute_positions: bool) -> None:
+    def __init__(
+        self, packed: ScoringFacts, exact: ScoringFacts, *, absolute_positions: bool, length_limit: float
+    ) -> None:
         self.packed = packed
         self.exact = exact
         self._absolute = absolute_positions
+        self._length_limit = length_limit
 
     def of(self, batch: ReferenceBatch) -> BatchRows:
         """
@@ -88,6 +92,12 @@ class RowKeys:
             raise UnsupportedInputError(
                 "ref_provider='cached' stores rows of text, and this batch has further model inputs: "
                 f"{', '.join(sorted(batch.extras))}. Use ref_provider='frozen' or 'adapter'."
+            )
+        if batch.input_ids.shape[1] > self._length_limit:
+            raise UnsupportedInputError(
+                f"ref_provider='cached' stores what a row says by itself. This model's rotary embeddings change in "
+                f"batches longer than {self._length_limit} tokens (this one has {batch.input_ids.shape[1]}), so there "
+                "its log-probs depend on other rows. Lower `max_length`, or use ref_provider='frozen' or 'adapter'."
             )
         ids, mask, labels = (t.cpu().numpy() for t in (batch.input_ids, batch.attention_mask, batch.labels))
         try:
