@@ -13,7 +13,7 @@ def main() -> None:
     model, path, out = sys.argv[1:]
     trl_refplug.store.LogProbStore = functools.partial(trl_refplug.store.LogProbStore, publish_rows=20)
     args = {"ref_provider": "cached", "ref_provider_kwargs": {"path": path}}
-    build("dpo", Path(out), model, args=args, train_dataset=tiny.preference_data(2000))
+    build("dpo", Path(out), model, args=args, train_dataset=tiny.preference_data(600))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def test_goes_on_where_it_was_killed(tmp_path):
     assert process.wait() == -signal.SIGKILL
     kept = summarize(store)
     assert kept.rows > 0
-    data = tiny.preference_data(2000)
+    data = tiny.preference_data(600)
 
     run = train("dpo", tmp_path, path, args=using(store), train_dataset=data)
 
