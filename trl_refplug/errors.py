@@ -13,6 +13,7 @@ RefPlugError
 ├── InvalidLogProbsError                 a provider answered with a wrong shape, dtype or a non-finite value
 ├── UnsupportedInputError                this provider cannot score this batch
 └── StoreError                           a log-prob store cannot be opened, read or written
+    ├── MissingRowError                  a row is not in the store, and nothing may score it now
     ├── StoreVersionError                it holds shards written by a newer release
     └── StoreWriteError                  no space, no permission, no such place; what was published before is kept
 
@@ -74,6 +75,10 @@ class RefPlugWarning(UserWarning):
 
 class StoreError(RefPlugError):
     """A log-prob store cannot be opened, read or written as asked."""
+
+
+class MissingRowError(StoreError):
+    """A row that training asks for is not in the log-prob store, and nothing may score it now."""
 
 
 class StoreVersionError(StoreError):

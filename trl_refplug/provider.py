@@ -148,6 +148,10 @@ class ReferenceContext(Protocol):
         """Whether training goes on from a checkpoint."""
 
     @property
+    def policy_moved(self) -> bool:
+        """Whether the policy may be another than the one passed in: it was trained, or a checkpoint was loaded."""
+
+    @property
     def reference_model(self) -> nn.Module | None:
         """In `setup`: the module returned by `pin`, placed by TRL (dropout, LM head, DeepSpeed, FSDP, device)."""
 
@@ -155,7 +159,10 @@ class ReferenceContext(Protocol):
         """Another provider by name, pinned; it is set up and closed with the one that asked. Call it in `pin`."""
 
     def planned(self, split: str) -> Iterable[ReferenceBatch] | None:
-        """The batches this run will ask for, where that is known; `None` for GRPO, RLOO and streams."""
+        """
+        The rows that this run will ask for, in batches of any size, where they are known; `None` for GRPO, RLOO and
+        streams. `split` is `"train"`, `"eval"` (all evaluation sets) or the name of one evaluation set.
+        """
 
 
 @dataclass(frozen=True)
@@ -256,6 +263,9 @@ class ReferenceProvider(ABC):
 
     def on_step_end(self, step: int) -> None:  # noqa: B027 (optional hook)
         """Called after optimiser step `step` (from 1). Only with `capabilities.moving`."""
+
+    def on_train_end(self) -> None:  # noqa: B027 (optional hook)
+        """Training is over, as planned or early: write what is held back. Evaluation, or more training, may follow."""
 
     def counters(self) -> dict[str, float]:
         """Numbers for TRL's logs, reported as `ref/<name>` (cache hits, bytes sent, ...)."""

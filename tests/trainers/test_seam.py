@@ -225,7 +225,7 @@ class TestAnswers:
 
 
 class TestAuto:
-    @pytest.mark.parametrize(("flag", "meant"), [("precompute_ref_log_probs", "cached"), ("sync_ref_model", "ema")])
+    @pytest.mark.parametrize(("flag", "meant"), [("sync_ref_model", "ema")])
     def test_says_so_where_the_meant_provider_is_not_there(self, flag, meant, tmp_path, caplog):
         from trl_refplug.plugins import plugin_manager
 
@@ -234,16 +234,6 @@ class TestAuto:
         ours = train("dpo", tmp_path, tiny.saved(tmp_path), args={flag: True})
         assert f"`{flag}=True` means ref_provider='{meant}'" in caplog.text
         assert_same(ours, train("dpo", tmp_path, tiny.saved(tmp_path), ours=False, args={flag: True}))
-
-    def test_flag_with_a_reference_model(self, tmp_path, caplog):
-        """The flag is not dropped because a model was passed as well."""
-        from trl_refplug.plugins import plugin_manager
-
-        if "cached" in plugin_manager().providers:
-            pytest.skip("cached is installed")
-        args = {"precompute_ref_log_probs": True}
-        ours = train("dpo", tmp_path, tiny.saved(tmp_path), args=args, ref_model=tiny.model(seed=1))
-        assert ours.trainer.precompute_ref_logps is True
 
     def test_flags_are_as_they_were(self, tmp_path):
         trainer = build("dpo", tmp_path, tiny.saved(tmp_path), args={"ref_provider": "frozen"})

@@ -26,7 +26,7 @@ app.command("plugins")(plugins.plugins)
 app.add_typer(bench.app, name="bench")
 app.add_typer(ema.app, name="ema")
 app.add_typer(store.app, name="store")
-for _method in (train.dpo, train.kto, train.grpo, train.rloo):
+for _method in (train.dpo, train.kto, train.grpo, train.rloo, train.precompute):
     app.command(_method.__name__, **train.COMMAND_SETTINGS)(_method)
 
 

@@ -11,7 +11,7 @@ import importlib
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from subprocess import CalledProcessError
 from typing import Any, NoReturn
@@ -26,6 +26,7 @@ COMMAND_SETTINGS: dict[str, Any] = {
     "add_help_option": False,
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
 }
+PRECOMPUTE = "precompute"
 PREFIXES = {"dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO"}  # of TRL's class names
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -50,7 +51,23 @@ def rloo(context: typer.Context) -> None:
     _launch("rloo", context.args)
 
 
-def _launch(method: str, arguments: Sequence[str]) -> None:
+def precompute(context: typer.Context) -> None:
+    """
+    Score the rows of a training run into its log-prob store, and do not train.
+
+    Takes a method and the training command's own arguments (`trl-refplug precompute dpo --model_name_or_path ...`),
+    so that the tokens are the same. Rows that are there are not scored again.
+    """
+    method = context.args[0] if context.args else None
+    if method not in PREFIXES:
+        raise ConfigurationError(
+            f"Found {method or 'nothing'}; expected a method and its arguments, as in `trl-refplug precompute dpo "
+            f"--model_name_or_path ...`. Methods: {', '.join(PREFIXES)}.{did_you_mean(str(method), PREFIXES)}"
+        )
+    _launch(method, context.args[1:], precomputing=True)
+
+
+def _launch(method: str, arguments: Sequence[str], *, precomputing: bool = False) -> None:
     """Check what can be checked at once, then start this file in every process as `accelerate launch` does."""
     from accelerate.commands.launch import launch_command, launch_command_parser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
@@ -58,6 +75,8 @@ def _launch(method: str, arguments: Sequence[str]) -> None:
     arguments = list(arguments)
     parser = _parser(method)
     *parsed, from_config, from_cli = _parse(parser, arguments)
+    if precomputing:
+        _fill_only(parsed[1])
     _check(method, *parsed)
 
     # What TRL's parser does not know is for `accelerate launch`, or a mistake.
@@ -67,7 +86,8 @@ def _launch(method: str, arguments: Sequence[str]) -> None:
         launch_flags = resolve_accelerate_config_argument([*from_config, *from_cli])
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
-    launch_args = launch_parser.parse_args([*launch_flags, __file__, method, *_without(arguments, from_cli)])
+    task = [PRECOMPUTE, method] if precomputing else [method]
+    launch_args = launch_parser.parse_args([*launch_flags, __file__, *task, *_without(arguments, from_cli)])
     if launch_args.training_script != __file__:
         raise ConfigurationError(f"Unexpected argument {launch_args.training_script!r}: it belongs to no flag.")
     _run(launch_command, launch_args)
@@ -201,13 +221,52 @@ def _raise_unsupported(method: str) -> NoReturn:
     )
 
 
-def train(method: str, arguments: Sequence[str]) -> None:
+class _FilledError(Exception):
+    """Ends TRL's script where it would train."""
+
+
+def _fill_only(training_args: Any) -> None:
+    """Make `training_args` those of a run that fills its store before training."""
+    provider = training_args.ref_provider
+    if provider not in ("auto", "cached"):
+        raise ConfigurationError(
+            f"`trl-refplug precompute` fills the store of ref_provider='cached'; found --ref_provider {provider}. To "
+            "store what it answers, make it the source: --ref_provider cached --ref_provider_kwargs "
+            f'\'{{"source": "{provider}"}}\'.'
+        )
+    training_args.ref_provider = "cached"
+    training_args.ref_provider_kwargs = {**(training_args.ref_provider_kwargs or {}), "fill": "ahead"}
+
+
+@contextmanager
+def _no_training(method: str) -> Iterator[None]:
+    import trl
+
+    def stop(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        if self.is_world_process_zero():
+            print(f"All rows of this run are in {self.ref_model.provider.metadata()['path']}.")
+        raise _FilledError
+
+    name = f"{PREFIXES[method]}Trainer"
+    trainer_class = getattr(trl, name)
+    setattr(trl, name, type(name, (trainer_class,), {"train": stop}))
+    try:
+        yield
+    except _FilledError:
+        pass
+    finally:
+        setattr(trl, name, trainer_class)
+
+
+def train(method: str, arguments: Sequence[str], *, precomputing: bool = False) -> None:
     """What every launched process runs: TRL's script for `method`, with the flags that it understands."""
     *parsed, _ = _parser(method).parse_args_and_config(list(arguments), return_remaining_strings=True)
     script_args, training_args, model_args, mixture = parsed
     if script_args.dataset_name and not mixture.datasets and Path(script_args.dataset_name).is_file():
         _load_as_file(script_args, mixture)
-    with _our_classes(method):
+    if precomputing:
+        _fill_only(training_args)
+    with _our_classes(method), _no_training(method) if precomputing else nullcontext():
         _script(method).main(script_args, training_args, model_args, mixture)
 
 
@@ -222,8 +281,10 @@ def _load_as_file(script_args: Any, mixture: Any) -> None:
 
 
 def _main() -> None:
+    precomputing = sys.argv[1] == PRECOMPUTE
+    method, *arguments = sys.argv[2:] if precomputing else sys.argv[1:]
     try:
-        train(sys.argv[1], sys.argv[2:])
+        train(method, arguments, precomputing=precomputing)
     except RefPlugError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)

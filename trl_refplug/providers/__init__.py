@@ -10,7 +10,7 @@ API_VERSION = 1
 EXTRAS: dict[str, str] = {}
 """Built-in providers that need an optional dependency, and the pip extra that brings it."""
 
-PLANNED = {"cached": "", "remote": "serve"}
+PLANNED = {"remote": "serve"}
 """Providers of a later release, and the pip extra that each will need."""
 
 
@@ -18,4 +18,5 @@ PLANNED = {"cached": "", "remote": "serve"}
 def refplug_register_providers(register: Register) -> None:
     register("frozen", "trl_refplug.providers.frozen:FrozenProvider")
     register("adapter", "trl_refplug.providers.adapter:AdapterProvider")
+    register("cached", "trl_refplug.providers.cached:CachedProvider")
     register("ema", "trl_refplug.providers.ema:EmaProvider")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +13,8 @@ from ..provider import Capabilities, ReferenceBatch, ReferenceContext, Reference
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from ..scoring import Scorer
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,17 @@ class AdapterProvider(ReferenceProvider):
             self._scored_policy = policy
         with reference_active(policy, self._reference_adapter):
             return self._scorer.log_probs(batch)
+
+    @contextmanager
+    def bulk_scorer(self) -> Iterator[Scorer]:
+        """A packed scorer of the reference; the policy is borrowed while the context lasts."""
+        from .peft_policy import reference_active
+        from .scorers import trainer_scorer
+
+        assert self._context is not None, "setup() comes first"
+        policy = self._context.policy
+        with reference_active(policy, self._reference_adapter):
+            yield trainer_scorer(policy, self._context, "packed")
 
     def _named_adapter(self, policy: nn.Module) -> str:
         known = list(getattr(policy, "peft_config", {}))

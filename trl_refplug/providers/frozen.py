@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +13,8 @@ from ..provider import Capabilities, ReferenceBatch, ReferenceContext, Reference
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from ..scoring import Scorer
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class FrozenProvider(ReferenceProvider):
         self._given = model
         self._module: nn.Module | None = None
         self._identity: ReferenceIdentity | None = None
+        self._scorer: Any = None
+        self._bulk_scorer: Any = None
         if self.options.model is None:
             for name in ("revision", "quantization_config"):
                 if getattr(self.options, name) is not None:
@@ -106,17 +112,25 @@ class FrozenProvider(ReferenceProvider):
         assert self._module is not None, "the seam places what pin() returned"
         self._module.eval()  # a model passed as `ref_model=` may still be in train mode
         self._scorer = trainer_scorer(self._module, context, self.options.scoring)
+        self._bulk_scorer = trainer_scorer(self._module, context, "packed")
 
     def identity(self) -> ReferenceIdentity:
         assert self._identity is not None, "identity() before pin()"
         return self._identity
 
     def log_probs(self, batch: ReferenceBatch) -> Tensor:
+        scorer: Scorer = self._scorer
         if self.options.device is None:
-            return self._scorer.log_probs(batch)
-        return self._scorer.log_probs(batch.to(self.options.device)).to(batch.input_ids.device)
+            return scorer.log_probs(batch)
+        return scorer.log_probs(batch.to(self.options.device)).to(batch.input_ids.device)
+
+    @contextmanager
+    def bulk_scorer(self) -> Iterator[Scorer]:
+        """A packed scorer of the reference."""
+        yield self._bulk_scorer
 
     def close(self) -> None:
         # The trainer's objects may outlive training; the copy must not.
         self._module = None
         self._given = None
+        self._scorer = self._bulk_scorer = None

@@ -50,11 +50,22 @@ def length_limit(inner: PreTrainedModel) -> tuple[float, str]:
     chunk = getattr(config, "attention_chunk_size", None)
     if chunk and (not kinds or "chunked_attention" in kinds):
         limits.append((chunk, f"rows longer than the attention chunk of {chunk} tokens"))
-    for rope in _rope_parameters(config):
-        if rope.get("rope_type") in ("dynamic", "longrope"):
-            original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-            limits.append((original, f"rotary embeddings that change when the batch is longer than {original} tokens"))
+    original = batch_length_limit(inner)
+    limits.append((original, f"rotary embeddings that change when the batch is longer than {original} tokens"))
     return min(limits)
+
+
+def batch_length_limit(inner: PreTrainedModel) -> float:
+    """The longest batch in which a row's log-probs do not depend on how long the other rows are."""
+    config = inner.config.get_text_config()
+    return min(
+        (
+            rope.get("original_max_position_embeddings") or config.max_position_embeddings
+            for rope in _rope_parameters(config)
+            if rope.get("rope_type") in ("dynamic", "longrope")
+        ),
+        default=float("inf"),
+    )
 
 
 def absolute_positions(inner: PreTrainedModel) -> bool:

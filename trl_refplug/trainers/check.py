@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,35 +10,13 @@ from torch import Tensor
 
 from ..errors import ReferenceMismatchError
 from ..provider import ReferenceBatch, ReferenceIdentity
+from ..tolerances import Tolerance, tolerance_for
 from .policy import policy_log_probs
 
 
 logger = logging.getLogger("trl_refplug")
 
 
-@dataclass(frozen=True)
-class Tolerance:
-    """
-    Largest difference, in nats per token, between two right answers.
-
-    Args:
-        largest (`float`): Of any single token.
-        mean (`float`): Of the mean over the scored tokens.
-    """
-
-    largest: float
-    mean: float
-
-
-# Two right answers differ by rounding alone: other kernels, other batch shapes, another engine. Measured against a
-# float64 run, a float32 engine of another make stays within 6e-5 per token; bfloat16 within 0.5 for single unlikely
-# tokens, 6e-3 on average. A wrong reference (another revision, another template) is off by 0.1 and more on average.
-TOLERANCES = {
-    torch.float64: Tolerance(largest=1e-3, mean=1e-4),
-    torch.float32: Tolerance(largest=1e-3, mean=1e-4),
-    torch.float16: Tolerance(largest=0.25, mean=1e-2),
-    torch.bfloat16: Tolerance(largest=1.0, mean=5e-2),
-}
 _ROWS_SHOWN = 5
 
 
@@ -56,7 +33,7 @@ def check_against_policy(
     scored = batch.labels[:, 1:] != -100
     difference = torch.where(scored, (log_probs - expected).abs(), 0.0)
     count = scored.sum().clamp(min=1)
-    tolerance = TOLERANCES[_compute_dtype(trainer)]
+    tolerance = _tolerance(trainer)
     largest, mean = difference.max().item(), (difference.sum() / count).item()
     if largest <= tolerance.largest and mean <= tolerance.mean:
         logger.info("ref_check passed: %s equals the policy within %.1e nats per token.", identity, largest)
@@ -74,11 +51,9 @@ def check_against_policy(
     logger.warning(message)
 
 
-def _compute_dtype(trainer: Any) -> torch.dtype:
-    precision = trainer.accelerator.mixed_precision
-    by_autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(precision))
-    dtype = by_autocast or getattr(trainer.accelerator.unwrap_model(trainer.model), "dtype", torch.float32)
-    return dtype if dtype in TOLERANCES else torch.bfloat16
+def _tolerance(trainer: Any) -> Tolerance:
+    dtype = getattr(trainer.accelerator.unwrap_model(trainer.model), "dtype", torch.float32)
+    return tolerance_for(str(trainer.accelerator.mixed_precision), dtype)
 
 
 def _table(log_probs: Tensor, expected: Tensor, scored: Tensor) -> str:

@@ -57,6 +57,10 @@ class TrainerContext:
     def resuming(self) -> bool:
         return self._session.resuming
 
+    @property
+    def policy_moved(self) -> bool:
+        return self._session.policy_moved
+
     def create(self, name: str, options: Mapping[str, Any] | None = None) -> ReferenceProvider:
         return self._session.create_nested(name, options, self.policy)
 

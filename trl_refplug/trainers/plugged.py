@@ -171,6 +171,10 @@ class _StepTimer(TrainerCallback):  # type: ignore[misc]
             self._step_started = None
         self.session.step_ended(state.global_step)
 
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        for provider in self.session.providers:
+            provider.on_train_end()
+
     def take(self) -> dict[str, float]:
         """The averages since the last call, empty if no step has ended since."""
         if self._steps == 0:

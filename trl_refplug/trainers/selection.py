@@ -22,7 +22,7 @@ logger = logging.getLogger("trl_refplug")
 _FLAG_MEANINGS = {"precompute_ref_log_probs": "cached", "sync_ref_model": "ema"}
 # Flags of TRL that are options of a provider, where `ref_provider_kwargs` do not give them.
 _FLAG_OPTIONS = {"ema": {"alpha": "ref_model_mixup_alpha", "sync_steps": "ref_model_sync_steps"}}
-_TAKE_A_MODEL = ("frozen", "ema")
+_TAKE_A_MODEL = ("frozen", "cached", "ema")
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ class ReferenceSession:
         self.flags = ReferenceArguments.of(args)
         self._resumed = False
         self._trainer: Callable[[], Any] = lambda: None
+        self.policy_moved = False
         self.stand_in: ReferenceModel | None = None
         self._nested: list[tuple[ReferenceProvider, TrainerContext, nn.Module | None]] = []
         self._context = TrainerContext(self)
@@ -158,7 +159,7 @@ class ReferenceSession:
 
     def resume(self, checkpoint: str) -> None:
         """Training goes on from `checkpoint`: the reference must be the one it was started with."""
-        self._resumed = True
+        self._resumed = self.policy_moved = True
         compare_with_checkpoint(checkpoint, self.provider)
 
     def rewound(self, checkpoint: str) -> None:
@@ -168,6 +169,7 @@ class ReferenceSession:
 
     def step_ended(self, step: int) -> None:
         """An optimiser step is over."""
+        self.policy_moved = True
         assert self.stand_in is not None
         if self.stand_in.calls == 0:
             raise SeamError(

@@ -1,0 +1,67 @@
+"""`trl-refplug precompute`: a training command that scores and does not train."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.cli.processes import run_here
+from trl_refplug.cli import train as command
+from trl_refplug.store import summarize
+
+
+def flags(tmp_path: Path, *more: str) -> list[str]:
+    data = tmp_path / "data.jsonl"
+    if not data.exists():
+        tiny.preference_data().to_json(data)
+    options = json.dumps({"path": str(tmp_path / "store")})
+    return [
+        *("--model_name_or_path", tiny.saved(tmp_path), "--dataset_name", str(data)),
+        *("--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--use_cpu", "--bf16", "false"),
+        *("--report_to", "none", "--disable_tqdm", "true", "--ref_provider_kwargs", options, *more),
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+
+
+def test_fills_and_does_not_train(tmp_path: Path) -> None:
+    done = run_here("precompute", "dpo", *flags(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert f"All rows of this run are in {tmp_path / 'store'}." in done.stdout
+    assert summarize(tmp_path / "store").rows == 24
+    assert not list((tmp_path / "out").glob("**/*.safetensors"))
+    # The training command finds every row, whatever only reduces or adapts.
+    options = json.dumps({"path": str(tmp_path / "store"), "fill": "never"})
+    training = [*flags(tmp_path, "--ref_provider", "cached", "--use_peft"), "--ref_provider_kwargs", options]
+    command.train("dpo", training)
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_again_scores_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command.train("dpo", flags(tmp_path), precomputing=True)
+    shards = sorted((tmp_path / "store").iterdir())
+    command.train("dpo", flags(tmp_path), precomputing=True)
+    assert sorted((tmp_path / "store").iterdir()) == shards
+    assert capsys.readouterr().out.count("All rows of this run are in") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected a method and its arguments"),
+        (["dop"], "Did you mean 'dpo'"),
+        (
+            ["dpo", "--ref_provider", "frozen", "--output_dir", "x", "--use_cpu", "--bf16", "false"],
+            '{"source": "frozen"}',
+        ),
+    ],
+)
+def test_what_cannot_be_filled(arguments: list[str], message: str) -> None:
+    done = run_here("precompute", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr

@@ -1,0 +1,87 @@
+"""The policy as its own reference, for as long as it has not moved: no second model, ever."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..errors import MissingRowError, ReferenceMismatchError
+from ..provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..scoring import Scorer
+
+
+class BorrowedPolicy(ReferenceProvider):
+    """
+    Scores with a fully fine-tuned policy before its first step; afterwards it is not the reference any more.
+
+    Only a part of other providers: it is not registered, as it cannot answer while training.
+    """
+
+    capabilities = Capabilities(local_model=True, temperature=True, multimodal=True, offline=True)
+
+    @property
+    def starts_as_policy(self) -> bool:
+        return True
+
+    def pin(self, context: ReferenceContext) -> None:
+        from ..identity import combine_digests, digest_tensors
+
+        self._tensors = digest_tensors(context.policy)
+        digest = combine_digests(context.policy, self._tensors)
+        self._identity = ReferenceIdentity("policy", digest, {"dtype": str(getattr(context.policy, "dtype", ""))})
+
+    def setup(self, context: ReferenceContext) -> None:
+        self._context: ReferenceContext | None = context
+        self._unmoved: list[tuple[int, int]] = []
+
+    def identity(self) -> ReferenceIdentity:
+        return self._identity
+
+    def log_probs(self, batch: ReferenceBatch) -> Tensor:
+        from .scorers import trainer_scorer
+
+        context = self._usable()
+        return trainer_scorer(context.policy, context, "exact").log_probs(batch)
+
+    @contextmanager
+    def bulk_scorer(self) -> Iterator[Scorer]:
+        """A packed scorer of the reference; the policy is borrowed while the context lasts."""
+        from .scorers import trainer_scorer
+
+        context = self._usable()
+        yield trainer_scorer(context.policy, context, "packed")
+
+    def _usable(self) -> ReferenceContext:
+        from ..identity import digest_tensors
+
+        context = self._context
+        assert context is not None, "setup() comes first"
+        if context.policy_moved:
+            raise MissingRowError(
+                "the reference is the policy as it started, which has moved since. Name a model that can be scored "
+                'at any time, such as ref_provider_kwargs={"source": "frozen", "source_kwargs": {"model": ...}} with '
+                "the policy's own path (the same weights give the same keys), or fill the store before training."
+            )
+        policy: Any = context.policy
+        # Looked at before every use, and digested again only if something wrote to the weights since.
+        state = [(tensor.data_ptr(), tensor._version) for tensor in policy.state_dict(keep_vars=True).values()]
+        if state != self._unmoved:
+            found = digest_tensors(policy)
+            changed = [name for name, digest in self._tensors.items() if found.get(name) != digest]
+            if changed:
+                raise ReferenceMismatchError(
+                    f"{len(changed)} weights of the policy ({changed[0]}, ...) are not those that were passed in, so "
+                    "it cannot be scored in place of the reference. Change the policy before the trainer is built, or "
+                    'use ref_provider_kwargs={"source": "frozen", ...}.'
+                )
+            self._unmoved = state
+        return context
+
+    def close(self) -> None:
+        self._context = None

@@ -1,0 +1,339 @@
+"""The `cached` provider: log-probs of another provider, kept on disk and keyed by content."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import ConfigurationError, MissingRowError, StoreError
+from ..provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
+
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..store import LogProbStore
+    from .row_keys import BatchRows, RowKeys
+
+
+logger = logging.getLogger("trl_refplug")
+
+_TOKENS_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class CachedOptions:
+    """Options of `cached`."""
+
+    path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Directory or fsspec URL of the store, shared by any number of runs. By default "
+            "`~/.cache/trl-refplug/log-probs`."
+        },
+    )
+    source: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name of the provider that scores missing rows. By default the policy itself, before it is "
+            "trained: no second model."
+        },
+    )
+    source_kwargs: dict[str, Any] | None = field(default=None, metadata={"help": "Options of `source`."})
+    fill: Literal["ahead", "lazy", "never"] = field(
+        default="ahead",
+        metadata={
+            "help": "`ahead`: score all missing rows before training. `lazy`: score them when training asks for "
+            "them. `never`: a missing row is an error."
+        },
+    )
+    verify: int = field(
+        default=4, metadata={"help": "How many stored rows are scored again at the start, to be sure of them."}
+    )
+
+
+class CachedProvider(ReferenceProvider):
+    """
+    Looks log-probs up in a store, and has what is missing scored once.
+
+    Rows are found by what they are (tokens, scored positions, the reference's digest, precision), so nothing that
+    only changes how they are batched, shuffled or reduced misses, and nothing that changes a value hits.
+    """
+
+    Options = CachedOptions
+    capabilities = Capabilities(local_model=True, temperature=True, multimodal=False, offline=True)
+    options: CachedOptions
+
+    def __init__(self, options: CachedOptions | None = None, *, model: nn.Module | None = None) -> None:
+        super().__init__(options)
+        self._given = model
+        self._source: ReferenceProvider | None = None
+        self._store: Any = None
+        self._hits = self._misses = 0
+        chosen = self.options
+        if model is not None and chosen.source is not None:
+            raise ConfigurationError(
+                f"A reference model was passed to the trainer (`ref_model=`), which is what `cached` scores with, and "
+                f"option source={chosen.source!r} names another source. Keep one of the two."
+            )
+        if chosen.source_kwargs is not None and chosen.source is None:
+            raise ConfigurationError("ref_provider='cached': option 'source_kwargs' needs option 'source'.")
+        if chosen.source == "cached":
+            raise ConfigurationError("ref_provider='cached': a store cannot be its own source. Name another one.")
+        if chosen.verify < 0:
+            raise ConfigurationError(f"ref_provider='cached': option 'verify' must not be negative: {chosen.verify}.")
+
+    @property
+    def starts_as_policy(self) -> bool:
+        return self._scored_by.starts_as_policy
+
+    @property
+    def device(self) -> str | None:
+        return self._source.device if self._source is not None and self._given is not None else None
+
+    @property
+    def module(self) -> nn.Module | None:
+        return self._source.module if self._source is not None else None
+
+    @property
+    def _scored_by(self) -> ReferenceProvider:
+        assert self._source is not None, "pin() comes first"
+        return self._source
+
+    def pin(self, context: ReferenceContext) -> nn.Module | None:
+        from .borrowed import BorrowedPolicy
+        from .frozen import FrozenProvider
+        from .peft_policy import is_peft
+
+        self._owns_source = True
+        if self._given is not None:
+            self._source, self._given = FrozenProvider(model=self._given), None
+        elif self.options.source is not None:
+            self._owns_source = False
+            self._source = context.create(self.options.source, self.options.source_kwargs)
+        elif is_peft(context.policy) or context.peft_config is not None:
+            self._owns_source = False
+            self._source = context.create("adapter")
+        else:
+            if self.options.fill == "lazy":
+                raise ConfigurationError(
+                    "ref_provider='cached': with fill='lazy' rows are scored while the policy is being trained, so it "
+                    "cannot be scored in place of the reference. Use fill='ahead' where the data set is known "
+                    'beforehand, or name a source: {"source": "frozen"} (a second copy), {"source": "frozen", '
+                    '"source_kwargs": {"model": ...}}.'
+                )
+            self._source = BorrowedPolicy()
+        if not self._source.capabilities.offline or self._source.capabilities.moving:
+            raise ConfigurationError(
+                f"ref_provider='cached' stores what never changes, and source={self.options.source!r} answers "
+                "differently as training goes on. Use another source."
+            )
+        return self._source.pin(context) if self._owns_source else None
+
+    def setup(self, context: ReferenceContext) -> None:
+        self._context = context
+        source = self._scored_by
+        if self._owns_source:
+            source.setup(context)
+        self._keys = self._row_keys(context)
+        self._may_score = not (_sharded(context.accelerator) and source.capabilities.local_model)
+        self._store = self._open(self.options.path or default_path())
+        if self.options.fill != "lazy":
+            self._prepare(context)
+        elif context.planned("train") is None and hasattr(context.args, "num_generations"):
+            logger.warning(
+                "ref_provider='cached' with a trainer that generates its completions: they are new in every step, so "
+                "the store never has them, and grows for nothing. Use the source itself as `ref_provider`."
+            )
+
+    def identity(self) -> ReferenceIdentity:
+        source = self._scored_by.identity()
+        return ReferenceIdentity("cached", source.digest, {"source": source.provider}, (source,))
+
+    def log_probs(self, batch: ReferenceBatch) -> Tensor:
+        rows = self._keys.of(batch)
+        values = self._keys.find(self._store, rows)
+        missing = [index for index, value in enumerate(values) if value is None]
+        self._hits += len(rows) - len(missing)
+        self._misses += len(missing)
+        if missing:
+            scored = self._score(batch, rows, missing)
+            for line, index in enumerate(missing):
+                values[index] = rows.take(scored, index, line)
+            facts = self._keys.packed if self._scores_packed else self._keys.exact
+            self._store.put(rows.keys(facts, missing), [values[index] for index in missing])
+        return rows.place(values, batch)
+
+    def counters(self) -> dict[str, float]:
+        return {"hits": self._hits, "misses": self._misses}
+
+    def metadata(self) -> dict[str, Any]:
+        return {"path": self._store.location, "rows": len(self._store)}
+
+    def save_state(self, directory: Path) -> None:
+        self._store.flush()
+
+    def on_train_end(self) -> None:
+        self._store.flush()
+
+    def close(self) -> None:
+        if self._store is not None:
+            self._store.close()
+        if self._source is not None and self._owns_source:
+            self._source.close()
+
+    # What is looked up
+
+    @property
+    def _scores_packed(self) -> bool:
+        return getattr(self._scored_by.options, "scoring", "exact") == "packed"
+
+    def _open(self, path: str) -> LogProbStore:
+        from ..store import LogProbStore
+
+        if self.options.fill == "never":
+            return LogProbStore(path, mode="r")
+        reference = self._scored_by.identity().to_dict()
+        return LogProbStore(path, mode="a", provenance={"reference": reference, "scoring": asdict(self._keys.exact)})
+
+    def _row_keys(self, context: ReferenceContext) -> RowKeys:
+        from ..scoring.execution import causal_lm
+        from ..scoring.safety import absolute_positions, batch_length_limit
+        from ..store import ScoringFacts
+        from ..tolerances import AUTOCAST_DTYPES
+        from .row_keys import RowKeys
+
+        model = causal_lm(self._scored_by.module or context.policy)
+        autocast = AUTOCAST_DTYPES.get(str(context.accelerator.mixed_precision))
+
+        def facts(mode: str) -> ScoringFacts:
+            return ScoringFacts(
+                identity_digest=self._scored_by.identity().digest,
+                attention_implementation=str(model.config._attn_implementation),
+                scoring_mode=mode,
+                temperature=context.temperature,
+                cast_lm_head_to_fp32=bool(getattr(context.args, "cast_lm_head_to_fp32", False)),
+                autocast_dtype=None if autocast is None else str(autocast).removeprefix("torch."),
+            )
+
+        return RowKeys(
+            facts("packed"),
+            facts("exact"),
+            absolute_positions=absolute_positions(model),
+            length_limit=batch_length_limit(model),
+        )
+
+    # What is scored
+
+    def _prepare(self, context: ReferenceContext) -> None:
+        """Look up all that training will ask for, score what is missing, and verify some of the rest."""
+        from .filling import check_sample, fill, survey
+
+        if context.planned("train") is None:
+            if self.options.fill == "never":
+                return  # each batch is looked up as it comes
+            raise ConfigurationError(
+                "ref_provider='cached': fill='ahead' scores the rows of a data set before training, and here they are "
+                "not known beforehand (a stream, or a trainer that generates its completions). Use fill='lazy'."
+            )
+        accelerator = context.accelerator
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        found = survey(
+            self._store, self._planned(context), self._keys, verify=self.options.verify, rank=rank, ranks=ranks
+        )
+        if self._may_score:
+            with self._precision():
+                check_sample(found, self._scored_by, accelerator.device, self._tolerance(context))
+        if found.missing:
+            if self.options.fill == "never" or not self._may_score:
+                assert found.first is not None
+                raise MissingRowError(
+                    f"{len(found.missing):,} of the {found.rows:,} rows that training will ask for are not in the "
+                    f"store {self._store.location!r}; the first is planned row {found.first.number}, "
+                    f"{self._shown(found.first.row.input_ids)}. {self._why_not_scored()}"
+                )
+            if found.mine:
+                progress = accelerator.is_main_process and not context.args.disable_tqdm
+                with self._precision():
+                    fill(self._store, self._planned(context), self._keys, found, self._scored_by, progress=progress)
+        if ranks > 1:
+            self._meet(context)
+
+    def _meet(self, context: ReferenceContext) -> None:
+        """Ranks wait for each other, and read what all of them have published."""
+        from .filling import survey
+
+        context.accelerator.wait_for_everyone()
+        self._store.close()
+        self._store = self._open(self._store.location)
+        left = survey(self._store, self._planned(context), self._keys)
+        if left.missing:
+            raise StoreError(
+                f"{len(left.missing):,} rows that other ranks have scored are not in {self._store.location!r} as rank "
+                f"{context.accelerator.process_index} sees it. Use a `path` that all nodes share."
+            )
+
+    @staticmethod
+    def _planned(context: ReferenceContext) -> Iterator[ReferenceBatch]:
+        return chain.from_iterable(context.planned(split) or () for split in ("train", "eval"))
+
+    def _score(self, batch: ReferenceBatch, rows: BatchRows, missing: list[int]) -> Tensor:
+        from .row_keys import select
+
+        first = rows.rows[missing[0]].input_ids
+        what = f"Row {missing[0]} of the batch, {self._shown(first)}, is not in the store {self._store.location!r}"
+        if self.options.fill == "never" or not self._may_score:
+            raise MissingRowError(f"{what}. {self._why_not_scored()}")
+        try:
+            with self._precision():
+                return self._scored_by.log_probs(select(batch, missing))
+        except MissingRowError as error:
+            raise MissingRowError(f"{what}, and {error}") from None
+
+    def _why_not_scored(self) -> str:
+        if self.options.fill == "never":
+            return "fill='never' scores nothing: use fill='ahead' or 'lazy', or another path."
+        return (
+            "A model that is sharded over ranks (FSDP, DeepSpeed) cannot score rows one rank at a time: fill the "
+            "store first, in a run without sharding."
+        )
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        """
+        Mixed precision as in training: what is borrowed before training has not been prepared by accelerate yet, and
+        where it has, this changes nothing. Casts are not kept: they would be a second copy of the weights.
+        """
+        from accelerate.utils import AutocastKwargs
+
+        with self._context.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
+            yield
+
+    def _tolerance(self, context: ReferenceContext) -> Any:
+        import torch
+
+        from ..tolerances import tolerance_for
+
+        model = self._scored_by.module or context.policy
+        return tolerance_for(str(context.accelerator.mixed_precision), getattr(model, "dtype", torch.float32))
+
+    def _shown(self, token_ids: Any) -> str:
+        decode = getattr(self._context.processing_class, "decode", None)
+        start = token_ids[:_TOKENS_SHOWN].tolist()
+        return f"which begins {decode(start) if decode else start!r}"
+
+
+def default_path() -> str:
+    """Where log-probs are kept unless `path` says otherwise: one store a user, for all runs."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return str(Path(cache) / "trl-refplug" / "log-probs")
+
+
+def _sharded(accelerator: Any) -> bool:
+    return str(getattr(accelerator.distributed_type, "value", "")) in ("FSDP", "DEEPSPEED", "MEGATRON_LM")

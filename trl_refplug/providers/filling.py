@@ -1,0 +1,212 @@
+"""Filling a store before training: what is missing of the batches planned, scored in bulk."""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+from ..errors import ReferenceMismatchError, UnsupportedInputError
+from ..provider import ReferenceBatch, ReferenceProvider
+from ..scoring import Row
+from ..scoring.exact import pad_rows
+from ..store import LogProbStore
+from ..tolerances import Tolerance
+from .row_keys import RowKeys, Values
+
+
+logger = logging.getLogger("trl_refplug")
+
+Batches = Callable[[], Iterator[ReferenceBatch]]
+_AT_ONCE = 256  # rows put at a time
+_EXACT_BATCH = 16  # rows a call to a source that has no bulk scorer
+
+
+@dataclass(frozen=True)
+class MissingRow:
+    """A row the store does not have: its number among the planned ones, and its tokens."""
+
+    number: int
+    row: Row
+
+
+@dataclass
+class Survey:
+    """
+    What a store has of the rows planned.
+
+    Args:
+        rows (`int`): Different rows planned.
+        missing (`set[bytes]`): Keys of those the store misses.
+        mine (`set[bytes]`): The part of `missing` that is this rank's to score.
+        tokens (`int`): Log-probs in `mine`.
+        first (`MissingRow` or `None`): The first that is missing.
+        sample (`list[tuple[Row, Values]]`): Some rows the store has, chosen by their keys, for verification.
+    """
+
+    rows: int = 0
+    missing: set[bytes] = field(default_factory=set)
+    mine: set[bytes] = field(default_factory=set)
+    tokens: int = 0
+    first: MissingRow | None = None
+    sample: list[tuple[Row, Values]] = field(default_factory=list)
+
+
+def survey(
+    store: LogProbStore,
+    batches: Iterable[ReferenceBatch],
+    keys: RowKeys,
+    *,
+    verify: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Survey:
+    """
+    Look up every row planned.
+
+    Args:
+        batches (`Iterable[ReferenceBatch]`): The same on every rank, in the same order.
+        verify (`int`): How many of the rows found are kept as a sample.
+    """
+    report = Survey()
+    seen: set[bytes] = set()
+    sample: list[tuple[int, int, Row, Values]] = []
+    number = 0
+    for position, batch in enumerate(batches):
+        rows = keys.of(batch)
+        packed = rows.keys(keys.packed)
+        values = keys.find(store, rows, packed)
+        for index, (key, value) in enumerate(zip(packed, values, strict=True)):
+            if key not in seen:
+                seen.add(key)
+                if value is None:
+                    report.missing.add(key)
+                    report.first = report.first or MissingRow(number, rows.rows[index])
+                    if position % ranks == rank:
+                        report.mine.add(key)
+                        report.tokens += len(rows.scored[index])
+                elif len(value) and verify:
+                    # Keys are hashes, so the smallest ones are a random sample; negated, as heaps keep the largest.
+                    entry = (-int.from_bytes(key, "little"), number, rows.rows[index], value)
+                    (heapq.heappush if len(sample) < verify else heapq.heappushpop)(sample, entry)
+            number += 1
+    report.rows = len(seen)
+    report.sample = [(row, value) for *_, row, value in sample]
+    return report
+
+
+def fill(
+    store: LogProbStore,
+    batches: Iterable[ReferenceBatch],
+    keys: RowKeys,
+    found: Survey,
+    source: Any,
+    *,
+    progress: bool,
+) -> None:
+    """
+    Score this rank's part of what is missing, and store it as it is scored.
+
+    Raises:
+        StoreWriteError: Rows could not be published; what was published before is kept.
+    """
+    store.ensure_room(found.tokens)
+    pending = set(found.mine)
+    sent: dict[int, tuple[bytes, Any]] = {}
+
+    def missing_rows() -> Iterator[Row]:
+        for batch in batches:
+            if not pending:
+                return
+            rows = keys.of(batch)
+            for index, (key, row) in enumerate(zip(rows.keys(keys.packed), rows.rows, strict=True)):
+                if key not in pending:
+                    continue
+                if rows.offsets[index]:
+                    raise UnsupportedInputError(
+                        "fill='ahead' cannot score rows that are padded on the left for a model with absolute "
+                        "positions: their log-probs depend on the padding. Pad on the right, or use fill='lazy'."
+                    )
+                pending.discard(key)
+                sent[len(sent)] = (key if bulk else rows.keys(keys.exact, [index])[0], rows.scored[index])
+                yield row
+
+    bulk = hasattr(source, "bulk_scorer")
+    started = time.perf_counter()
+    waiting: list[tuple[bytes, Values]] = []
+    scorer: Any
+    bar = tqdm(total=len(found.mine), desc="Reference log-probs", unit="row", disable=not progress)
+    with bar, source.bulk_scorer() if bulk else nullcontext() as scorer:
+        answers = scorer.score_rows(missing_rows()) if bulk else _batched(source, missing_rows())
+        for number, log_probs in answers:
+            key, scored = sent[number]
+            sent[number] = (b"", None)
+            waiting.append((key, log_probs.numpy()[scored - 1]))
+            bar.update()
+            if len(waiting) == _AT_ONCE:
+                _put(store, waiting)
+    _put(store, waiting)
+    store.flush()
+    seconds = time.perf_counter() - started
+    line = (
+        f"Scored {len(found.mine):,} rows ({found.tokens:,} log-probs) into {store.location} in {seconds:,.1f} s, "
+        f"{len(found.mine) / seconds:,.0f} rows/s; {found.rows - len(found.missing):,} of {found.rows:,} were there."
+    )
+    logger.info(line)
+    if progress:
+        tqdm.write(line, file=sys.stderr)
+
+
+def check_sample(found: Survey, source: ReferenceProvider, device: torch.device, tolerance: Tolerance) -> None:
+    """
+    Score some stored rows again.
+
+    Raises:
+        ReferenceMismatchError: They differ by more than rounding.
+    """
+    if not found.sample:
+        return
+    batch = pad_rows([row for row, _ in found.sample], device)
+    again = source.log_probs(batch).float().cpu().numpy()
+    differences = [
+        np.abs(line[row.scored() - 1].astype(np.float64) - stored)
+        for line, (row, stored) in zip(again, found.sample, strict=True)
+    ]
+    every = np.concatenate(differences)
+    largest, mean = every.max(initial=0.0), every.mean()
+    if not (largest <= tolerance.largest and mean <= tolerance.mean):  # so that NaN is refused
+        raise ReferenceMismatchError(
+            f"{len(found.sample)} rows of the store were scored again, and differ from what it has by up to "
+            f"{largest:.3g} nats per token (tolerance {tolerance.largest:g}), {mean:.3g} on average (tolerance "
+            f"{tolerance.mean:g}). The store holds wrong values for this reference, or this machine computes "
+            "differently. Use another `path`; `trl-refplug store verify` checks the files."
+        )
+
+
+def _put(store: LogProbStore, waiting: list[tuple[bytes, Values]]) -> None:
+    store.put([key for key, _ in waiting], [values for _, values in waiting])
+    waiting.clear()
+
+
+def _batched(source: ReferenceProvider, rows: Iterator[Row]) -> Iterator[tuple[int, Tensor]]:
+    """`score_rows` for a source that only answers batches."""
+    first = 0
+    while window := list(islice(rows, 16 * _EXACT_BATCH)):
+        order = sorted(range(len(window)), key=lambda index: len(window[index]))
+        for start in range(0, len(order), _EXACT_BATCH):
+            chosen = order[start : start + _EXACT_BATCH]
+            answer = source.log_probs(pad_rows([window[index] for index in chosen], torch.device("cpu"))).cpu().float()
+            for index, line in zip(chosen, answer, strict=True):
+                yield first + index, line[: len(window[index]) - 1]
+        first += len(window)

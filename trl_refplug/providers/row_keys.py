@@ -1,0 +1,142 @@
+"""From a batch to the keys of its rows, and from stored rows back to the shape of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import UnsupportedInputError
+from ..provider import ReferenceBatch
+from ..scoring import Row
+from ..scoring.rows import IGNORED, Ints, rows_of
+from ..store import LogProbStore, RowKey, ScoringFacts
+
+
+Values = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class BatchRows:
+    """
+    The rows of one batch, cut out of their padding.
+
+    Args:
+        rows (`list[Row]`): One a row of the batch.
+        starts (`NDArray[np.int64]`): `[batch]`, the column at which each begins.
+        scored (`list[NDArray[np.int64]]`): Which tokens of each row are scored, ascending.
+        offsets (`list[int]`): Position of each first token where absolute positions make that matter, else 0.
+    """
+
+    rows: list[Row]
+    starts: Ints
+    scored: list[Ints]
+    offsets: list[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def keys(self, facts: ScoringFacts, indices: Sequence[int] | None = None) -> list[bytes]:
+        """The keys of some rows, of all by default."""
+        return [
+            RowKey(facts, self.rows[index].input_ids, self.scored[index], padding_offset=self.offsets[index]).digest()
+            for index in (range(len(self)) if indices is None else indices)
+        ]
+
+    def place(self, values: Sequence[Values | None], batch: ReferenceBatch) -> Tensor:
+        """float32 `[batch, seq - 1]` on the batch's device; rows that are `None` stay zero."""
+        answer = np.zeros((len(self), batch.input_ids.shape[1] - 1), np.float32)
+        for line, row, start, scored in zip(answer, values, self.starts, self.scored, strict=True):
+            if row is not None:
+                line[start + scored - 1] = row
+        return torch.from_numpy(answer).to(batch.input_ids.device)
+
+    def take(self, log_probs: Tensor, index: int, line: int) -> Values:
+        """The scored values of row `index` from line `line` of a scored batch."""
+        values: Values = log_probs[line].float().cpu().numpy()[self.starts[index] + self.scored[index] - 1]
+        return values
+
+
+class RowKeys:
+    """
+    Cuts batches into rows that have keys.
+
+    Args:
+        packed, exact ([`ScoringFacts`]): Of rows scored in bulk and of rows scored in the trainer's own batches. They
+            agree within rounding, so a row under either key is a hit.
+        absolute_positions (`bool`): Whether padding on the left of a row changes its log-probs.
+        length_limit (`float`): The longest batch in which rows do not depend on each other's length.
+    """
+
+    def __init__(
+        self, packed: ScoringFacts, exact: ScoringFacts, *, absolute_positions: bool, length_limit: float
+    ) -> None:
+        self.packed = packed
+        self.exact = exact
+        self._absolute = absolute_positions
+        self._length_limit = length_limit
+
+    def of(self, batch: ReferenceBatch) -> BatchRows:
+        """
+        The rows of `batch`.
+
+        Raises:
+            UnsupportedInputError: They are not plain token sequences.
+        """
+        if batch.extras or not batch.rows_sliceable:
+            raise UnsupportedInputError(
+                "ref_provider='cached' stores rows of text, and this batch has further model inputs: "
+                f"{', '.join(sorted(batch.extras))}. Use ref_provider='frozen' or 'adapter'."
+            )
+        if batch.input_ids.shape[1] > self._length_limit:
+            raise UnsupportedInputError(
+                f"ref_provider='cached' stores what a row says by itself. This model's rotary embeddings change in "
+                f"batches longer than {self._length_limit} tokens (this one has {batch.input_ids.shape[1]}), so there "
+                "its log-probs depend on other rows. Lower `max_length`, or use ref_provider='frozen' or 'adapter'."
+            )
+        ids, mask, labels = (t.cpu().numpy() for t in (batch.input_ids, batch.attention_mask, batch.labels))
+        try:
+            rows, starts = rows_of(ids, mask, labels)
+        except ValueError as error:
+            raise UnsupportedInputError(
+                f"ref_provider='cached' stores rows that are plain token sequences; this batch has {error}. Use "
+                "ref_provider='frozen' or 'adapter'."
+            ) from None
+        if ((labels != IGNORED) & (labels != ids))[:, 1:].any():
+            raise UnsupportedInputError(
+                "ref_provider='cached': a label is neither -100 nor the token at its place, so the row's tokens do "
+                "not say what is scored. Use ref_provider='frozen' or 'adapter'."
+            )
+        offsets = starts.tolist() if self._absolute else [0] * len(rows)
+        return BatchRows(rows, starts, [row.scored() for row in rows], offsets)
+
+    def find(self, store: LogProbStore, batch: BatchRows, packed: list[bytes] | None = None) -> list[Values | None]:
+        """
+        What the store has of `batch`: float32 `[scored]` for each row, `None` for those it misses.
+
+        Args:
+            packed (`list[bytes]`, *optional*): The keys of the rows under `packed`, where they are known already.
+        """
+        # Always in this order, so that all runs that read one store read the same bits.
+        answer = store.lookup(batch.keys(self.packed) if packed is None else packed)
+        found = [answer[index] for index in range(len(batch))]
+        missing = [index for index, values in enumerate(found) if values is None]
+        if missing:
+            answer = store.lookup(batch.keys(self.exact, missing))
+            for line, index in enumerate(missing):
+                # What has no scored token has nothing to be stored
+                found[index] = answer[line] if len(batch.scored[index]) else np.empty(0, np.float32)
+        return found
+
+
+def select(batch: ReferenceBatch, indices: list[int]) -> ReferenceBatch:
+    """Some rows of a batch without extras, in its own columns."""
+    if len(indices) == len(batch.input_ids):
+        return batch
+    chosen: Any = torch.tensor(indices, device=batch.input_ids.device)
+    return ReferenceBatch(batch.input_ids[chosen], batch.attention_mask[chosen], batch.labels[chosen])
