@@ -11,7 +11,7 @@ RefPlugError
 ├── SeamError                            TRL does not look as this release of trl-refplug expects
 ├── ReferenceMismatchError               the log-probs, or the reference itself, are not those that were declared
 ├── InvalidLogProbsError                 a provider answered with a wrong shape, dtype or a non-finite value
-├── UnsupportedInputError                this provider cannot score this batch
+├── UnsupportedInputError (ValueError)   this provider cannot score this batch
 └── StoreError                           a log-prob store cannot be opened, read or written
     ├── MissingRowError                  a row is not in the store, and nothing may score it now
     ├── StoreVersionError                it holds shards written by a newer release
@@ -65,7 +65,7 @@ class InvalidLogProbsError(RefPlugError):
     """A provider answered with a wrong shape, a wrong dtype or a non-finite value at a scored position."""
 
 
-class UnsupportedInputError(RefPlugError):
+class UnsupportedInputError(RefPlugError, ValueError):
     """The provider cannot score this batch (multimodal inputs, rows that cannot be sliced, ...)."""
 
 
