@@ -239,9 +239,9 @@ class CachedProvider(ReferenceProvider):
             if self.options.fill == "never":
                 return  # each batch is looked up as it comes
             raise ConfigurationError(
-                "ref_provider='cached' (what `precompute_ref_log_probs=True` means): fill='ahead' is not supported with "
-                "IterableDataset, or with a trainer that generates its completions: it scores rows before training, and "
-                "here they are not known beforehand. Use ref_provider_kwargs={'fill': 'lazy'}."
+                "ref_provider='cached' (what `precompute_ref_log_probs=True` means): fill='ahead' is not supported "
+                "with IterableDataset, or with a trainer that generates its completions: it scores rows before "
+                "training, and here they are not known beforehand. Use ref_provider_kwargs={'fill': 'lazy'}."
             )
         accelerator = context.accelerator
         rank, ranks = accelerator.process_index, accelerator.num_processes

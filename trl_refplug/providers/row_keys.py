@@ -90,8 +90,8 @@ class RowKeys:
         """
         if batch.extras or not batch.rows_sliceable:
             raise UnsupportedInputError(
-                "ref_provider='cached' (what `precompute_ref_log_probs=True` means) is not supported for vision datasets: "
-                "it stores rows of text, and this batch has further model inputs: "
+                "ref_provider='cached' (what `precompute_ref_log_probs=True` means) is not supported for vision "
+                "datasets: it stores rows of text, and this batch has further model inputs: "
                 f"{', '.join(sorted(batch.extras))}. Use ref_provider='frozen' or 'adapter'."
             )
         if batch.input_ids.shape[1] > self._length_limit:
