@@ -384,6 +384,20 @@ class TestAfterTrainingBegan:
         assert finished(trainer).logs[-1]["loss"] == pytest.approx(whole.logs[-1]["loss"], abs=1e-4)
 
 
+class TestStreamsForEvaluation:
+    def test_refused_at_once_where_the_policy_is_the_source(self, tmp_path, use):
+        """Not after days of training, when the first evaluation finds nothing that may score its rows."""
+        kwargs = {"eval_dataset": DATA["dpo"](4).to_iterable_dataset(), "args": use()}
+        with pytest.raises(ConfigurationError, match="IterableDataset for evaluation"):
+            build("dpo", tmp_path / "out", tiny.saved(tmp_path), **kwargs)
+
+    def test_scored_by_the_adapter(self, tmp_path, use):
+        kwargs = {"eval_dataset": DATA["dpo"](4).to_iterable_dataset(), "peft_config": lora()}
+        args = {"eval_strategy": "steps", "eval_steps": 2}
+        ours = train("dpo", tmp_path / "ours", tiny.saved(tmp_path), args=use(**args), **kwargs)
+        assert_close(ours, train("dpo", tmp_path / "frozen", tiny.saved(tmp_path), args=args, **kwargs))
+
+
 class TestNever:
     def test_names_the_row(self, tmp_path, use):
         LogProbStore(tmp_path / "store", mode="a").close()

@@ -233,6 +233,7 @@ class CachedProvider(ReferenceProvider):
 
     def _prepare(self, context: ReferenceContext) -> None:
         """Look up all that training will ask for, score what is missing, and verify some of the rest."""
+        from .borrowed import BorrowedPolicy
         from .filling import check_sample, fill, survey
 
         if context.planned("train") is None:
@@ -241,7 +242,13 @@ class CachedProvider(ReferenceProvider):
             raise ConfigurationError(
                 "ref_provider='cached' (what `precompute_ref_log_probs=True` means): fill='ahead' is not supported "
                 "with IterableDataset, or with a trainer that generates its completions: it scores rows before "
-                "training, and here they are not known beforehand. Use ref_provider_kwargs={'fill': 'lazy'}."
+                "training, and here they are not known beforehand. Use fill='lazy'."
+            )
+        if context.planned("eval") is None and isinstance(self._scored_by, BorrowedPolicy):
+            raise ConfigurationError(
+                "ref_provider='cached' (what `precompute_ref_log_probs=True` means) is not supported with "
+                "IterableDataset for evaluation in full fine-tuning: its rows are first seen when the policy, which "
+                'scores them, has moved. Evaluate on a Dataset, or name a source: {"source": "frozen"} (a second copy).'
             )
         accelerator = context.accelerator
         rank, ranks = accelerator.process_index, accelerator.num_processes

@@ -42,6 +42,7 @@ def planned(trainer: Any, seam: Seam, split: str) -> Iterator[ReferenceBatch] | 
         datasets = list(dataset.values()) if split == "eval" else [dataset.get(split)]
     else:
         datasets = [dataset]
+    datasets = [dataset for dataset in datasets if dataset is not None]
     if seam.online or not all(map(_is_indexed, datasets)):
         return None
     collate, device = trainer.data_collator, trainer.args.device
