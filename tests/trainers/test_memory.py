@@ -14,9 +14,13 @@ from .runs import ONLINE, build
 
 def peak_bytes(action):
     """The most that was allocated at once while `action` ran, beyond what was there before."""
-    gc.collect()  # what earlier trainers leave is not freed while this is measured
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        kept = action()
+    gc.collect()  # what earlier trainers leave must not be freed while this is measured
+    gc.disable()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            kept = action()
+    finally:
+        gc.enable()
     level = peak = 0
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):

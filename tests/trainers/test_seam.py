@@ -225,16 +225,6 @@ class TestAnswers:
 
 
 class TestAuto:
-    @pytest.mark.parametrize(("flag", "meant"), [("sync_ref_model", "ema")])
-    def test_says_so_where_the_meant_provider_is_not_there(self, flag, meant, tmp_path, caplog):
-        from trl_refplug.plugins import plugin_manager
-
-        if meant in plugin_manager().providers:
-            pytest.skip(f"{meant} is installed")
-        ours = train("dpo", tmp_path, tiny.saved(tmp_path), args={flag: True})
-        assert f"`{flag}=True` means ref_provider='{meant}'" in caplog.text
-        assert_same(ours, train("dpo", tmp_path, tiny.saved(tmp_path), ours=False, args={flag: True}))
-
     def test_flags_are_as_they_were(self, tmp_path):
         trainer = build("dpo", tmp_path, tiny.saved(tmp_path), args={"ref_provider": "frozen"})
         assert trainer.args.ref_provider == "frozen"

@@ -19,5 +19,4 @@ def check_reference(args: ReferenceArguments, *, policy_is_peft: bool, online: b
     from trl_refplug.trainers.selection import Selection, make_provider, select_name
 
     name = select_name(Selection(args=args, policy_is_peft=policy_is_peft, has_ref_model=False, online=online))
-    if name is not None:
-        make_provider(name, args.ref_provider_kwargs).close()
+    make_provider(name, args.ref_provider_kwargs).close()

@@ -248,7 +248,7 @@ class CachedProvider(ReferenceProvider):
             raise ConfigurationError(
                 "ref_provider='cached' (what `precompute_ref_log_probs=True` means) is not supported with "
                 "IterableDataset for evaluation in full fine-tuning: its rows are first seen when the policy, which "
-                'scores them, has moved. Evaluate on a Dataset, or name a source: {"source": "frozen"} (a second copy).'
+                'scores them, has moved. Evaluate on a Dataset, or name a source, such as {"source": "frozen"}.'
             )
         accelerator = context.accelerator
         rank, ranks = accelerator.process_index, accelerator.num_processes

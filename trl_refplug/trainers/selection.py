@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +14,6 @@ from ..options import parse_options
 from ..plugins import plugin_manager
 from ..provider import ReferenceProvider
 
-
-logger = logging.getLogger("trl_refplug")
 
 # What TRL's own flags mean, in the order in which they are looked at.
 _FLAG_MEANINGS = {"precompute_ref_log_probs": "cached", "sync_ref_model": "ema"}
@@ -43,9 +40,9 @@ class Selection:
     online: bool
 
 
-def select_name(selection: Selection) -> str | None:
+def select_name(selection: Selection) -> str:
     """
-    The provider to use. `None` leaves the reference to TRL, where its flag means a provider that is not installed.
+    The name of the provider to use: the one that is named, or what TRL's flags, a plugin or the policy say.
 
     Raises:
         ConfigurationError: The flags contradict each other.
@@ -60,16 +57,8 @@ def select_name(selection: Selection) -> str | None:
                     f"another. Remove one of the two."
                 )
         return flags.ref_provider
-    for flag, name in meant.items():
-        if name in plugin_manager().providers:
-            return name
-        logger.warning(
-            "`%s=True` means ref_provider=%r, which this release of trl-refplug does not have yet. TRL's own "
-            "implementation is used, without any of trl-refplug's checks.",
-            flag,
-            name,
-        )
-        return None
+    if meant:
+        return next(iter(meant.values()))
     if selection.has_ref_model:
         return "frozen"
     chosen = plugin_manager().select(selection)

@@ -237,13 +237,6 @@ def open_session(
         online=seam.online,
     )
     name = select_name(selection)
-    if name is None:
-        if ref_model is not None and seam.online:
-            raise ConfigurationError(
-                f"A reference model was passed (`ref_model=`), and TRL's {seam.owner.__name__}, which its own flag "
-                "leaves in charge of the reference (see the warning above), cannot take one. Remove one of the two."
-            )
-        return None
     provider = make_provider(name, flags.ref_provider_kwargs, args=args, ref_model=ref_model)
     return ReferenceSession(seam, provider, name, args, peft_config, passes_ref_model)
 
