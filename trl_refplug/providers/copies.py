@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ConfigurationError
+from ..scoring import stay_in_evaluation_mode
 
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def load_model(options: FrozenOptions, policy: nn.Module, args: Any) -> nn.Modul
 
 def freeze(module: nn.Module) -> nn.Module:
     """Put `module` in eval mode and out of reach of autograd."""
-    module.eval()
+    stay_in_evaluation_mode(module)
     module.requires_grad_(False)
     for parameter in module.parameters():
         parameter.grad = None

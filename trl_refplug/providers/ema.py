@@ -147,11 +147,12 @@ class EmaProvider(ReferenceProvider):
             self._setup_model(context, dtype, device)
 
     def _setup_model(self, context: ReferenceContext, dtype: torch.dtype, device: torch.device | None) -> None:
+        from ..scoring import stay_in_evaluation_mode
         from .averages import ModelAverage
 
         self._module = context.reference_model
         assert self._module is not None, "the seam places what pin() returned"
-        self._module.eval()  # a model passed as `ref_model=` may still be in train mode
+        stay_in_evaluation_mode(self._module)  # a model passed as `ref_model=` may still be in train mode
         average = ModelAverage(self._module, lambda: context.policy, dtype, device)
         average.check()
         self._average = average

@@ -13,6 +13,7 @@ import torch
 
 from ..errors import ConfigurationError
 from ..identity import adapter_attributes, adapter_tensor_name
+from ..scoring import evaluation_mode
 
 
 if TYPE_CHECKING:
@@ -129,14 +130,11 @@ def reference_active(model: nn.Module, adapter: str | None) -> Iterator[None]:
     number is drawn inside: eval mode switches off dropout, functional attention dropout included.
     """
     peft_model = _unwrapped(model)
-    modes = [(module, module.training) for module in model.modules()]
     with ExitStack() as stack:
         stack.enter_context(_flags_kept(peft_model))
-        stack.callback(_restore_modes, modes)
         # Casts made under no_grad must not be reused by the policy's own pass: they carry no gradient.
         stack.callback(torch.clear_autocast_cache)
-        for module, _ in modes:
-            module.training = False
+        stack.enter_context(evaluation_mode(model))
         if adapter is None:
             stack.enter_context(peft_model.disable_adapter())
         else:
@@ -171,11 +169,6 @@ def _flags_kept(model: nn.Module) -> Iterator[None]:
         for parameter, flag in flags:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
-
-
-def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
-    for module, training in modes:
-        module.training = training
 
 
 def _unwrapped(model: Any) -> Any:

@@ -2,9 +2,19 @@
 From a model to per-token log-probabilities: [`Scorer`], and the planning behind it.
 """
 
+from trl_refplug.scoring.exact import exact_log_probs
+from trl_refplug.scoring.execution import evaluation_mode, stay_in_evaluation_mode
 from trl_refplug.scoring.rows import Row
 from trl_refplug.scoring.scorer import ExactFallbackWarning, Scorer
 from trl_refplug.scoring.stats import ScoreStats
 
 
-__all__ = ["ExactFallbackWarning", "Row", "ScoreStats", "Scorer"]
+__all__ = [
+    "ExactFallbackWarning",
+    "Row",
+    "ScoreStats",
+    "Scorer",
+    "evaluation_mode",
+    "exact_log_probs",
+    "stay_in_evaluation_mode",
+]

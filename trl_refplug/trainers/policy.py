@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..provider import ReferenceBatch, ReferenceProvider
+from ..scoring import evaluation_mode, exact_log_probs
 
 
 _REF = "ref"  # the adapter TRL adds as its reference
@@ -89,23 +90,10 @@ def _dropout_attributes(module: nn.Module) -> list[str]:
     ]
 
 
-@torch.no_grad()
 def policy_log_probs(model: nn.Module, batch: ReferenceBatch) -> Tensor:
     """The policy's own log-probs, with dropout off: float32 `[batch, seq - 1]`. Leaves every mode as it was."""
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        for module, _ in modes:
-            module.training = False
-        outputs = model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            **batch.extras,
-            labels=batch.labels,
-            fused_lm_head=True,
-        )
+        with evaluation_mode(model):
+            return exact_log_probs(model, batch)
     finally:
-        for module, training in modes:
-            module.training = training
         torch.clear_autocast_cache()  # casts made without gradient must not serve the training pass
-    log_probs: Tensor = outputs.log_probs[:, -(batch.labels.shape[1] - 1) :]
-    return log_probs
