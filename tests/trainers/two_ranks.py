@@ -10,7 +10,7 @@ import transformers
 from datasets import disable_progress_bars
 from peft import LoraConfig
 
-from tests.trainers.runs import build, finished
+from tests.trainers.runs import DATA, build, finished
 from trl_refplug import ReferenceIdentity, ReferenceProvider
 
 
@@ -34,6 +34,8 @@ def run(job: dict) -> dict:
     kwargs = {}
     if job.get("lora"):
         kwargs["peft_config"] = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    if job.get("rows"):
+        kwargs["train_dataset"] = DATA[job["kind"]](job["rows"])
     if job.get("reference"):
         kwargs["reference"] = globals()[job["reference"]]()
     args = {**job.get("args", {}), "ddp_backend": "gloo"}
