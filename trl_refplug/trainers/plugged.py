@@ -11,6 +11,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import ConfigurationError
 from ..provider import ReferenceProvider
+from ..providers.peft_policy import REFERENCE_ADAPTER
 from . import policy as policies
 from .checkpoint import write_to_checkpoint
 from .seam import Seam, flags_masked, seam_error
@@ -95,7 +96,7 @@ class Plugged:
             super().__init__(*bound.args[1:], **bound.kwargs)
             return
         adapters_before = policies.adapter_names(model)
-        if "ref" in adapters_before:
+        if REFERENCE_ADAPTER in adapters_before:
             raise ConfigurationError(
                 "The policy already has an adapter called 'ref', the name TRL gives to its own reference adapter. "
                 "Load yours under another name (`model.load_adapter(path, adapter_name='reference')`)."

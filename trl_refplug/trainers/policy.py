@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..provider import ReferenceBatch, ReferenceProvider
+from ..providers.peft_policy import REFERENCE_ADAPTER
 from ..scoring import evaluation_mode, exact_log_probs
-
-
-_REF = "ref"  # the adapter TRL adds as its reference
 
 
 def is_peft(model: Any) -> bool:
@@ -58,9 +56,9 @@ def default_adapter_known(model: Any) -> Iterator[None]:
 
 def remove_unused_reference_adapter(model: Any, before: frozenset[str], providers: list[ReferenceProvider]) -> None:
     """Delete the `ref` adapter that TRL adds to a policy with an adapter of its own, unless it is the reference."""
-    used = any(getattr(provider, "reference_adapter", None) == _REF for provider in providers)
-    if is_peft(model) and _REF in model.peft_config and _REF not in before and not used:
-        model.delete_adapter(_REF)
+    used = any(getattr(provider, "reference_adapter", None) == REFERENCE_ADAPTER for provider in providers)
+    if is_peft(model) and REFERENCE_ADAPTER in model.peft_config and REFERENCE_ADAPTER not in before and not used:
+        model.delete_adapter(REFERENCE_ADAPTER)
 
 
 def disable_functional_dropout(model: nn.Module) -> None:
