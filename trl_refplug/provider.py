@@ -204,7 +204,8 @@ class ReferenceProvider(ABC):
     Options: ClassVar[type] = NoOptions
     """Frozen dataclass that `ref_provider_kwargs` are parsed into; unknown or ill-typed keys are errors."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities()
+    capabilities: Capabilities = Capabilities()
+    """What it can do: a class attribute. One that is made of others may narrow it per instance, in `__init__`."""
 
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options

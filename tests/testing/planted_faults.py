@@ -182,7 +182,7 @@ class DropsEmptyRows(Sound):
         return packed
 
 
-@caught_by("answers", "padding_side", "padding_content")
+@caught_by("answers", "padding_side")
 class IgnoresMask(Sound):
     def logits(self, batch):
         return super().logits(replace(batch, attention_mask=torch.ones_like(batch.attention_mask)))
@@ -390,7 +390,7 @@ def activate_other(self: Any, batch: Any) -> None:
             module._active_adapter = ["default", "other"]
 
 
-@caught_by("effects", "active_adapter", "trains")
+@caught_by("effects", "active_adapter")
 @planted_in_log_probs(activate_other)
 class LeavesAnotherAdapterActive(NoFaultWithAdapter):
     pass
