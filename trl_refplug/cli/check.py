@@ -266,8 +266,8 @@ def _print(verdict: Verdict, reference: str) -> None:
     tolerance = verdict.tolerance
     console.print(
         f"{verdict.identity}\n{'gives' if verdict.ok else 'does not give'} the log-probs of {reference}: per token "
-        f"they differ by up to {verdict.largest:.2g} nats (tolerance {tolerance.largest:g}) and by {verdict.mean:.2g} on "
-        f"average (tolerance {tolerance.mean:g}), over {len(verdict.rows)} rows.",
+        f"they differ by up to {verdict.largest:.2g} nats (tolerance {tolerance.largest:g}) and by {verdict.mean:.2g} "
+        f"on average (tolerance {tolerance.mean:g}), over {len(verdict.rows)} rows.",
         style="green" if verdict.ok else "red",
         markup=False,
     )
