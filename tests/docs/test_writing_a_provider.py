@@ -58,7 +58,7 @@ def test_the_tutorial_works_as_written(tmp_path):
             for line in block.code.splitlines():
                 assert flat(line).strip() in flat(output), f"{line}\n{output[-5000:]}"
         done.append(block.mark or block.language)
-    assert done.count("run") == 8
+    assert done.count("run") == 7
     assert done.count("file") == 2
     assert (directory / "out" / "model.safetensors").is_file()
 
