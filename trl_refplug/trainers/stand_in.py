@@ -22,7 +22,7 @@ _ROW_WISE = frozenset({"token_type_ids", "mm_token_type_ids", "position_ids"})
 
 class ReferenceModel(nn.Module):
     """
-    Stands in `trainer.ref_model`. It has no parameters of its own; those of an in-process copy are answered read-only.
+    Stands in `trainer.ref_model`. It has no parameters of its own and names those of an in-process copy instead.
 
     Args:
         provider ([`ReferenceProvider`]): Who answers.
