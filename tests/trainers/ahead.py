@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-
 from trl_refplug.providers.frozen import FrozenOptions, FrozenProvider
 
 
 class Ahead(FrozenProvider):
     """
     Counts what it is asked: `afresh` when the answer was needed, `ahead` before, `most` unused answers at one time.
-
-    `gate` holds every answer back while it is cleared.
     """
 
     def __init__(self):
@@ -20,8 +16,6 @@ class Ahead(FrozenProvider):
         self.asked = []
         self.most = 0
         self.futures = []
-        self.gate = threading.Event()
-        self.gate.set()
 
     def __deepcopy__(self, memo):
         return self  # `build` copies what it is given; the tests look at this one

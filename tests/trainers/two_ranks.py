@@ -10,6 +10,7 @@ import transformers
 from datasets import disable_progress_bars
 from peft import LoraConfig
 
+from tests.trainers.ahead import Ahead
 from tests.trainers.runs import DATA, build, finished
 from trl_refplug import ReferenceIdentity, ReferenceProvider
 
@@ -30,6 +31,9 @@ class BrokenOnOne(PerRank):
             raise RuntimeError("the reference of rank 1 is on fire")
 
 
+REFERENCES = {"PerRank": PerRank, "BrokenOnOne": BrokenOnOne, "Ahead": Ahead}
+
+
 def run(job: dict) -> dict:
     kwargs = {}
     if job.get("lora"):
@@ -37,14 +41,19 @@ def run(job: dict) -> dict:
     if job.get("rows"):
         kwargs["train_dataset"] = DATA[job["kind"]](job["rows"])
     if job.get("reference"):
-        kwargs["reference"] = globals()[job["reference"]]()
+        kwargs["reference"] = REFERENCES[job["reference"]]()
+    if job.get("stream"):
+        kwargs["train_dataset"] = DATA[job["kind"]](job["rows"]).to_iterable_dataset()
     args = {**job.get("args", {}), "ddp_backend": "gloo"}
     out = Path(job["out"]) / os.environ["RANK"]
     trainer = build(job["kind"], out, job["model"], ours=job["ours"], args=args, **kwargs)
+    if job.get("reference") == "Ahead":
+        kwargs["reference"].trainer = trainer
     trainer.train()
     done = finished(trainer)
     sums = {name.removeprefix("module."): p.double().sum().item() for name, p in done.weights.items()}
-    return {"logs": done.logs, "sums": sums}
+    asked = getattr(kwargs.get("reference"), "asked", [])
+    return {"logs": done.logs, "sums": sums, "ahead": len(asked)}
 
 
 def main() -> None:
