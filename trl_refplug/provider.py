@@ -64,7 +64,8 @@ class Capabilities:
     Args:
         local_model (`bool`): Holds or borrows a model in the trainer's process.
         moving (`bool`): The reference changes during training; `on_step_end` is called after every optimiser step.
-        overlap (`bool`): `submit` may be called ahead of time, from the trainer's thread, while the policy works.
+        overlap (`bool`): `submit` may be called ahead of time, from the trainer's thread, while the policy works. Not
+            for a moving reference.
         temperature (`bool`): Divides logits by the trainer's temperature, as GRPO and RLOO require when it is not 1.
         multimodal (`bool`): Scores batches with `extras`.
         offline (`bool`): Gives the same values whether asked before or during training, so they can be stored.
@@ -204,7 +205,8 @@ class ReferenceProvider(ABC):
     Options: ClassVar[type] = NoOptions
     """Frozen dataclass that `ref_provider_kwargs` are parsed into; unknown or ill-typed keys are errors."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities()
+    capabilities: Capabilities = Capabilities()
+    """Declared by the class; an instance may have others from `setup` on, where its options decide."""
 
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options
@@ -258,7 +260,14 @@ class ReferenceProvider(ABC):
         """
 
     def submit(self, batch: ReferenceBatch) -> Future[Tensor]:
-        """Start on a batch that `log_probs` will ask for later. Only called with `capabilities.overlap`."""
+        """
+        Start on a batch that the trainer is about to ask for. Only called with `capabilities.overlap`.
+
+        Returns at once; the future's result is what `log_probs(batch)` would return, on any thread and without
+        gradient (torch's gradient mode and autocast are each thread's own). Its exception is raised at the step that
+        needs the answer. A future that turns out not to be needed is cancelled; batches are submitted in the order in
+        which they are needed.
+        """
         raise NotImplementedError(f"{type(self).__name__} declares capabilities.overlap but has no submit()")
 
     def on_step_end(self, step: int) -> None:  # noqa: B027 (optional hook)

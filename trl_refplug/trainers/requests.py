@@ -12,7 +12,11 @@ from ..provider import ReferenceBatch
 from .seam import Seam
 
 
+ROW_WISE = frozenset({"token_type_ids", "mm_token_type_ids", "position_ids"})
+"""Inputs besides ids, mask and labels that are known to have one row per sequence."""
+
 _PREFERENCE_NON_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
+_REQUIRED = {"input_ids", "attention_mask", "completion_mask"}
 _PLANNED_ROWS = 64  # read at a time: faster than the trainer's own batches, whose make-up is not known anyway
 _UNPAIRED_NON_MODEL = {"completion_mask", "label", "ref_logps", "ref_KL_logps"}
 
@@ -30,6 +34,13 @@ def unpaired_requests(inputs: Mapping[str, Any]) -> list[ReferenceBatch]:
         kl = {**main, **{k[3:]: v for k, v in inputs.items() if k.startswith("KL_") and k != "KL_completion_mask"}}
         requests.insert(0, _request(kl, inputs["KL_completion_mask"]))
     return requests
+
+
+def predicted_requests(inputs: Any) -> list[ReferenceBatch]:
+    """What the trainer will ask for a batch of its loader; nothing where it is not made as TRL's collators make it."""
+    if not isinstance(inputs, Mapping) or not _REQUIRED.issubset(inputs):
+        return []
+    return unpaired_requests(inputs) if "label" in inputs else preference_requests(inputs)
 
 
 def planned(trainer: Any, seam: Seam, split: str) -> Iterator[ReferenceBatch] | None:
@@ -68,4 +79,4 @@ def _request(inputs: dict[str, Any], completion_mask: torch.Tensor) -> Reference
     input_ids = inputs.pop("input_ids")
     attention_mask = inputs.pop("attention_mask")
     labels = input_ids.masked_fill(completion_mask == 0, -100)
-    return ReferenceBatch(input_ids, attention_mask, labels, inputs, rows_sliceable=not inputs)
+    return ReferenceBatch(input_ids, attention_mask, labels, inputs, rows_sliceable=ROW_WISE.issuperset(inputs))

@@ -17,6 +17,7 @@ from . import policy as policies
 from .check import check_against_policy
 from .checkpoint import compare_with_checkpoint
 from .context import TrainerContext
+from .look_ahead import LookAhead
 from .placement import place
 from .ranks import agree
 from .seam import Seam, check_flags, loading_replaced, seam_error
@@ -54,6 +55,7 @@ class ReferenceSession:
         self._trainer: Callable[[], Any] = lambda: None
         self.policy_moved = False
         self.stand_in: ReferenceModel | None = None
+        self.look_ahead: LookAhead | None = None
         self._nested: list[tuple[ReferenceProvider, TrainerContext, nn.Module | None]] = []
         self._context = TrainerContext(self)
         self._module: nn.Module | None = None
@@ -140,7 +142,10 @@ class ReferenceSession:
             )
         agree(trainer.accelerator, self.provider, self.name)
         weakref.finalize(trainer, _close, self.providers)
-        self.stand_in = ReferenceModel(self.provider, first_call=self._first_call)
+        check_capabilities(self.provider, self.name, temperature=self._context.temperature)  # as it is, set up
+        if self.provider.capabilities.overlap and self.flags.ref_prefetch and not self.seam.online:
+            self.look_ahead = LookAhead(self.provider, self.flags.ref_prefetch)
+        self.stand_in = ReferenceModel(self.provider, first_call=self._first_call, look_ahead=self.look_ahead)
         return self.stand_in
 
     @property
