@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..store import LogProbStore
+    from .filling import RowBlock
     from .row_keys import BatchRows, RowKeys
 
 
@@ -287,9 +287,13 @@ class CachedProvider(ReferenceProvider):
                 f"{context.accelerator.process_index} sees it. Use a `path` that all nodes share."
             )
 
-    @staticmethod
-    def _planned(context: ReferenceContext) -> Iterator[ReferenceBatch]:
-        return chain.from_iterable(context.planned(split) or () for split in ("train", "eval"))
+    def _planned(self, context: ReferenceContext) -> Iterator[RowBlock]:
+        for split in ("train", "eval"):
+            plain = context.planned_rows(split)
+            if plain is not None:
+                yield from map(self._keys.of_planned, plain)
+            else:
+                yield from map(self._keys.of, context.planned(split) or ())
 
     def _score(self, batch: ReferenceBatch, rows: BatchRows, missing: list[int]) -> Tensor:
         from .row_keys import select

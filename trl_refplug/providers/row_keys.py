@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import UnsupportedInputError
-from ..provider import ReferenceBatch
+from ..provider import PlannedRows, ReferenceBatch
 from ..scoring import Row
 from ..scoring.rows import IGNORED, Ints, rows_of
-from ..store import LogProbStore, RowKey, ScoringFacts
+from ..store import LogProbStore, RowKey, ScoringFacts, tail_scored_keys
 
 
 Values = NDArray[np.float32]
@@ -48,6 +48,17 @@ class BatchRows:
             for index in (range(len(self)) if indices is None else indices)
         ]
 
+    def row(self, index: int) -> Row:
+        return self.rows[index]
+
+    def scored_positions(self, index: int) -> Ints:
+        """Which tokens of row `index` are scored, ascending."""
+        return self.scored[index]
+
+    def scored_counts(self) -> Ints:
+        """`[batch]`, how many."""
+        return np.array([len(scored) for scored in self.scored], np.int64)
+
     def place(self, values: Sequence[Values | None], batch: ReferenceBatch) -> Tensor:
         """float32 `[batch, seq - 1]` on the batch's device; rows that are `None` stay zero."""
         answer = np.zeros((len(self), batch.input_ids.shape[1] - 1), np.float32)
@@ -60,6 +71,44 @@ class BatchRows:
         """The scored values of row `index` from line `line` of a scored batch."""
         values: Values = log_probs[line].float().cpu().numpy()[self.starts[index] + self.scored[index] - 1]
         return values
+
+
+@dataclass(frozen=True)
+class TailScoredRows:
+    """Rows as the trainer plans them, with the interface of [`BatchRows`] as far as filling a store needs it."""
+
+    planned: PlannedRows
+
+    def __len__(self) -> int:
+        return len(self.planned)
+
+    @property
+    def offsets(self) -> list[int]:
+        return [0] * len(self)
+
+    def keys(self, facts: ScoringFacts, indices: Sequence[int] | None = None) -> list[bytes]:
+        """The keys of some rows, of all by default."""
+        planned = self.planned
+        if indices is None:
+            return tail_scored_keys(facts, planned.token_ids, planned.offsets.tolist(), planned.first_scored.tolist())
+        return [RowKey(facts, self.row(index).input_ids, self.scored_positions(index)).digest() for index in indices]
+
+    def row(self, index: int) -> Row:
+        """A copy of row `index`: it may outlive the block."""
+        ids = self.planned.token_ids[self.planned.offsets[index] : self.planned.offsets[index + 1]].copy()
+        labels = ids.copy()
+        labels[: self.planned.first_scored[index]] = IGNORED
+        return Row(ids, labels)
+
+    def scored_positions(self, index: int) -> Ints:
+        """Which tokens of row `index` are scored, ascending."""
+        length = self.planned.offsets[index + 1] - self.planned.offsets[index]
+        return np.arange(self.planned.first_scored[index], length)
+
+    def scored_counts(self) -> Ints:
+        """`[rows]`, how many."""
+        counts: Ints = np.maximum(np.diff(self.planned.offsets) - self.planned.first_scored, 0)
+        return counts
 
 
 class RowKeys:
@@ -94,12 +143,7 @@ class RowKeys:
                 "datasets: it stores rows of text, and this batch has further model inputs: "
                 f"{', '.join(sorted(batch.extras))}. Use ref_provider='frozen' or 'adapter'."
             )
-        if batch.input_ids.shape[1] > self._length_limit:
-            raise UnsupportedInputError(
-                f"ref_provider='cached' stores what a row says by itself. This model's rotary embeddings change in "
-                f"batches longer than {self._length_limit} tokens (this one has {batch.input_ids.shape[1]}), so there "
-                "its log-probs depend on other rows. Lower `max_length`, or use ref_provider='frozen' or 'adapter'."
-            )
+        self._check_length(batch.input_ids.shape[1])
         ids, mask, labels = (t.cpu().numpy() for t in (batch.input_ids, batch.attention_mask, batch.labels))
         try:
             rows, starts = rows_of(ids, mask, labels)
@@ -116,15 +160,28 @@ class RowKeys:
         offsets = starts.tolist() if self._absolute else [0] * len(rows)
         return BatchRows(rows, starts, [row.scored() for row in rows], offsets)
 
-    def find(self, store: LogProbStore, batch: BatchRows, packed: list[bytes] | None = None) -> list[Values | None]:
+    def of_planned(self, planned: PlannedRows) -> TailScoredRows:
         """
-        What the store has of `batch`: float32 `[scored]` for each row, `None` for those it misses.
+        The same for rows that are cut already.
 
-        Args:
-            packed (`list[bytes]`, *optional*): The keys of the rows under `packed`, where they are known already.
+        Raises:
+            UnsupportedInputError: One is so long that its log-probs depend on the rows beside it.
         """
+        self._check_length(int(np.diff(planned.offsets).max(initial=0)))
+        return TailScoredRows(planned)
+
+    def _check_length(self, columns: int) -> None:
+        if columns > self._length_limit:
+            raise UnsupportedInputError(
+                f"ref_provider='cached' stores what a row says by itself. This model's rotary embeddings change in "
+                f"batches longer than {self._length_limit} tokens (this one has {columns}), so there its log-probs "
+                "depend on other rows. Lower `max_length`, or use ref_provider='frozen' or 'adapter'."
+            )
+
+    def find(self, store: LogProbStore, batch: BatchRows) -> list[Values | None]:
+        """What the store has of `batch`: float32 `[scored]` for each row, `None` for those it misses."""
         # Always in this order, so that all runs that read one store read the same bits.
-        answer = store.lookup(batch.keys(self.packed) if packed is None else packed)
+        answer = store.lookup(batch.keys(self.packed))
         found = [answer[index] for index in range(len(batch))]
         missing = [index for index, values in enumerate(found) if values is None]
         if missing:
