@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..store import LogProbStore
-    from .filling import RowBlock
+    from .filling import RowBlock, SampleCheck
     from .row_keys import BatchRows, RowKeys
 
 
@@ -76,6 +76,8 @@ class CachedProvider(ReferenceProvider):
         self._source: ReferenceProvider | None = None
         self._store: Any = None
         self._hits = self._misses = 0
+        self.sample_check: SampleCheck | None = None
+        """How far the stored rows that were scored again at the start are from what the store has."""
         chosen = self.options
         if model is not None and chosen.source is not None:
             raise ConfigurationError(
@@ -257,7 +259,8 @@ class CachedProvider(ReferenceProvider):
         )
         if self._may_score:
             with self._precision():
-                check_sample(found, self._scored_by, accelerator.device, self._tolerance(context))
+                device, tolerance = accelerator.device, self._tolerance(context)
+                self.sample_check = check_sample(found, self._scored_by, device, tolerance)
         if found.missing:
             if self.options.fill == "never" or not self._may_score:
                 assert found.first is not None

@@ -31,6 +31,7 @@ logger = logging.getLogger("trl_refplug")
 RowBlock = BatchRows | TailScoredRows
 _SHARE = 128  # rows in a row that one rank scores: neighbours have prompts in common
 _AT_ONCE = 256  # rows put at a time
+_VERIFIED_AT_ONCE = 4  # rows of a sample
 _EXACT_BATCH = 16  # rows a call to a source that has no bulk scorer
 
 
@@ -190,30 +191,45 @@ def fill(
         tqdm.write(line, file=sys.stderr)
 
 
-def check_sample(found: Survey, source: ReferenceProvider, device: torch.device, tolerance: Tolerance) -> None:
+@dataclass(frozen=True)
+class SampleCheck:
+    """How far stored rows are from the same rows scored again: nats per token, at most and on average."""
+
+    rows: int
+    largest: float
+    mean: float
+
+
+def check_sample(
+    found: Survey, source: ReferenceProvider, device: torch.device, tolerance: Tolerance
+) -> SampleCheck | None:
     """
-    Score some stored rows again.
+    Score some stored rows again. `None` if there are none.
 
     Raises:
         ReferenceMismatchError: They differ by more than rounding.
     """
     if not found.sample:
-        return
-    batch = pad_rows([row for row, _ in found.sample], device)
-    again = source.log_probs(batch).float().cpu().numpy()
-    differences = [
-        np.abs(line[row.scored() - 1].astype(np.float64) - stored)
-        for line, (row, stored) in zip(again, found.sample, strict=True)
-    ]
+        return None
+    sample = sorted(found.sample, key=lambda entry: len(entry[0]))
+    differences = []
+    for start in range(0, len(sample), _VERIFIED_AT_ONCE):
+        some = sample[start : start + _VERIFIED_AT_ONCE]
+        again = source.log_probs(pad_rows([row for row, _ in some], device)).float().cpu().numpy()
+        differences += [
+            np.abs(line[row.scored() - 1].astype(np.float64) - stored)
+            for line, (row, stored) in zip(again, some, strict=True)
+        ]
     every = np.concatenate(differences)
-    largest, mean = every.max(initial=0.0), every.mean()
-    if not (largest <= tolerance.largest and mean <= tolerance.mean):  # so that NaN is refused
+    check = SampleCheck(len(sample), float(every.max()), float(every.mean()))
+    if not (check.largest <= tolerance.largest and check.mean <= tolerance.mean):  # so that NaN is refused
         raise ReferenceMismatchError(
-            f"{len(found.sample)} rows of the store were scored again, and differ from what it has by up to "
-            f"{largest:.3g} nats per token (tolerance {tolerance.largest:g}), {mean:.3g} on average (tolerance "
-            f"{tolerance.mean:g}). The store holds wrong values for this reference, or this machine computes "
-            "differently. Use another `path`; `trl-refplug store verify` checks the files."
+            f"{check.rows} rows of the store were scored again, and differ from what it has by up to "
+            f"{check.largest:.3g} nats per token (tolerance {tolerance.largest:g}), {check.mean:.3g} on average "
+            f"(tolerance {tolerance.mean:g}). The store holds wrong values for this reference, or this machine "
+            "computes differently. Use another `path`; `trl-refplug store verify` checks the files."
         )
+    return check
 
 
 def _put(store: LogProbStore, waiting: list[tuple[bytes, Values]]) -> None:
