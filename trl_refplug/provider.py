@@ -181,6 +181,12 @@ class ReferenceContext(Protocol):
     def create(self, name: str, options: Mapping[str, Any] | None = None) -> ReferenceProvider:
         """Another provider by name, pinned; it is set up and closed with the one that asked. Call it in `pin`."""
 
+    def place(self, module: nn.Module, device: str | None = None) -> nn.Module:
+        """
+        Do to a model that was loaded after `pin` what TRL does to its own reference: dropout, LM head, DeepSpeed,
+        FSDP, device (another one if `device` names it).
+        """
+
     def planned(self, split: str) -> Iterable[ReferenceBatch] | None:
         """
         The rows that this run will ask for, in batches of any size, where they are known; `None` for GRPO, RLOO and

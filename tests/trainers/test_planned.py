@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
-from trl_refplug.providers.row_keys import RowKeys
+from trl_refplug.providers.row_keys import ModelFacts, RowKeys
 from trl_refplug.store import ScoringFacts
 from trl_refplug.trainers.planned import planned_rows
 from trl_refplug.trainers.requests import planned
@@ -22,7 +22,7 @@ from .runs import DATA, build
 
 
 FACTS = ScoringFacts("some-model", attention_implementation="sdpa", scoring_mode="packed")
-KEYS = RowKeys(FACTS, FACTS, absolute_positions=True, length_limit=float("inf"))
+KEYS = RowKeys(FACTS, FACTS, ModelFacts("sdpa", absolute_positions=True, length_limit=None, dtype="float32"))
 COLUMNS = {
     "dpo": ("prompt_ids", "chosen_ids", "rejected_ids"),
     "kto": ("prompt_ids", "completion_ids", "KL_completion_ids"),

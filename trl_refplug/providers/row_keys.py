@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UnsupportedInputError
 from ..provider import PlannedRows, ReferenceBatch
 from ..scoring import Row
+from ..scoring.execution import causal_lm
 from ..scoring.rows import IGNORED, Ints, rows_of
+from ..scoring.safety import absolute_positions, batch_length_limit
 from ..store import LogProbStore, RowKey, ScoringFacts, tail_scored_keys
 
 
@@ -111,6 +114,40 @@ class TailScoredRows:
         return counts
 
 
+@dataclass(frozen=True)
+class ModelFacts:
+    """
+    What decides how a model's rows are looked up, beside its digest.
+
+    Args:
+        attention_implementation (`str`): `"sdpa"`, ...
+        absolute_positions (`bool`): Whether padding on the left of a row changes its log-probs.
+        length_limit (`int` or `None`): The longest batch in which rows do not depend on each other's length.
+        dtype (`str`): Of the weights: `"bfloat16"`, ...
+    """
+
+    attention_implementation: str
+    absolute_positions: bool
+    length_limit: int | None
+    dtype: str
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelFacts:
+        """Of a causal LM, however wrapped."""
+        inner = causal_lm(model)
+        limit = batch_length_limit(inner)
+        return cls(
+            attention_implementation=str(inner.config._attn_implementation),
+            absolute_positions=absolute_positions(inner),
+            length_limit=int(limit) if math.isfinite(limit) else None,
+            dtype=str(inner.dtype).removeprefix("torch."),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
 class RowKeys:
     """
     Cuts batches into rows that have keys.
@@ -118,17 +155,14 @@ class RowKeys:
     Args:
         packed, exact ([`ScoringFacts`]): Of rows scored in bulk and of rows scored in the trainer's own batches. They
             agree within rounding, so a row under either key is a hit.
-        absolute_positions (`bool`): Whether padding on the left of a row changes its log-probs.
-        length_limit (`float`): The longest batch in which rows do not depend on each other's length.
+        model ([`ModelFacts`]): Of the reference.
     """
 
-    def __init__(
-        self, packed: ScoringFacts, exact: ScoringFacts, *, absolute_positions: bool, length_limit: float
-    ) -> None:
+    def __init__(self, packed: ScoringFacts, exact: ScoringFacts, model: ModelFacts) -> None:
         self.packed = packed
         self.exact = exact
-        self._absolute = absolute_positions
-        self._length_limit = length_limit
+        self._absolute = model.absolute_positions
+        self._length_limit = model.length_limit
 
     def of(self, batch: ReferenceBatch) -> BatchRows:
         """
@@ -171,7 +205,7 @@ class RowKeys:
         return TailScoredRows(planned)
 
     def _check_length(self, columns: int) -> None:
-        if columns > self._length_limit:
+        if self._length_limit is not None and columns > self._length_limit:
             raise UnsupportedInputError(
                 f"ref_provider='cached' stores what a row says by itself. This model's rotary embeddings change in "
                 f"batches longer than {self._length_limit} tokens (this one has {columns}), so there its log-probs "

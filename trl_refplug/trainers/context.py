@@ -64,6 +64,11 @@ class TrainerContext:
     def create(self, name: str, options: Mapping[str, Any] | None = None) -> ReferenceProvider:
         return self._session.create_nested(name, options, self.policy)
 
+    def place(self, module: nn.Module, device: str | None = None) -> nn.Module:
+        from .placement import place
+
+        return place(module, self._built("devices"), temperature=self.temperature, device=device)
+
     def planned(self, split: str) -> Iterator[ReferenceBatch] | None:
         from .requests import planned
 
