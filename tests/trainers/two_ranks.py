@@ -13,6 +13,7 @@ from peft import LoraConfig
 from tests.trainers.ahead import Ahead
 from tests.trainers.runs import DATA, build, finished
 from trl_refplug import ReferenceIdentity, ReferenceProvider
+from trl_refplug.providers.frozen import FrozenProvider
 
 
 class PerRank(ReferenceProvider):
@@ -31,7 +32,17 @@ class BrokenOnOne(PerRank):
             raise RuntimeError("the reference of rank 1 is on fire")
 
 
-REFERENCES = {"PerRank": PerRank, "BrokenOnOne": BrokenOnOne, "Ahead": Ahead}
+class AheadOnOne(Ahead):
+    """On rank 1 the reference's device is the policy's."""
+
+    def _has_own_device(self, context):
+        return os.environ["RANK"] == "0"
+
+    def log_probs(self, batch):
+        return FrozenProvider.log_probs(self, batch)
+
+
+REFERENCES = {"PerRank": PerRank, "BrokenOnOne": BrokenOnOne, "Ahead": Ahead, "AheadOnOne": AheadOnOne}
 
 
 def run(job: dict) -> dict:
@@ -47,13 +58,18 @@ def run(job: dict) -> dict:
     args = {**job.get("args", {}), "ddp_backend": "gloo"}
     out = Path(job["out"]) / os.environ["RANK"]
     trainer = build(job["kind"], out, job["model"], ours=job["ours"], args=args, **kwargs)
-    if job.get("reference") == "Ahead":
+    if job.get("reference", "").startswith("Ahead"):
         kwargs["reference"].trainer = trainer
     trainer.train()
     done = finished(trainer)
     sums = {name.removeprefix("module."): p.double().sum().item() for name, p in done.weights.items()}
-    asked = getattr(kwargs.get("reference"), "asked", [])
-    return {"logs": done.logs, "sums": sums, "ahead": len(asked)}
+    reference = kwargs.get("reference")
+    return {
+        "logs": done.logs,
+        "sums": sums,
+        "ahead": getattr(reference, "ahead", 0),
+        "afresh": getattr(reference, "afresh", 0),
+    }
 
 
 def main() -> None:
