@@ -109,10 +109,14 @@ def test_looking_ahead_changes_nothing(tmp_path):
     for kind, job in cases:
         for prefetch in (job["args"].get("ref_prefetch", 2), 0):
             jobs.append({**job, "kind": kind, "reference": "Ahead", "args": {**job["args"], "ref_prefetch": prefetch}})
-    done = torchrun(tmp_path, *jobs)
+    on_one = {"rows": 15, "kind": "dpo", "reference": "AheadOnOne", "args": epochs}
+    done = torchrun(tmp_path, *jobs, on_one)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
-        results = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        *results, last = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert last["logs"] == results[0]["logs"]
+        calls = results[0]["ahead"] + results[0]["afresh"]
+        assert last["ahead"] == (calls if rank == 0 else 0)  # all when needed: on rank 0 by `log_probs`, on its thread
         for case, ahead, afresh in zip(cases, results[::2], results[1::2], strict=True):
             assert (ahead["logs"], ahead["sums"]) == (afresh["logs"], afresh["sums"]), case
             assert ahead["ahead"] > 0, case

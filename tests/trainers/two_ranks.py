@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from tests.trainers.ahead import Ahead
 from tests.trainers.runs import DATA, build, finished
 from trl_refplug import ReferenceIdentity, ReferenceProvider
+from trl_refplug.providers.frozen import FrozenProvider
 
 
 class PerRank(ReferenceProvider):
@@ -35,7 +36,17 @@ class BrokenOnOne(PerRank):
             raise RuntimeError("the reference of rank 1 is on fire")
 
 
-REFERENCES = {"PerRank": PerRank, "BrokenOnOne": BrokenOnOne, "Ahead": Ahead}
+class AheadOnOne(Ahead):
+    """On rank 1 the reference's device is the policy's."""
+
+    def _has_own_device(self, context):
+        return os.environ["RANK"] == "0"
+
+    def log_probs(self, batch):
+        return FrozenProvider.log_probs(self, batch)
+
+
+REFERENCES = {"PerRank": PerRank, "BrokenOnOne": BrokenOnOne, "Ahead": Ahead, "AheadOnOne": AheadOnOne}
 
 FSDP = {
     "fsdp": True,
@@ -85,14 +96,19 @@ def run(job: dict) -> dict:
         args, out = {**args, **copy.deepcopy(FSDP)}, Path(job["out"], "sharded")
     policy = edited(job["model"]) if job.get("edit") else job["model"]
     trainer = build(job["kind"], out, policy, ours=job["ours"], args=args, **kwargs)
-    if job.get("reference") == "Ahead":
+    if job.get("reference", "").startswith("Ahead"):
         kwargs["reference"].trainer = trainer
     trainer.train(resume_from_checkpoint=job.get("resume"))
     done = finished(trainer)
     sums = {name.removeprefix("module."): p.double().sum().item() for name, p in done.weights.items()}
-    sharded = any(isinstance(p, torch.distributed.tensor.DTensor) for p in done.weights.values())
-    asked = getattr(kwargs.get("reference"), "asked", [])
-    return {"logs": done.logs, "sums": sums, "sharded": sharded, "ahead": len(asked)}
+    reference = kwargs.get("reference")
+    return {
+        "logs": done.logs,
+        "sums": sums,
+        "sharded": any(isinstance(p, torch.distributed.tensor.DTensor) for p in done.weights.values()),
+        "ahead": getattr(reference, "ahead", 0),
+        "afresh": getattr(reference, "afresh", 0),
+    }
 
 
 def main() -> None:

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..provider import ReferenceBatch, ReferenceProvider
 from ..scoring import Autocast
+from .ranks import on_all_ranks
 from .requests import predicted_requests
 
 
@@ -119,8 +119,7 @@ class LookAhead:
     def _may_read_ahead(self, epoch: _Epoch, accelerator: Any) -> bool:
         """Decided once and by all ranks together: reading a loader can be a collective operation."""
         if self._reads_ahead is None and epoch.read > 1:
-            draws = gather_object([epoch.draws]) if accelerator.num_processes > 1 else [epoch.draws]
-            self._reads_ahead = not any(draws)
+            self._reads_ahead = on_all_ranks(accelerator, not epoch.draws)
         if epoch.draws and not self._warned_of_draws:
             self._warned_of_draws = True
             logger.warning(

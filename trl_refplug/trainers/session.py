@@ -20,7 +20,7 @@ from .checkpoint import compare_with_checkpoint
 from .context import TrainerContext
 from .look_ahead import LookAhead
 from .placement import place
-from .ranks import agree
+from .ranks import agree, on_all_ranks
 from .seam import Seam, check_flags, loading_replaced, seam_error
 from .selection import Selection, check_capabilities, make_provider, select_name
 from .stand_in import ReferenceModel
@@ -144,7 +144,9 @@ class ReferenceSession:
         agree(trainer.accelerator, self.provider, self.name)
         weakref.finalize(trainer, _close, self.providers)
         check_capabilities(self.provider, self.name, temperature=self._context.temperature)  # as it is, set up
-        if self.provider.capabilities.overlap and self.flags.ref_prefetch and not self.seam.online:
+        # A device may be the policy's on one rank only, and reading a loader can be a collective operation.
+        overlap = on_all_ranks(trainer.accelerator, self.provider.capabilities.overlap)
+        if overlap and self.flags.ref_prefetch and not self.seam.online:
             self.look_ahead = LookAhead(self.provider, self.flags.ref_prefetch)
         self.stand_in = ReferenceModel(self.provider, first_call=self._first_call, look_ahead=self.look_ahead)
         return self.stand_in
