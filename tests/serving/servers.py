@@ -68,6 +68,16 @@ def transport(*urls: str, **options: Any) -> Iterator[Transport]:
         made.close()
 
 
+class LifespanOf:
+    """`app` for requests, and the start and end of `ours`."""
+
+    def __init__(self, ours: Any, app: Any) -> None:
+        self._ours, self._app = ours, app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await (self._ours if scope["type"] == "lifespan" else self._app)(scope, receive, send)
+
+
 def free_port() -> int:
     """A port that nothing listens on."""
     with socket.socket() as unused:

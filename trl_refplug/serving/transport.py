@@ -27,7 +27,7 @@ logger = logging.getLogger("trl_refplug")
 T = TypeVar("T")
 
 _KEEP_ALIVE = 60  # seconds; less than servers do, so that no request meets a connection that is being closed
-_PAUSE = 10.0  # longest between two attempts, in seconds, unless a server asks for more
+_PAUSE = 5.0  # longest between two attempts, in seconds, unless a server asks for more
 _LATER = (408, 429, 500, 502, 503, 504)
 _NOT_NEEDED = ("accept", "accept-encoding", "connection", "user-agent")  # 100 bytes in every request
 
