@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -120,8 +121,9 @@ class TestReplicas:
 
     def test_the_least_loaded_is_asked(self):
         served = [delayed(engine(), 0.3) for _ in range(3)]
-        with serving(served[0]) as one, serving(served[1]) as two, serving(served[2]) as three:
-            with transport(one, two, three) as to:
+        with ExitStack() as stack:
+            urls = [stack.enter_context(serving(each)) for each in served]
+            with transport(*urls) as to:
                 client = RefPlugClient(to)
                 done = []
                 asked = [rows(1, seed=n) for n in range(6)]
@@ -154,7 +156,7 @@ class TestAnswers:
     def test_nothing_but_damaged_answers_is_an_error(self, damage):
         with serving(engine()) as url, proxied(url, damage) as proxy, transport(proxy, deadline=1) as to:
             client = RefPlugClient(to)
-            with pytest.raises(RemoteError, match="damaged|cut short"):
+            with pytest.raises(RemoteError, match=r"damaged|cut short"):
                 client.score(PaddedRows.flush_left(rows()), 1.0)
 
     def test_an_older_answer_is_not_taken_for_the_new_one(self):

@@ -13,6 +13,7 @@ from ..identity import digest_model
 from ..provider import ReferenceContext, ReferenceIdentity
 from ..scoring import Row, evaluation_mode
 from ..scoring.execution import causal_lm
+from ..scoring.safety import absolute_positions, batch_length_limit
 from ..serving.client import RefPlugClient, ScoringClient
 from ..serving.facts import tokenizer_digest
 from ..serving.rows import PaddedRows
@@ -80,7 +81,15 @@ def connect_vllm(
     tolerance = TOLERANCES[torch.bfloat16]  # nothing says what an unknown server computes in
     if options.starts_as_policy:
         tolerance = tolerance_for(_mixed_precision(context), policy.dtype)
-    client = VllmClient(transport, model=options.model, known=known, tolerance=tolerance)
+    model = causal_lm(policy)
+    client = VllmClient(
+        transport,
+        model=options.model,
+        known=known,
+        tolerance=tolerance,
+        left_padding=not absolute_positions(model),
+        batch_limit=batch_length_limit(model),
+    )
     names = [client.model]
     if options.starts_as_policy:
         names += _policy_digests(context)[:1]

@@ -98,7 +98,7 @@ def make_app(engine: Engine, *, key: str | None = None, limits: Limits | None = 
         answer = wire.ScoringAnswer(engine.facts.digest, _checked(answers, refused, len(wanted.rows)), refused)
         return Response(wire.encode_answer(answer, body), media_type=wire.CONTENT_TYPE)
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/health", health),
             Route("/v1/identity", identity),
@@ -108,6 +108,8 @@ def make_app(engine: Engine, *, key: str | None = None, limits: Limits | None = 
         exception_handlers={HTTPException: _error},
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False
+    return app
 
 
 class _KeyCheck:

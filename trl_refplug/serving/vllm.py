@@ -59,6 +59,9 @@ class VllmClient:
         model (`str`, *optional*): The name it is served under; by default the only one there is.
         known (`Row`): A row that every request carries, all of it scored.
         tolerance ([`Tolerance`]): How far its log-probs may be from those of the first request.
+        left_padding (`bool`): Whether rows may be padded on the left: the server has no padding, and the positions of
+            some models count from it.
+        batch_limit (`float`): The longest batch whose rows do not depend on each other.
 
     Attributes:
         model (`str`): The name it is served under.
@@ -69,8 +72,19 @@ class VllmClient:
         ReferenceMismatchError: The servers have different references.
     """
 
-    def __init__(self, transport: Transport, *, model: str | None, known: Row, tolerance: Tolerance) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        model: str | None,
+        known: Row,
+        tolerance: Tolerance,
+        left_padding: bool = True,
+        batch_limit: float = float("inf"),
+    ) -> None:
         self.transport = transport
+        self._left_padding = left_padding
+        self._batch_limit = batch_limit
         self._known = known
         self._tolerance = tolerance
         found = transport.each("GET", "/v1/models", lambda response: _decoded(_models, response))
@@ -88,6 +102,12 @@ class VllmClient:
             raise UnsupportedInputError(
                 f"A row of {longest:,} tokens is too long for {self.transport.urls[0]}, whose limit is "
                 f"{self._max_length:,}, one of which it generates. Serve with --max-model-len {longest + 1} or more."
+            )
+        if rows.width > self._batch_limit or (any(rows.lefts) and not self._left_padding):
+            raise UnsupportedInputError(
+                "protocol='vllm' scores rows without their padding, and this model's log-probs depend on it: rows "
+                f"padded on the left of absolute positions, or more than {self._batch_limit} tokens long. Use a "
+                "server of `trl-refplug serve`."
             )
         *values, known = self._request(rows.rows, None)
         self._compare(known, "The reference server was restarted with another model or precision")
