@@ -241,7 +241,7 @@ class ReferenceProvider(ABC):
     """Frozen dataclass that `ref_provider_kwargs` are parsed into; unknown or ill-typed keys are errors."""
 
     capabilities: Capabilities = Capabilities()
-    """Declared by the class; an instance may have others from `setup` on, where its options decide."""
+    """Declared by the class; an instance may have others, from `setup` on at the latest, where its options decide."""
 
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options
