@@ -86,7 +86,7 @@ class RemoteProvider(ReferenceProvider):
                     f"{getattr(options, name)}."
                 )
         if options.protocol == "vllm":  # it ignores the temperature when it scores a prompt
-            self.capabilities = replace(type(self).capabilities, temperature=False)  # type: ignore[misc]
+            self.capabilities = replace(type(self).capabilities, temperature=False)
         self._client: ScoringClient | None = None
         self._identity: ReferenceIdentity | None = None
         self._temperature = 1.0
