@@ -99,8 +99,8 @@ def notes(runs: list[Run]) -> list[str]:
     data = "the pairs that ship with the package" if job["data"] is None else Path(job["data"]).name
     told = [
         f"LoRA-DPO of {Path(job['model']).name} on {data}: {steps} steps of two pairs, seed {job['seed']}, on "
-        f"{place}, each run in a process of its own. Loss and margin: first step → mean of the last {min(LAST_STEPS, steps)}. "
-        "Before the first step the model is loaded, and what can be is scored."
+        f"{place}, each run in a process of its own. Loss and margin: first step → mean of the last "
+        f"{min(LAST_STEPS, steps)}. Before the first step the model is loaded, and what can be is scored."
     ]
     if len(runs) > 1:
         told.append(
