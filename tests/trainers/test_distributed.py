@@ -1,11 +1,14 @@
 """Two real processes with gloo on the CPU, started by torchrun."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 from .. import tiny
 
@@ -37,6 +40,46 @@ def test_two_ranks_equal_trl(tmp_path):
     assert ranks[0][0]["sums"] == ranks[1][0]["sums"]
 
 
+def sharded(tmp_path, *jobs):
+    """What rank 0 gave for every job, run under FSDP2."""
+    done = torchrun(tmp_path, *({"fsdp": True, **job} for job in jobs))
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "rank0.json").read_text())
+    assert all(result["sharded"] for result in results)
+    return results
+
+
+def test_sharded_policies_equal_trl(tmp_path):
+    cases = [("dpo", "frozen", False), ("kto", "frozen", False), ("grpo", "frozen", False), ("rloo", "frozen", False)]
+    cases += [("dpo", "adapter", True), ("dpo", "frozen", True), ("grpo", "adapter", True)]
+    jobs = []
+    for kind, provider, lora in cases:
+        jobs.append({"kind": kind, "lora": lora, "args": {"ref_provider": provider}})
+        jobs.append({"kind": kind, "lora": lora, "ours": False})
+    results = sharded(tmp_path, *jobs)
+    for case, ours, theirs in zip(cases, results[::2], results[1::2], strict=True):
+        assert theirs["logs"]
+        assert ours == theirs, case
+
+
+def test_an_edited_sharded_policy_is_its_own_reference(tmp_path):
+    (result,) = sharded(tmp_path, {"kind": "dpo", "edit": True})
+    assert result["logs"][0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_sharded_average_goes_on_after_resume(tmp_path):
+    args = {"ref_provider": "ema", "ref_provider_kwargs": {"sync_steps": 2, "alpha": 0.5}}
+    args |= {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    job = {"kind": "dpo", "args": args}
+    checkpoint = str(tmp_path / "sharded" / "checkpoint-3")
+    frozen, whole, resumed = sharded(
+        tmp_path, {"kind": "dpo", "args": {"max_steps": 6}}, job, {**job, "resume": checkpoint}
+    )
+    assert [entry["loss"] for entry in resumed["logs"]] == [entry["loss"] for entry in whole["logs"]]
+    assert resumed["sums"] == whole["sums"]
+    assert whole["sums"] != frozen["sums"]
+
+
 def test_ranks_that_disagree_stop(tmp_path):
     done = torchrun(tmp_path, {"kind": "dpo", "reference": "PerRank"})
     assert done.returncode != 0
@@ -50,3 +93,31 @@ def test_one_ranks_failure_ends_the_job(tmp_path):
     assert done.returncode != 0
     assert "the reference of rank 1 is on fire" in done.stderr
     assert time.monotonic() - started < 120
+
+
+def test_looking_ahead_changes_nothing(tmp_path):
+    """Metrics of the uneven last batch are cut by what accelerate knows of the loader, which is read ahead."""
+    epochs = {"num_train_epochs": 2, "max_steps": -1, "per_device_train_batch_size": 2}
+    stream = {"max_steps": 5, "accelerator_config": {"dispatch_batches": True, "split_batches": True}}
+    cases = [
+        ("dpo", {"rows": 15, "args": epochs}),
+        ("dpo", {"rows": 13, "args": {**epochs, "gradient_accumulation_steps": 2, "ref_prefetch": 9}}),
+        ("kto", {"rows": 7, "args": epochs}),
+        ("dpo", {"rows": 16, "stream": True, "args": stream}),
+    ]
+    jobs = []
+    for kind, job in cases:
+        for prefetch in (job["args"].get("ref_prefetch", 2), 0):
+            jobs.append({**job, "kind": kind, "reference": "Ahead", "args": {**job["args"], "ref_prefetch": prefetch}})
+    on_one = {"rows": 15, "kind": "dpo", "reference": "AheadOnOne", "args": epochs}
+    done = torchrun(tmp_path, *jobs, on_one)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        *results, last = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert last["logs"] == results[0]["logs"]
+        calls = results[0]["ahead"] + results[0]["afresh"]
+        assert last["ahead"] == (calls if rank == 0 else 0)  # all when needed: on rank 0 by `log_probs`, on its thread
+        for case, ahead, afresh in zip(cases, results[::2], results[1::2], strict=True):
+            assert (ahead["logs"], ahead["sums"]) == (afresh["logs"], afresh["sums"]), case
+            assert ahead["ahead"] > 0, case
+            assert afresh["ahead"] == 0, case

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from functools import cache
 from typing import Any, TypeVar
@@ -53,8 +54,23 @@ def plug(trainer_class: type[T]) -> type[T]:
     return type(
         f"RefPlug{trainer_class.__name__}",
         (_Outermost, *bases),
-        {"__doc__": trainer_class.__doc__, "__module__": trainer_class.__module__},
+        {
+            "__doc__": trainer_class.__doc__,
+            "__module__": trainer_class.__module__,
+            "__signature__": _signature(trainer_class, online=seam.online),
+        },
     )
+
+
+def _signature(trainer_class: type, *, online: bool) -> inspect.Signature:
+    """What `help()` and editors show: the trainer's own arguments and the ones taken by [`_Outermost`]."""
+    own = inspect.signature(trainer_class)
+    added = ["ref_model", "reference"] if online else ["reference"]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    keywords = [inspect.Parameter(name, kind, default=None) for name in added if name not in own.parameters]
+    parameters = list(own.parameters.values())
+    at = len(parameters) - any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    return own.replace(parameters=[*parameters[:at], *keywords, *parameters[at:]])
 
 
 class _Outermost:
@@ -68,6 +84,13 @@ class _Outermost:
         super().__init__(*args, **kwargs)
         if not hasattr(self, "_refplug_session"):
             raise seam_error(f"{type(self).__name__}.__init__ does not call `super().__init__()`")
+
+    def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
+        session = self._refplug_session  # type: ignore[attr-defined]
+        if session is None or session.look_ahead is None:
+            return super().get_batch_samples(epoch_iterator, *args, **kwargs)  # type: ignore[misc]
+        with session.look_ahead.around(self, epoch_iterator) as batches:
+            return super().get_batch_samples(batches, *args, **kwargs)  # type: ignore[misc]
 
 
 class Plugged:
@@ -117,7 +140,11 @@ class Plugged:
                 checkpoint = get_last_checkpoint(self.args.output_dir)  # type: ignore[attr-defined]
             if checkpoint:  # if there is none, the trainer says so
                 self._refplug_session.resume(str(checkpoint))
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            if self._refplug_session is not None and self._refplug_session.look_ahead is not None:
+                self._refplug_session.look_ahead.cancel()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._refplug_session is not None and self.model.training:  # type: ignore[attr-defined]
