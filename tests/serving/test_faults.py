@@ -7,9 +7,12 @@ from contextlib import ExitStack
 
 import numpy as np
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
 
-from trl_refplug import RemoteError
+from trl_refplug import ReferenceMismatchError, RemoteError
 from trl_refplug.scoring import Row
+from trl_refplug.serving import wire
 from trl_refplug.serving.background import in_background
 from trl_refplug.serving.client import RefPlugClient
 from trl_refplug.serving.rows import PaddedRows
@@ -172,6 +175,31 @@ class TestAnswers:
             assert_near(client.score(PaddedRows.flush_left(rows()), 1.0), expected(rows()))
             with pytest.raises(RemoteError, match="damaged"):
                 client.score(PaddedRows.flush_left(rows(seed=1)), 1.0)
+
+
+def test_an_answer_of_another_reference_stops_the_run(path, tmp_path):
+    """Whole and undamaged, to this very request, but of other weights."""
+
+    class Impostor:
+        def __init__(self, app):
+            self.app = app
+
+        async def __call__(self, scope, receive, send):
+            if scope.get("path") != "/v1/score" or not provider:
+                await self.app(scope, receive, send)
+                return
+            body = await Request(scope, receive).body()
+            asked = wire.decode_request(body, max_rows=100, max_tokens=10_000).rows.rows
+            values = [np.zeros(len(row.scored()), np.float32) for row in asked]
+            answer = wire.encode_answer(wire.ScoringAnswer("ab" * 16, values, {}), body)
+            await Response(answer)(scope, receive, send)
+
+    provider = []
+    with serving(engine(scoring="exact"), around=Impostor) as url:
+        trainer = build("dpo", tmp_path, path, args=remote(url))
+        provider.append(trainer.ref_model.provider)
+        with pytest.raises(ReferenceMismatchError, match="answered for abababab"):
+            trainer.train()
 
 
 def test_a_third_of_all_requests_fails(tmp_path, path, frozen):
