@@ -1,7 +1,7 @@
 """
 What serving costs: throughput with 64 clients against the scoring engine called directly, and bytes on the wire.
 
-    [REFPLUG_MODEL=DIR] python -m pytest -m benchmark -s tests/benchmarks/test_serving.py
+    [REFPLUG_MODEL=DIR] [REFPLUG_ROWS=4] [REFPLUG_REPEATS=3] python -m pytest -m benchmark -s tests/benchmarks/test_serving.py
 
 Without a model, a random one of 11 million parameters and the vocabulary of SmolLM2. The server is a process of its
 own; both sides use one thread (OMP_NUM_THREADS=1).
@@ -22,7 +22,8 @@ from trl_refplug.serving.rows import PaddedRows
 from ..serving.servers import ServerProcess, transport
 
 
-CLIENTS, REQUESTS, ROWS, TOKENS = 64, 2, 4, 200
+CLIENTS, REQUESTS, TOKENS = 64, 2, 200
+ROWS = int(os.environ.get("REFPLUG_ROWS", "4"))  # a request
 pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(3600)]
 
 
@@ -47,8 +48,7 @@ def path(tmp_path_factory):
 @pytest.fixture(scope="module")
 def work():
     generator = np.random.default_rng(0)
-    requests = int(os.environ.get("REFPLUG_REQUESTS", REQUESTS))
-    ids = generator.integers(0, 49152, (CLIENTS, requests, ROWS, TOKENS))
+    ids = generator.integers(0, 49152, (CLIENTS, REQUESTS, ROWS, TOKENS))
     return [[[Row(row, row) for row in request] for request in client] for client in ids]
 
 
