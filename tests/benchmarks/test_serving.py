@@ -1,10 +1,11 @@
 """
 What serving costs: throughput with 64 clients against the scoring engine called directly, and bytes on the wire.
 
-    [REFPLUG_MODEL=DIR] [REFPLUG_ROWS=4] [REFPLUG_REPEATS=3] python -m pytest -m benchmark -s tests/benchmarks/test_serving.py
+    python -m pytest -m benchmark -s tests/benchmarks/test_serving.py
 
-Without a model, a random one of 11 million parameters and the vocabulary of SmolLM2. The server is a process of its
-own; both sides use one thread (OMP_NUM_THREADS=1).
+Without REFPLUG_MODEL (a directory), with a random model of 11 million parameters and the vocabulary of SmolLM2.
+REFPLUG_ROWS of a request and REFPLUG_REPEATS may be changed. The server is a process of its own; both sides use one
+thread (OMP_NUM_THREADS=1).
 """
 
 import os
