@@ -1,5 +1,6 @@
 """Servers that die and networks that lie: every value is right, or the run ends with an error that says why."""
 
+import random
 import signal
 import threading
 import time
@@ -118,10 +119,24 @@ class TestReplicas:
         with serving(engine()) as there, transport(there, f"http://127.0.0.1:{port}", connect_timeout=0.5) as to:
             client = RefPlugClient(to)
             with serving(engine(), port=port) as late:
-                to._servers[0].failures = 100  # as if the first were in trouble
+                first, second = to._servers
+                assert (second.url, second.failures > 0) == (late, True)
+                first.not_before = time.monotonic() + 60  # as if it were in trouble
                 client.score(PaddedRows.flush_left(rows()), 1.0)
-                assert next(server for server in to._servers if server.url == late).failures == 0
+                assert second.failures == 0
 
+
+def test_retries_leave_the_global_random_stream_alone():
+    with serving(engine(), around=lambda app: Failing(app, 0.5)) as url, transport(url) as to:
+        client = RefPlugClient(to)
+        state = random.getstate()
+        for seed in range(6):
+            client.score(PaddedRows.flush_left(rows(1, seed=seed)), 1.0)
+        assert to.stats.retries > 0
+        assert random.getstate() == state
+
+
+class TestLoad:
     def test_the_least_loaded_is_asked(self):
         served = [delayed(engine(), 0.3) for _ in range(3)]
         with ExitStack() as stack:
