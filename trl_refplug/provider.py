@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from pathlib import Path
 
+    import numpy as np
     from accelerate import Accelerator
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
 
@@ -54,6 +56,27 @@ class ReferenceBatch:
             extras={name: value.to(device) if hasattr(value, "to") else value for name, value in self.extras.items()},
             rows_sliceable=self.rows_sliceable,
         )
+
+
+@dataclass(frozen=True)
+class PlannedRows:
+    """
+    Rows that a run will ask for, one after the other and without padding: a prompt that is not scored, then a
+    completion that is.
+
+    Args:
+        token_ids (`NDArray[np.int64]`): `[tokens]`, of all rows.
+        offsets (`NDArray[np.int64]`): `[rows + 1]`; row `i` is `token_ids[offsets[i] : offsets[i + 1]]`.
+        first_scored (`NDArray[np.int64]`): `[rows]`, at least 1: where in its row the first scored token is. All that
+            follow are scored, too. The length of the row, or more, if none is.
+    """
+
+    token_ids: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    first_scored: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.first_scored)
 
 
 @dataclass(frozen=True)
@@ -159,10 +182,22 @@ class ReferenceContext(Protocol):
     def create(self, name: str, options: Mapping[str, Any] | None = None) -> ReferenceProvider:
         """Another provider by name, pinned; it is set up and closed with the one that asked. Call it in `pin`."""
 
+    def place(self, module: nn.Module, device: str | None = None) -> nn.Module:
+        """
+        Do to a model that was loaded after `pin` what TRL does to its own reference: dropout, LM head, DeepSpeed,
+        FSDP, device (another one if `device` names it).
+        """
+
     def planned(self, split: str) -> Iterable[ReferenceBatch] | None:
         """
         The rows that this run will ask for, in batches of any size, where they are known; `None` for GRPO, RLOO and
         streams. `split` is `"train"`, `"eval"` (all evaluation sets) or the name of one evaluation set.
+        """
+
+    def planned_rows(self, split: str) -> Iterable[PlannedRows] | None:
+        """
+        The rows of `planned`, in blocks and some thirty times as fast: they are read from the tokenised data set and
+        not collated. `None` where that is not possible, as with a collator that is not TRL's own.
         """
 
 
@@ -206,7 +241,7 @@ class ReferenceProvider(ABC):
     """Frozen dataclass that `ref_provider_kwargs` are parsed into; unknown or ill-typed keys are errors."""
 
     capabilities: Capabilities = Capabilities()
-    """Declared by the class; an instance may have others from `setup` on, where its options decide."""
+    """Declared by the class; an instance may have others, from `setup` on at the latest, where its options decide."""
 
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options

@@ -1,11 +1,14 @@
 """Two real processes with gloo on the CPU, started by torchrun."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 from .. import tiny
 
@@ -35,6 +38,46 @@ def test_two_ranks_equal_trl(tmp_path):
             assert ours == theirs, case
     assert ranks[0][0]["logs"]
     assert ranks[0][0]["sums"] == ranks[1][0]["sums"]
+
+
+def sharded(tmp_path, *jobs):
+    """What rank 0 gave for every job, run under FSDP2."""
+    done = torchrun(tmp_path, *({"fsdp": True, **job} for job in jobs))
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "rank0.json").read_text())
+    assert all(result["sharded"] for result in results)
+    return results
+
+
+def test_sharded_policies_equal_trl(tmp_path):
+    cases = [("dpo", "frozen", False), ("kto", "frozen", False), ("grpo", "frozen", False), ("rloo", "frozen", False)]
+    cases += [("dpo", "adapter", True), ("dpo", "frozen", True), ("grpo", "adapter", True)]
+    jobs = []
+    for kind, provider, lora in cases:
+        jobs.append({"kind": kind, "lora": lora, "args": {"ref_provider": provider}})
+        jobs.append({"kind": kind, "lora": lora, "ours": False})
+    results = sharded(tmp_path, *jobs)
+    for case, ours, theirs in zip(cases, results[::2], results[1::2], strict=True):
+        assert theirs["logs"]
+        assert ours == theirs, case
+
+
+def test_an_edited_sharded_policy_is_its_own_reference(tmp_path):
+    (result,) = sharded(tmp_path, {"kind": "dpo", "edit": True})
+    assert result["logs"][0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_sharded_average_goes_on_after_resume(tmp_path):
+    args = {"ref_provider": "ema", "ref_provider_kwargs": {"sync_steps": 2, "alpha": 0.5}}
+    args |= {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    job = {"kind": "dpo", "args": args}
+    checkpoint = str(tmp_path / "sharded" / "checkpoint-3")
+    frozen, whole, resumed = sharded(
+        tmp_path, {"kind": "dpo", "args": {"max_steps": 6}}, job, {**job, "resume": checkpoint}
+    )
+    assert [entry["loss"] for entry in resumed["logs"]] == [entry["loss"] for entry in whole["logs"]]
+    assert resumed["sums"] == whole["sums"]
+    assert whole["sums"] != frozen["sums"]
 
 
 def test_ranks_that_disagree_stop(tmp_path):

@@ -1,6 +1,7 @@
 """`plug`: any trainer of TRL and of others, any way to name a provider, and clear errors where it cannot work."""
 
 import gc
+import inspect
 import weakref
 
 import pytest
@@ -271,3 +272,8 @@ def test_config_values_end_in_json(tmp_path):
     args = config("dpo", tmp_path, ref_provider="frozen", ref_provider_kwargs={"device": "cpu"})
     assert '"device": "cpu"' in args.to_json_string()
     assert args.to_sanitized_dict()["ref_provider"] == "frozen"
+
+
+def test_the_signature_names_the_arguments_that_are_added():
+    assert inspect.signature(trainer_class("dpo")).parameters["reference"].default is None
+    assert {"reference", "ref_model", "reward_funcs"} <= inspect.signature(trainer_class("grpo")).parameters.keys()

@@ -1,5 +1,6 @@
 """Run by test_distributed.py under torchrun: short training runs on every rank; writes what the tests compare."""
 
+import copy
 import json
 import os
 import sys
@@ -7,8 +8,11 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate import state
+from accelerate.utils import DistributedType
 from datasets import disable_progress_bars
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM
 
 from tests.trainers.ahead import Ahead
 from tests.trainers.runs import DATA, build, finished
@@ -44,6 +48,36 @@ class AheadOnOne(Ahead):
 
 REFERENCES = {"PerRank": PerRank, "BrokenOnOne": BrokenOnOne, "Ahead": Ahead, "AheadOnOne": AheadOnOne}
 
+FSDP = {
+    "fsdp": True,
+    "fsdp_config": {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "state_dict_type": "SHARDED_STATE_DICT",
+    },
+}
+
+
+def allow_fsdp_on_cpu() -> None:
+    """PyTorch shards over gloo on the CPU; accelerate offers it on accelerators only, and goes by this name."""
+    init = state.AcceleratorState.__init__
+
+    def renamed(self, *args, **kwargs):
+        if state.PartialState(cpu=True).distributed_type == DistributedType.MULTI_CPU:
+            state.PartialState._shared_state["distributed_type"] = DistributedType.MULTI_NPU
+        init(self, *args, **kwargs)
+
+    state.AcceleratorState.__init__ = renamed
+
+
+def edited(path: str) -> torch.nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.3)
+    return model
+
 
 def run(job: dict) -> dict:
     kwargs = {}
@@ -57,16 +91,21 @@ def run(job: dict) -> dict:
         kwargs["train_dataset"] = DATA[job["kind"]](job["rows"]).to_iterable_dataset()
     args = {**job.get("args", {}), "ddp_backend": "gloo"}
     out = Path(job["out"]) / os.environ["RANK"]
-    trainer = build(job["kind"], out, job["model"], ours=job["ours"], args=args, **kwargs)
+    if job.get("fsdp"):
+        state.AcceleratorState._reset_state(True)
+        args, out = {**args, **copy.deepcopy(FSDP)}, Path(job["out"], "sharded")
+    policy = edited(job["model"]) if job.get("edit") else job["model"]
+    trainer = build(job["kind"], out, policy, ours=job["ours"], args=args, **kwargs)
     if job.get("reference", "").startswith("Ahead"):
         kwargs["reference"].trainer = trainer
-    trainer.train()
+    trainer.train(resume_from_checkpoint=job.get("resume"))
     done = finished(trainer)
     sums = {name.removeprefix("module."): p.double().sum().item() for name, p in done.weights.items()}
     reference = kwargs.get("reference")
     return {
         "logs": done.logs,
         "sums": sums,
+        "sharded": any(isinstance(p, torch.distributed.tensor.DTensor) for p in done.weights.values()),
         "ahead": getattr(reference, "ahead", 0),
         "afresh": getattr(reference, "afresh", 0),
     }
@@ -77,6 +116,8 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     jobs = json.loads(sys.argv[1])
+    if jobs[0].get("fsdp"):
+        allow_fsdp_on_cpu()
     results = [run(job) for job in jobs]
     Path(jobs[0]["out"], f"rank{os.environ['RANK']}.json").write_text(json.dumps(results))
     torch.distributed.barrier()

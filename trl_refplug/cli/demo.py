@@ -17,7 +17,8 @@ from trl_refplug.errors import ConfigurationError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from trl_refplug.demo.run import DemoResult, DemoSettings
+    from trl_refplug.demo.job import JobSettings
+    from trl_refplug.demo.run import DemoResult
 
 
 def demo(
@@ -63,14 +64,14 @@ def _demo(
         from trl_refplug.arguments import ReferenceArguments
         from trl_refplug.cli.flags import check_reference
         from trl_refplug.demo import report
+        from trl_refplug.demo.job import JobSettings
         from trl_refplug.demo.model import find_model
-        from trl_refplug.demo.run import DemoSettings
 
         flags = ReferenceArguments(ref_provider=ref_provider, ref_provider_kwargs=ref_provider_kwargs)
         check_reference(flags, policy_is_peft=True, online=False)
     with console.status("Looking for the model"):
         model = model or find_model(console.print)
-    settings = DemoSettings(model, ref_provider, ref_provider_kwargs, steps, seed)
+    settings = JobSettings(model, ref_provider, ref_provider_kwargs, steps, seed)
 
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -98,10 +99,11 @@ def _demo(
     )
 
 
-def _train(console: Console, settings: DemoSettings, scratch: Path) -> DemoResult:
+def _train(console: Console, settings: JobSettings, scratch: Path) -> DemoResult:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from trl_refplug.demo.run import Step, run
+    from trl_refplug.demo.job import Step
+    from trl_refplug.demo.run import run
 
     columns = (
         TextColumn("{task.description}"),

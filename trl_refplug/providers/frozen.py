@@ -111,11 +111,15 @@ class FrozenProvider(ReferenceProvider):
         return module
 
     def setup(self, context: ReferenceContext) -> None:
+        assert context.reference_model is not None, "the seam places what pin() returned"
+        self._use(context.reference_model, context)
+
+    def _use(self, module: nn.Module, context: ReferenceContext) -> None:
+        """Score with `module`, which is placed."""
         from ..scoring import ScoringThread, stay_in_evaluation_mode
         from .scorers import trainer_scorer
 
-        self._module = context.reference_model
-        assert self._module is not None, "the seam places what pin() returned"
+        self._module = module
         stay_in_evaluation_mode(self._module)  # a model passed as `ref_model=` may still be in train mode
         self._scorer = trainer_scorer(self._module, context, self.options.scoring)
         self._bulk_scorer = trainer_scorer(self._module, context, "packed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from functools import cache
 from typing import Any, TypeVar
@@ -53,8 +54,23 @@ def plug(trainer_class: type[T]) -> type[T]:
     return type(
         f"RefPlug{trainer_class.__name__}",
         (_Outermost, *bases),
-        {"__doc__": trainer_class.__doc__, "__module__": trainer_class.__module__},
+        {
+            "__doc__": trainer_class.__doc__,
+            "__module__": trainer_class.__module__,
+            "__signature__": _signature(trainer_class, online=seam.online),
+        },
     )
+
+
+def _signature(trainer_class: type, *, online: bool) -> inspect.Signature:
+    """What `help()` and editors show: the trainer's own arguments and the ones taken by [`_Outermost`]."""
+    own = inspect.signature(trainer_class)
+    added = ["ref_model", "reference"] if online else ["reference"]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    keywords = [inspect.Parameter(name, kind, default=None) for name in added if name not in own.parameters]
+    parameters = list(own.parameters.values())
+    at = len(parameters) - any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    return own.replace(parameters=[*parameters[:at], *keywords, *parameters[at:]])
 
 
 class _Outermost:

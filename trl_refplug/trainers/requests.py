@@ -48,6 +48,16 @@ def planned(trainer: Any, seam: Seam, split: str) -> Iterator[ReferenceBatch] | 
     The requests of a whole split in dataset order, or `None` where they are not known beforehand: every row once, in
     other batches than training will make. `split` is `"train"`, `"eval"` (all evaluation sets) or the name of one.
     """
+    datasets = indexed_datasets(trainer, seam, split)
+    if datasets is None:
+        return None
+    return chain.from_iterable(
+        planned_batches(dataset, trainer.data_collator, trainer.args.device) for dataset in datasets
+    )
+
+
+def indexed_datasets(trainer: Any, seam: Seam, split: str) -> list[Any] | None:
+    """The data sets of a split, or `None` where it has rows that are not known beforehand."""
     dataset = trainer.train_dataset if split == "train" else trainer.eval_dataset
     if isinstance(dataset, Mapping):
         datasets = list(dataset.values()) if split == "eval" else [dataset.get(split)]
@@ -56,8 +66,7 @@ def planned(trainer: Any, seam: Seam, split: str) -> Iterator[ReferenceBatch] | 
     datasets = [dataset for dataset in datasets if dataset is not None]
     if seam.online or not all(map(_is_indexed, datasets)):
         return None
-    collate, device = trainer.data_collator, trainer.args.device
-    return chain.from_iterable(_planned(dataset, collate, device) for dataset in datasets)
+    return datasets
 
 
 def _is_indexed(dataset: Any) -> bool:
@@ -65,7 +74,8 @@ def _is_indexed(dataset: Any) -> bool:
     return hasattr(dataset, "__len__") and not isinstance(dataset, torch.utils.data.IterableDataset)
 
 
-def _planned(dataset: Any, collate: Any, device: torch.device) -> Iterator[ReferenceBatch]:
+def planned_batches(dataset: Any, collate: Any, device: torch.device) -> Iterator[ReferenceBatch]:
+    """The requests of one data set, in its order."""
     requests = unpaired_requests if "label" in dataset.column_names else preference_requests
     # No DataLoader: iterating one draws from the global random stream.
     for start in range(0, len(dataset), _PLANNED_ROWS):

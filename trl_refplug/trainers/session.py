@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..arguments import ReferenceArguments
 from ..errors import ConfigurationError, SeamError
 from ..provider import ReferenceBatch, ReferenceProvider
+from ..random_state import rng_kept
 from . import policy as policies
 from .check import check_against_policy
 from .checkpoint import compare_with_checkpoint
@@ -76,7 +77,7 @@ class ReferenceSession:
 
     def pin(self, policy: nn.Module) -> None:
         """Fix the reference: `policy` is exactly as it was passed in."""
-        with policies.rng_kept():
+        with rng_kept():
             self._module = self._pin(self.provider, self._context, policy)
         self._pinned = True
 
@@ -121,7 +122,7 @@ class ReferenceSession:
         self.args = trainer.args
         if not self._pinned:
             raise seam_error("TRL constructed its trainer without loading the policy through the expected name")
-        with policies.rng_kept():
+        with rng_kept():
             for provider, context, module in self._nested:
                 context.reference_model = self._placed(provider, context, module)
                 provider.setup(context)

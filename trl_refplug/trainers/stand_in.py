@@ -20,7 +20,7 @@ from .seam import seam_error
 
 class ReferenceModel(nn.Module):
     """
-    Stands in `trainer.ref_model`. It has no parameters of its own; those of an in-process copy are answered read-only.
+    Stands in `trainer.ref_model`. It has no parameters of its own and names those of an in-process copy instead.
 
     Args:
         provider ([`ReferenceProvider`]): Who answers.
