@@ -65,8 +65,8 @@ def rows(runs: list[Run], agreements: list[Agreement]) -> Rows:
         ("of it the reference", [_share(run) for run in runs]),
         ("before the first step", [f"{run.seconds_before:.1f} s" for run in runs]),
         ("peak memory", [f"{run.peak_memory / 2**30:.2f} GiB" for run in runs]),
-        ("on disk", [_bytes(run.disk_bytes) for run in runs]),
-        ("on the wire", [_bytes(run.wire_bytes) for run in runs]),
+        ("on disk", [shown_bytes(run.disk_bytes) for run in runs]),
+        ("on the wire", [shown_bytes(run.wire_bytes) for run in runs]),
         ("reference differs by", [NOTHING, *(_difference(one.log_probs, " nats") for one in agreements)]),
         ("loss differs by", [NOTHING, *(_difference(one.loss) for one in agreements)]),
     ]
@@ -85,7 +85,8 @@ def _difference(largest: float | None, unit: str = "") -> str:
     return "other rows" if largest is None else "nothing" if largest == 0 else f"{largest:.1e}{unit}"
 
 
-def _bytes(size: int | None) -> str:
+def shown_bytes(size: int | None) -> str:
+    """In MB or kB."""
     if size is None:
         return NOTHING
     return f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size / 1e3:.1f} kB"
@@ -98,9 +99,9 @@ def notes(runs: list[Run]) -> list[str]:
     place = job["device"] if run.device != "cpu" else f"{threads} CPU thread{'s' if threads > 1 else ''}"
     data = "the pairs that ship with the package" if job["data"] is None else Path(job["data"]).name
     told = [
-        f"LoRA-DPO of {Path(job['model']).name} on {data}: {steps} steps of two pairs, seed {job['seed']}, on {place}, "
-        f"each run in a process of its own. Loss and margin: first step → mean of the last {min(LAST_STEPS, steps)}. "
-        "Before the first step the model is loaded, and what can be is scored."
+        f"LoRA-DPO of {Path(job['model']).name} on {data}: {steps} steps of two pairs, seed {job['seed']}, on "
+        f"{place}, each run in a process of its own. Loss and margin: first step → mean of the last "
+        f"{min(LAST_STEPS, steps)}. Before the first step the model is loaded, and what can be is scored."
     ]
     if len(runs) > 1:
         told.append(
