@@ -43,6 +43,7 @@ def test_other_rows_are_not_compared(tmp_path: Path) -> None:
     assert found.log_probs is None
     assert "| reference differs by | - | other rows |" in as_markdown(runs, [found])
     assert "| on the wire | 5.0 MB | 5.0 MB |" in as_markdown(runs, [found])
+    assert "on disk" not in as_markdown(runs, [found])
 
 
 def test_a_finished_run_counts_for_the_same_job_only(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def _work(sending: Connection, job: Job, contender: Contender, folder: Path) -> 
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it ends this process, by this:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an orderly end, which leaves no semaphores behind
-    log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(log, stream.fileno())

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from .report import shown_bytes
@@ -51,9 +52,8 @@ def draw_curves(runs: list[Run], path: Path) -> None:
 
 def draw_costs(runs: list[Run], path: Path) -> None:
     """Seconds of a step and before the first one, peak memory, bytes stored and sent, as a PNG."""
-    figure = Figure(figsize=(WIDTH, 1.7 + 0.62 * len(runs)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.7 + 0.62 * len(runs)), dpi=150, layout=ConstrainedLayoutEngine(hspace=0.08))
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(hspace=0.08)  # type: ignore[union-attr]
     (step, before), (memory, stored) = figure.subplots(2, 2, sharey=True)
 
     policy, reference = ([getattr(run, f"{name}_seconds") for run in runs] for name in ("policy", "reference"))

@@ -57,8 +57,11 @@ Rows = list[tuple[str, list[str]]]
 
 
 def rows(runs: list[Run], agreements: list[Agreement]) -> Rows:
-    """The table: one row a figure, one cell a run. `agreements` are those of the second and all further runs."""
-    return [
+    """
+    The table: one row a figure, one cell a run; no row that would be empty. `agreements` are those of the second and
+    all further runs.
+    """
+    table = [
         ("loss", [_change(run, "loss") for run in runs]),
         ("reward margin", [_change(run, "margin") for run in runs]),
         ("step, median", [f"{run.policy_seconds + run.reference_seconds:.2f} s" for run in runs]),
@@ -70,6 +73,7 @@ def rows(runs: list[Run], agreements: list[Agreement]) -> Rows:
         ("reference differs by", [NOTHING, *(_difference(one.log_probs, " nats") for one in agreements)]),
         ("loss differs by", [NOTHING, *(_difference(one.loss) for one in agreements)]),
     ]
+    return [(title, cells) for title, cells in table if any(cell != NOTHING for cell in cells)]
 
 
 def _change(run: Run, name: str) -> str:
