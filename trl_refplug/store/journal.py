@@ -20,6 +20,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from .folder import TEMPORARY_PREFIX
 from .keys import KEY_BYTES
 
 
@@ -57,13 +58,25 @@ class Journal:
             return
         try:
             if self._file is None:
-                self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
-                _lock(self._file)
-                os.write(self._file, _HEADER)
+                self._file = self._create()
             data = b"".join(map(_record, keys, rows))
             self._usable = os.write(self._file, data) == len(data)
         except OSError:
             self._usable = False
+
+    def _create(self) -> int:
+        # It is locked before it is a journal, or another process could take it for one that was left behind.
+        temporary = self._path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
+        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
+        try:
+            _lock(file)
+            os.write(file, _HEADER)
+            os.rename(temporary, self._path)
+        except BaseException:
+            os.close(file)
+            temporary.unlink(missing_ok=True)
+            raise
+        return file
 
     def clear(self) -> None:
         """Forget all rows: they are published."""
