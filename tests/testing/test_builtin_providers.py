@@ -4,13 +4,17 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from trl_refplug.serving.engine import Engine
-from trl_refplug.testing import ReferenceProviderTests, tiny_policy, tiny_tokenizer
+from trl_refplug.testing import ReferenceProviderTests, tiny_image_policy, tiny_policy, tiny_tokenizer
 
 from ..serving.servers import serving
 
 
 LORA = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
-TRAINED = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+
+
+def with_trained_adapter(model):
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    return get_peft_model(model, config)
 
 
 class TestFrozen(ReferenceProviderTests):
@@ -50,11 +54,11 @@ class TestTrainedAdapter(ReferenceProviderTests):
 
     @pytest.fixture
     def policy(self):
-        return get_peft_model(tiny_policy(), TRAINED)
+        return with_trained_adapter(tiny_policy())
 
     @pytest.fixture
-    def image_policy(self, image_policy):
-        return get_peft_model(image_policy, TRAINED)
+    def image_policy(self):
+        return with_trained_adapter(tiny_image_policy())
 
     @pytest.fixture
     def other_options(self):
