@@ -25,6 +25,16 @@ def _quiet() -> None:
     transformers.logging.set_verbosity_error()
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is remembered of models, and default stores, are each test's own; a real model is not fetched anew."""
+    if request.node.get_closest_marker("realmodel"):
+        return
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 class FakeSite:
     """A directory on `sys.path` that distributions are 'installed' into, without pip: metadata and modules only."""
 

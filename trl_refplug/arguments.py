@@ -31,6 +31,10 @@ class ReferenceArguments:
         ref_check (`str`, *optional*, defaults to `"error"`):
             What to do if the first reference log-probs of training differ from the declared reference's: `"error"`,
             `"warn"` or `"off"`.
+        ref_prefetch (`int`, *optional*, defaults to `2`):
+            How many batches ahead of the policy the reference is asked, by DPO and KTO and where the provider can
+            answer while the policy works (another device or machine). 1 hides an answer that takes no longer than a
+            step; 2 also where one batch takes longer than the next. 0 asks when the answer is needed.
     """
 
     ref_provider: str = field(
@@ -52,6 +56,13 @@ class ReferenceArguments:
             "choices": list(_CHECKS),
         },
     )
+    ref_prefetch: int = field(
+        default=2,
+        metadata={
+            "help": "How many batches ahead of the policy the reference is asked (DPO and KTO), where the provider "
+            "can answer while the policy works: on another device or machine. 0 asks when the answer is needed."
+        },
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.ref_provider_kwargs, str):
@@ -65,6 +76,11 @@ class ReferenceArguments:
             raise ConfigurationError(
                 f"`ref_check` must be one of {', '.join(_CHECKS)}, got {self.ref_check!r}."
                 f"{did_you_mean(self.ref_check, _CHECKS)}"
+            )
+        if not isinstance(self.ref_prefetch, int) or self.ref_prefetch < 0:
+            raise ConfigurationError(
+                f"`ref_prefetch` must be a number of batches, 0 or more, got {self.ref_prefetch!r}. 0 asks the "
+                "reference only when its answer is needed."
             )
         # The configurations of TRL have a __post_init__ of their own further along the MRO.
         after = getattr(super(), "__post_init__", None)

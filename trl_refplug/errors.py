@@ -11,6 +11,7 @@ RefPlugError
 ├── SeamError                            TRL does not look as this release of trl-refplug expects
 ├── ReferenceMismatchError               the log-probs, or the reference itself, are not those that were declared
 ├── InvalidLogProbsError                 a provider answered with a wrong shape, dtype or a non-finite value
+├── RemoteError                          a reference server cannot be reached, refuses, or cannot be trusted
 ├── UnsupportedInputError (ValueError)   this provider cannot score this batch
 └── StoreError                           a log-prob store cannot be opened, read or written
     ├── MissingRowError                  a row is not in the store, and nothing may score it now
@@ -63,6 +64,10 @@ class ReferenceMismatchError(RefPlugError):
 
 class InvalidLogProbsError(RefPlugError):
     """A provider answered with a wrong shape, a wrong dtype or a non-finite value at a scored position."""
+
+
+class RemoteError(RefPlugError):
+    """A reference server cannot be reached in time, refuses to answer, or answers what cannot be trusted."""
 
 
 class UnsupportedInputError(RefPlugError, ValueError):

@@ -1,8 +1,11 @@
 """Python, and `trl-refplug`, in a process of their own."""
 
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 
@@ -19,3 +22,16 @@ def run_python(python: Path | str, *arguments: str, **environment: str) -> "subp
 def run_here(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     """Run `trl-refplug` in the environment of the tests."""
     return run_python(sys.executable, "-m", "trl_refplug", *arguments, **environment)
+
+
+def environment_with(*packages: Path, directory: Path) -> Path:
+    """The interpreter of a fresh environment in `directory`: our dependencies and, installed by pip, `packages`."""
+    venv.create(directory / "venv", with_pip=False, symlinks=os.name != "nt")
+    python = directory / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    purelib = run_python(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
+    (Path(purelib) / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    # setuptools builds beside the sources
+    copies = [str(shutil.copytree(package, directory / "packages" / package.name)) for package in packages]
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
+    subprocess.run([*pip, "--no-build-isolation", *copies], check=True, timeout=300)
+    return python

@@ -3,17 +3,13 @@
 import json
 import os
 import re
-import shutil
-import subprocess
 import sys
-import sysconfig
-import venv
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cli.processes import ROOT, run_python
+from tests.cli.processes import ROOT, environment_with, run_python
 from tests.conftest import FakeSite
 
 
@@ -23,15 +19,7 @@ PACKAGES = ROOT / "tests" / "packages"
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Interpreter of a fresh environment with our dependencies and, installed by pip, what is in `tests/packages`."""
-    directory = tmp_path_factory.mktemp("environment")
-    venv.create(directory / "venv", with_pip=False, symlinks=os.name != "nt")
-    python = directory / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    purelib = run_python(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
-    (Path(purelib) / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
-    packages = shutil.copytree(PACKAGES, directory / "packages")  # setuptools builds beside the sources
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
-    subprocess.run([*pip, "--no-build-isolation", *map(str, sorted(packages.iterdir()))], check=True, timeout=300)
-    return python
+    return environment_with(*sorted(PACKAGES.iterdir()), directory=tmp_path_factory.mktemp("environment"))
 
 
 def listed(python: Path | str, **environment: str) -> dict[str, dict[str, Any]]:

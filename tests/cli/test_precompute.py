@@ -8,6 +8,7 @@ import pytest
 from tests import tiny
 from tests.cli.processes import run_here
 from trl_refplug.cli import train as command
+from trl_refplug.cli.tasks import Precompute
 from trl_refplug.store import summarize
 
 
@@ -43,9 +44,9 @@ def test_fills_and_does_not_train(tmp_path: Path) -> None:
 
 
 def test_again_scores_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command.train("dpo", flags(tmp_path), precomputing=True)
+    command.train("dpo", flags(tmp_path), Precompute())
     shards = sorted((tmp_path / "store").iterdir())
-    command.train("dpo", flags(tmp_path), precomputing=True)
+    command.train("dpo", flags(tmp_path), Precompute())
     assert sorted((tmp_path / "store").iterdir()) == shards
     assert capsys.readouterr().out.count("All rows of this run are in") == 2
 

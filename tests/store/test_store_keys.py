@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_refplug.store import KEY_BYTES, RowKey, ScoringFacts
+from trl_refplug.store import KEY_BYTES, RowKey, ScoringFacts, tail_scored_keys
 
 
 FACTS = ScoringFacts("frozen-1234", attention_implementation="sdpa", scoring_mode="exact")
@@ -91,3 +91,12 @@ def test_what_is_not_a_list_of_integers_is_refused(wrong: np.ndarray) -> None:
 def test_a_temperature_no_logits_can_be_divided_by_is_refused(temperature: float) -> None:
     with pytest.raises(ValueError, match="temperature must be positive and finite"):
         replace(FACTS, temperature=temperature)
+
+
+@given(facts, st.lists(st.tuples(st.lists(st.integers(0, 2**40), max_size=5), st.integers(0, 6)), max_size=5))
+def test_many_keys_at_once(facts: ScoringFacts, rows: list[tuple[list[int], int]]) -> None:
+    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids, _ in rows])]).astype(int).tolist()
+    together = np.array([token for ids, _ in rows for token in ids], np.int64)
+    assert tail_scored_keys(facts, together, offsets, [first for _, first in rows]) == [
+        RowKey(facts, ids, range(first, len(ids))).digest() for ids, first in rows
+    ]

@@ -93,3 +93,31 @@ def test_one_ranks_failure_ends_the_job(tmp_path):
     assert done.returncode != 0
     assert "the reference of rank 1 is on fire" in done.stderr
     assert time.monotonic() - started < 120
+
+
+def test_looking_ahead_changes_nothing(tmp_path):
+    """Metrics of the uneven last batch are cut by what accelerate knows of the loader, which is read ahead."""
+    epochs = {"num_train_epochs": 2, "max_steps": -1, "per_device_train_batch_size": 2}
+    stream = {"max_steps": 5, "accelerator_config": {"dispatch_batches": True, "split_batches": True}}
+    cases = [
+        ("dpo", {"rows": 15, "args": epochs}),
+        ("dpo", {"rows": 13, "args": {**epochs, "gradient_accumulation_steps": 2, "ref_prefetch": 9}}),
+        ("kto", {"rows": 7, "args": epochs}),
+        ("dpo", {"rows": 16, "stream": True, "args": stream}),
+    ]
+    jobs = []
+    for kind, job in cases:
+        for prefetch in (job["args"].get("ref_prefetch", 2), 0):
+            jobs.append({**job, "kind": kind, "reference": "Ahead", "args": {**job["args"], "ref_prefetch": prefetch}})
+    on_one = {"rows": 15, "kind": "dpo", "reference": "AheadOnOne", "args": epochs}
+    done = torchrun(tmp_path, *jobs, on_one)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        *results, last = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert last["logs"] == results[0]["logs"]
+        calls = results[0]["ahead"] + results[0]["afresh"]
+        assert last["ahead"] == (calls if rank == 0 else 0)  # all when needed: on rank 0 by `log_probs`, on its thread
+        for case, ahead, afresh in zip(cases, results[::2], results[1::2], strict=True):
+            assert (ahead["logs"], ahead["sums"]) == (afresh["logs"], afresh["sums"]), case
+            assert ahead["ahead"] > 0, case
+            assert afresh["ahead"] == 0, case

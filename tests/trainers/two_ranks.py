@@ -14,8 +14,10 @@ from datasets import disable_progress_bars
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
+from tests.trainers.ahead import Ahead
 from tests.trainers.runs import DATA, build, finished
 from trl_refplug import ReferenceIdentity, ReferenceProvider
+from trl_refplug.providers.frozen import FrozenProvider
 
 
 class PerRank(ReferenceProvider):
@@ -33,6 +35,18 @@ class BrokenOnOne(PerRank):
         if os.environ["RANK"] == "1":
             raise RuntimeError("the reference of rank 1 is on fire")
 
+
+class AheadOnOne(Ahead):
+    """On rank 1 the reference's device is the policy's."""
+
+    def _has_own_device(self, context):
+        return os.environ["RANK"] == "0"
+
+    def log_probs(self, batch):
+        return FrozenProvider.log_probs(self, batch)
+
+
+REFERENCES = {"PerRank": PerRank, "BrokenOnOne": BrokenOnOne, "Ahead": Ahead, "AheadOnOne": AheadOnOne}
 
 FSDP = {
     "fsdp": True,
@@ -72,7 +86,9 @@ def run(job: dict) -> dict:
     if job.get("rows"):
         kwargs["train_dataset"] = DATA[job["kind"]](job["rows"])
     if job.get("reference"):
-        kwargs["reference"] = globals()[job["reference"]]()
+        kwargs["reference"] = REFERENCES[job["reference"]]()
+    if job.get("stream"):
+        kwargs["train_dataset"] = DATA[job["kind"]](job["rows"]).to_iterable_dataset()
     args = {**job.get("args", {}), "ddp_backend": "gloo"}
     out = Path(job["out"]) / os.environ["RANK"]
     if job.get("fsdp"):
@@ -80,11 +96,19 @@ def run(job: dict) -> dict:
         args, out = {**args, **copy.deepcopy(FSDP)}, Path(job["out"], "sharded")
     policy = edited(job["model"]) if job.get("edit") else job["model"]
     trainer = build(job["kind"], out, policy, ours=job["ours"], args=args, **kwargs)
+    if job.get("reference", "").startswith("Ahead"):
+        kwargs["reference"].trainer = trainer
     trainer.train(resume_from_checkpoint=job.get("resume"))
     done = finished(trainer)
     sums = {name.removeprefix("module."): p.double().sum().item() for name, p in done.weights.items()}
-    sharded = any(isinstance(p, torch.distributed.tensor.DTensor) for p in done.weights.values())
-    return {"logs": done.logs, "sums": sums, "sharded": sharded}
+    reference = kwargs.get("reference")
+    return {
+        "logs": done.logs,
+        "sums": sums,
+        "sharded": any(isinstance(p, torch.distributed.tensor.DTensor) for p in done.weights.values()),
+        "ahead": getattr(reference, "ahead", 0),
+        "afresh": getattr(reference, "afresh", 0),
+    }
 
 
 def main() -> None:

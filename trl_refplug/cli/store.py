@@ -1,4 +1,4 @@
-"""`trl-refplug store`: what a log-prob store holds, and whether all of it is intact."""
+"""`trl-refplug store`: what a log-prob store holds, whether it is intact and right, and its rows as a table."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trl_refplug.cli.tasks import Export, Verify
+from trl_refplug.cli.train import launch_task
+
 
 if TYPE_CHECKING:
     from ..store import Manifest, StoreSummary
@@ -15,6 +18,12 @@ if TYPE_CHECKING:
 app = typer.Typer(name="store", help="Look after log-prob stores.", no_args_is_help=True)
 
 Location = Annotated[str, typer.Argument(help="Directory or fsspec URL of the store.")]
+Command = Annotated[
+    list[str],
+    typer.Argument(
+        help="After `--`: a training command, `dpo --model_name_or_path ...`, whose model and rows are meant."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -52,12 +61,19 @@ def info(location: Location, as_json: AsJson = False) -> None:
 @app.command()
 def verify(
     location: Location,
+    command: Command = [],  # noqa: B006 (typer copies it)
+    sample: Annotated[int, typer.Option(help="How many rows the training command's model scores again.", min=1)] = 64,
     tolerance: Annotated[
         float, typer.Option(help="Largest difference between two scorings of a token, in nats, that is no conflict.")
     ] = 0.02,
     as_json: AsJson = False,
 ) -> None:
-    """Read all of a store: check every checksum, compare rows that were scored twice. Exits with 1 on any finding."""
+    """
+    Read all of a store: check every checksum, compare rows that were scored twice. Exits with 1 on any finding.
+
+    A store has no tokens, so to score rows again takes the training command that asks for them:
+    `trl-refplug store verify ref-store -- dpo --model_name_or_path ...`. Exits with 2 if they differ.
+    """
     from ..store import verify as verify_store
 
     report = _or_exit(verify_store, location, tolerance)
@@ -76,6 +92,30 @@ def verify(
             )
     if not report.ok:
         raise typer.Exit(1)
+    if command:
+        launch_task(Verify(location, sample), command, usage="trl-refplug store verify PATH --")
+
+
+@app.command()
+def export(
+    location: Location,
+    output: Annotated[
+        str, typer.Argument(help="File ending in .parquet, .jsonl or .csv, or a directory for `load_from_disk`.")
+    ],
+    command: Command,
+    split: Annotated[str, typer.Option(help="`train`, `eval`, or the name of an evaluation set.")] = "train",
+) -> None:
+    """
+    Write a training command's data set with the log-probs that a store has of its rows.
+
+    `trl-refplug store export ref-store table.parquet -- dpo --model_name_or_path ...` writes the tokenised rows with
+    `ref_chosen_logps` and `ref_rejected_logps` (KTO: `ref_logps`, `ref_KL_logps`), reduced as the command's trainer
+    does. A row that is not in the store is an error: fill it with `trl-refplug precompute` first.
+    """
+    from ..store import summarize
+
+    _or_exit(summarize, location)
+    launch_task(Export(location, output, split), command, usage="trl-refplug store export PATH OUTPUT --")
 
 
 def _or_exit(action: Any, *arguments: Any) -> Any:

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import typer
 
+from trl_refplug.cli.tasks import Precompute, Task, decode
 from trl_refplug.errors import ConfigurationError, RefPlugError, SeamError, did_you_mean
 
 
@@ -26,7 +27,6 @@ COMMAND_SETTINGS: dict[str, Any] = {
     "add_help_option": False,
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
 }
-PRECOMPUTE = "precompute"
 PREFIXES = {"dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO"}  # of TRL's class names
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -58,16 +58,27 @@ def precompute(context: typer.Context) -> None:
     Takes a method and the training command's own arguments (`trl-refplug precompute dpo --model_name_or_path ...`),
     so that the tokens are the same. Rows that are there are not scored again.
     """
-    method = context.args[0] if context.args else None
+    launch_task(Precompute(), context.args, usage="trl-refplug precompute")
+
+
+def launch_task(task: Task, command: Sequence[str], *, usage: str) -> None:
+    """
+    Run a training command that does `task` and does not train.
+
+    Args:
+        command (`Sequence[str]`): A method and its arguments.
+        usage (`str`): What is written before them, for messages.
+    """
+    method = command[0] if command else None
     if method not in PREFIXES:
         raise ConfigurationError(
-            f"Found {method or 'nothing'}; expected a method and its arguments, as in `trl-refplug precompute dpo "
+            f"Found {method or 'nothing'}; expected a method and its arguments, as in `{usage} dpo "
             f"--model_name_or_path ...`. Methods: {', '.join(PREFIXES)}.{did_you_mean(str(method), PREFIXES)}"
         )
-    _launch(method, context.args[1:], precomputing=True)
+    _launch(method, command[1:], task)
 
 
-def _launch(method: str, arguments: Sequence[str], *, precomputing: bool = False) -> None:
+def _launch(method: str, arguments: Sequence[str], task: Task | None = None) -> None:
     """Check what can be checked at once, then start this file in every process as `accelerate launch` does."""
     from accelerate.commands.launch import launch_command, launch_command_parser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
@@ -75,8 +86,8 @@ def _launch(method: str, arguments: Sequence[str], *, precomputing: bool = False
     arguments = list(arguments)
     parser = _parser(method)
     *parsed, from_config, from_cli = _parse(parser, arguments)
-    if precomputing:
-        _fill_only(parsed[1])
+    if task is not None:
+        task.configure(parsed[1])
     _check(method, *parsed)
 
     # What TRL's parser does not know is for `accelerate launch`, or a mistake.
@@ -86,8 +97,8 @@ def _launch(method: str, arguments: Sequence[str], *, precomputing: bool = False
         launch_flags = resolve_accelerate_config_argument([*from_config, *from_cli])
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
-    task = [PRECOMPUTE, method] if precomputing else [method]
-    launch_args = launch_parser.parse_args([*launch_flags, __file__, *task, *_without(arguments, from_cli)])
+    what = [method] if task is None else [task.encode(), method]
+    launch_args = launch_parser.parse_args([*launch_flags, __file__, *what, *_without(arguments, from_cli)])
     if launch_args.training_script != __file__:
         raise ConfigurationError(f"Unexpected argument {launch_args.training_script!r}: it belongs to no flag.")
     _run(launch_command, launch_args)
@@ -221,52 +232,40 @@ def _raise_unsupported(method: str) -> NoReturn:
     )
 
 
-class _FilledError(Exception):
+class _DoneError(Exception):
     """Ends TRL's script where it would train."""
 
 
-def _fill_only(training_args: Any) -> None:
-    """Make `training_args` those of a run that fills its store before training."""
-    provider = training_args.ref_provider
-    if provider not in ("auto", "cached"):
-        raise ConfigurationError(
-            f"`trl-refplug precompute` fills the store of ref_provider='cached'; found --ref_provider {provider}. To "
-            "store what it answers, make it the source: --ref_provider cached --ref_provider_kwargs "
-            f'\'{{"source": "{provider}"}}\'.'
-        )
-    training_args.ref_provider = "cached"
-    training_args.ref_provider_kwargs = {**(training_args.ref_provider_kwargs or {}), "fill": "ahead"}
-
-
 @contextmanager
-def _no_training(method: str) -> Iterator[None]:
+def _instead_of_training(method: str, task: Task) -> Iterator[None]:
     import trl
 
-    def stop(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+    def run(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        done = task.run(self)
         if self.is_world_process_zero():
-            print(f"All rows of this run are in {self.ref_model.provider.metadata()['path']}.")
-        raise _FilledError
+            print(done)
+        raise _DoneError
 
     name = f"{PREFIXES[method]}Trainer"
     trainer_class = getattr(trl, name)
-    setattr(trl, name, type(name, (trainer_class,), {"train": stop}))
+    setattr(trl, name, type(name, (trainer_class,), {"train": run}))
     try:
         yield
-    except _FilledError:
+    except _DoneError:
         pass
     finally:
         setattr(trl, name, trainer_class)
 
 
-def train(method: str, arguments: Sequence[str], *, precomputing: bool = False) -> None:
+def train(method: str, arguments: Sequence[str], task: Task | None = None) -> None:
     """What every launched process runs: TRL's script for `method`, with the flags that it understands."""
     *parsed, _ = _parser(method).parse_args_and_config(list(arguments), return_remaining_strings=True)
     script_args, training_args, model_args, mixture = parsed
     if script_args.dataset_name and not mixture.datasets and Path(script_args.dataset_name).is_file():
         _load_as_file(script_args, mixture)
-    if precomputing:
-        _fill_only(training_args)
-    with _our_classes(method), _no_training(method) if precomputing else nullcontext():
+    if task is not None:
+        task.configure(training_args)
+    with _our_classes(method), nullcontext() if task is None else _instead_of_training(method, task):
         _script(method).main(script_args, training_args, model_args, mixture)
 
 
@@ -281,10 +280,10 @@ def _load_as_file(script_args: Any, mixture: Any) -> None:
 
 
 def _main() -> None:
-    precomputing = sys.argv[1] == PRECOMPUTE
-    method, *arguments = sys.argv[2:] if precomputing else sys.argv[1:]
+    task = decode(sys.argv[1])
+    method, *arguments = sys.argv[1:] if task is None else sys.argv[2:]
     try:
-        train(method, arguments, precomputing=precomputing)
+        train(method, arguments, task)
     except RefPlugError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -7,10 +7,10 @@ from trl_refplug.hookspecs import Register, hookimpl
 
 API_VERSION = 1
 
-EXTRAS: dict[str, str] = {}
+EXTRAS: dict[str, str] = {"remote": "serve"}
 """Built-in providers that need an optional dependency, and the pip extra that brings it."""
 
-PLANNED = {"remote": "serve"}
+PLANNED: dict[str, str] = {}
 """Providers of a later release, and the pip extra that each will need."""
 
 
@@ -20,3 +20,4 @@ def refplug_register_providers(register: Register) -> None:
     register("adapter", "trl_refplug.providers.adapter:AdapterProvider")
     register("cached", "trl_refplug.providers.cached:CachedProvider")
     register("ema", "trl_refplug.providers.ema:EmaProvider")
+    register("remote", "trl_refplug.providers.remote:RemoteProvider")

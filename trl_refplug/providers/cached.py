@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,12 +18,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..store import LogProbStore
+    from .filling import RowBlock, SampleCheck
     from .row_keys import BatchRows, RowKeys
 
 
 logger = logging.getLogger("trl_refplug")
 
 _TOKENS_SHOWN = 12
+_VERIFIED_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,12 @@ class CachedOptions:
             "them. `never`: a missing row is an error."
         },
     )
-    verify: int = field(
-        default=4, metadata={"help": "How many stored rows are scored again at the start, to be sure of them."}
+    verify: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many stored rows are scored again at the start, to be sure of them. By default 4, and none "
+            "where that would take a model or a server that nothing else needs."
+        },
     )
 
 
@@ -74,8 +79,11 @@ class CachedProvider(ReferenceProvider):
         super().__init__(options)
         self._given = model
         self._source: ReferenceProvider | None = None
+        self._owns_source = True
         self._store: Any = None
         self._hits = self._misses = 0
+        self.sample_check: SampleCheck | None = None
+        """How far the stored rows that were scored again at the start are from what the store has."""
         chosen = self.options
         if model is not None and chosen.source is not None:
             raise ConfigurationError(
@@ -86,7 +94,7 @@ class CachedProvider(ReferenceProvider):
             raise ConfigurationError("ref_provider='cached': option 'source_kwargs' needs option 'source'.")
         if chosen.source == "cached":
             raise ConfigurationError("ref_provider='cached': a store cannot be its own source. Name another one.")
-        if chosen.verify < 0:
+        if chosen.verify is not None and chosen.verify < 0:
             raise ConfigurationError(f"ref_provider='cached': option 'verify' must not be negative: {chosen.verify}.")
 
     @property
@@ -95,7 +103,7 @@ class CachedProvider(ReferenceProvider):
 
     @property
     def device(self) -> str | None:
-        return self._source.device if self._source is not None and self._given is not None else None
+        return self._source.device if self._source is not None and self._owns_source else None
 
     @property
     def module(self) -> nn.Module | None:
@@ -107,13 +115,16 @@ class CachedProvider(ReferenceProvider):
         return self._source
 
     def pin(self, context: ReferenceContext) -> nn.Module | None:
+        from ..options import parse_options
         from .borrowed import BorrowedPolicy
-        from .frozen import FrozenProvider
+        from .frozen import FrozenOptions, FrozenProvider
+        from .named_model import NamedModel
         from .peft_policy import is_peft
 
-        self._owns_source = True
         if self._given is not None:
             self._source, self._given = FrozenProvider(model=self._given), None
+        elif self.options.source == "frozen" and (self.options.source_kwargs or {}).get("model") is not None:
+            self._source = NamedModel(parse_options("frozen", FrozenOptions, self.options.source_kwargs))
         elif self.options.source is not None:
             self._owns_source = False
             self._source = context.create(self.options.source, self.options.source_kwargs)
@@ -137,10 +148,13 @@ class CachedProvider(ReferenceProvider):
         return self._source.pin(context) if self._owns_source else None
 
     def setup(self, context: ReferenceContext) -> None:
+        from .row_keys import ModelFacts
+
         self._context = context
         source = self._scored_by
         if self._owns_source:
             source.setup(context)
+        self._model_facts = getattr(source, "model_facts", None) or ModelFacts.of(source.module or context.policy)
         self._keys = self._row_keys(context)
         self._may_score = not (_sharded(context.accelerator) and source.capabilities.local_model)
         self._store = self._open(self.options.path or default_path())
@@ -191,6 +205,11 @@ class CachedProvider(ReferenceProvider):
     # What is looked up
 
     @property
+    def _source_at_hand(self) -> bool:
+        """Whether scoring a row takes no more than what is in this process anyway."""
+        return self._scored_by.capabilities.local_model and not getattr(self._scored_by, "idle", False)
+
+    @property
     def _scores_packed(self) -> bool:
         return getattr(self._scored_by.options, "scoring", "exact") == "packed"
 
@@ -203,31 +222,23 @@ class CachedProvider(ReferenceProvider):
         return LogProbStore(path, mode="a", provenance={"reference": reference, "scoring": asdict(self._keys.exact)})
 
     def _row_keys(self, context: ReferenceContext) -> RowKeys:
-        from ..scoring.execution import causal_lm
-        from ..scoring.safety import absolute_positions, batch_length_limit
         from ..store import ScoringFacts
         from ..tolerances import AUTOCAST_DTYPES
         from .row_keys import RowKeys
 
-        model = causal_lm(self._scored_by.module or context.policy)
         autocast = AUTOCAST_DTYPES.get(str(context.accelerator.mixed_precision))
 
         def facts(mode: str) -> ScoringFacts:
             return ScoringFacts(
                 identity_digest=self._scored_by.identity().digest,
-                attention_implementation=str(model.config._attn_implementation),
+                attention_implementation=self._model_facts.attention_implementation,
                 scoring_mode=mode,
                 temperature=context.temperature,
                 cast_lm_head_to_fp32=bool(getattr(context.args, "cast_lm_head_to_fp32", False)),
                 autocast_dtype=None if autocast is None else str(autocast).removeprefix("torch."),
             )
 
-        return RowKeys(
-            facts("packed"),
-            facts("exact"),
-            absolute_positions=absolute_positions(model),
-            length_limit=batch_length_limit(model),
-        )
+        return RowKeys(facts("packed"), facts("exact"), self._model_facts)
 
     # What is scored
 
@@ -252,12 +263,13 @@ class CachedProvider(ReferenceProvider):
             )
         accelerator = context.accelerator
         rank, ranks = accelerator.process_index, accelerator.num_processes
-        found = survey(
-            self._store, self._planned(context), self._keys, verify=self.options.verify, rank=rank, ranks=ranks
-        )
-        if self._may_score:
+        sample = _VERIFIED_ROWS if self.options.verify is None else self.options.verify
+        found = survey(self._store, self._planned(context), self._keys, verify=sample, rank=rank, ranks=ranks)
+        source_needed = bool(found.missing and self.options.fill != "never") or self.options.verify is not None
+        if self._may_score and (source_needed or self._source_at_hand):
             with self._precision():
-                check_sample(found, self._scored_by, accelerator.device, self._tolerance(context))
+                device, tolerance = accelerator.device, self._tolerance(context)
+                self.sample_check = check_sample(found, self._scored_by, device, tolerance)
         if found.missing:
             if self.options.fill == "never" or not self._may_score:
                 assert found.first is not None
@@ -287,9 +299,13 @@ class CachedProvider(ReferenceProvider):
                 f"{context.accelerator.process_index} sees it. Use a `path` that all nodes share."
             )
 
-    @staticmethod
-    def _planned(context: ReferenceContext) -> Iterator[ReferenceBatch]:
-        return chain.from_iterable(context.planned(split) or () for split in ("train", "eval"))
+    def _planned(self, context: ReferenceContext) -> Iterator[RowBlock]:
+        for split in ("train", "eval"):
+            plain = context.planned_rows(split)
+            if plain is not None:
+                yield from map(self._keys.of_planned, plain)
+            else:
+                yield from map(self._keys.of, context.planned(split) or ())
 
     def _score(self, batch: ReferenceBatch, rows: BatchRows, missing: list[int]) -> Tensor:
         from .row_keys import select
@@ -328,8 +344,7 @@ class CachedProvider(ReferenceProvider):
 
         from ..tolerances import tolerance_for
 
-        model = self._scored_by.module or context.policy
-        return tolerance_for(str(context.accelerator.mixed_precision), getattr(model, "dtype", torch.float32))
+        return tolerance_for(str(context.accelerator.mixed_precision), getattr(torch, self._model_facts.dtype))
 
     def _shown(self, token_ids: Any) -> str:
         decode = getattr(self._context.processing_class, "decode", None)

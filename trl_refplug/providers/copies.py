@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,10 +41,13 @@ def snapshot(policy: nn.Module, dtype: str | None = None) -> nn.Module:
 
 def load_model(options: FrozenOptions, policy: nn.Module, args: Any) -> nn.Module:
     """The model that `options` name, loaded as TRL loads a reference; in the policy's dtype unless one is named."""
-    from transformers import BitsAndBytesConfig
-    from trl.trainer.utils import create_model_from_path
+    return load_named(str(options.model), loading(options, policy, args))
 
-    assert options.model is not None
+
+def loading(options: FrozenOptions, policy: nn.Module, args: Any) -> dict[str, Any]:
+    """How the model that `options` name is loaded: keyword arguments of `from_pretrained`."""
+    from transformers import BitsAndBytesConfig
+
     kwargs = dict(getattr(args, "model_init_kwargs", None) or {})
     kwargs.pop("revision", None)  # the policy's revision says nothing about another model
     config: Any = policy.config
@@ -60,7 +64,14 @@ def load_model(options: FrozenOptions, policy: nn.Module, args: Any) -> nn.Modul
         kwargs["device_map"] = {"": options.device}
     elif str(getattr(args.distributed_state, "distributed_type", "")).endswith(("MULTI_GPU", "DEEPSPEED")):
         kwargs["device_map"] = None
-    return freeze(create_model_from_path(options.model, **kwargs))
+    return kwargs
+
+
+def load_named(model: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    """A frozen model, from a name and the keyword arguments of [`loading`]."""
+    from trl.trainer.utils import create_model_from_path
+
+    return freeze(create_model_from_path(model, **kwargs))
 
 
 def freeze(module: nn.Module) -> nn.Module:

@@ -6,7 +6,7 @@ import heapq
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,19 +18,31 @@ from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from ..errors import ReferenceMismatchError, UnsupportedInputError
-from ..provider import ReferenceBatch, ReferenceProvider
+from ..provider import ReferenceProvider
 from ..scoring import Row
 from ..scoring.exact import pad_rows
-from ..store import LogProbStore
+from ..store import KEY_BYTES, LogProbStore
 from ..tolerances import Tolerance
-from .row_keys import RowKeys, Values
+from .row_keys import BatchRows, RowKeys, TailScoredRows, Values
 
 
 logger = logging.getLogger("trl_refplug")
 
-Batches = Callable[[], Iterator[ReferenceBatch]]
+RowBlock = BatchRows | TailScoredRows
+_SHARE = 128  # rows in a row that one rank scores: neighbours have prompts in common
 _AT_ONCE = 256  # rows put at a time
+_VERIFIED_AT_ONCE = 4  # rows of a sample
 _EXACT_BATCH = 16  # rows a call to a source that has no bulk scorer
+
+
+@dataclass(frozen=True)
+class _Descending:
+    """A key that is smaller the larger it is: heaps keep the smallest."""
+
+    key: bytes
+
+    def __lt__(self, other: _Descending) -> bool:
+        return self.key > other.key
 
 
 @dataclass(frozen=True)
@@ -65,7 +77,7 @@ class Survey:
 
 def survey(
     store: LogProbStore,
-    batches: Iterable[ReferenceBatch],
+    blocks: Iterable[RowBlock],
     keys: RowKeys,
     *,
     verify: int = 0,
@@ -76,39 +88,51 @@ def survey(
     Look up every row planned.
 
     Args:
-        batches (`Iterable[ReferenceBatch]`): The same on every rank, in the same order.
+        blocks (`Iterable[BatchRows | TailScoredRows]`): The same on every rank, in the same order.
         verify (`int`): How many of the rows found are kept as a sample.
     """
     report = Survey()
-    seen: set[bytes] = set()
-    sample: list[tuple[int, int, Row, Values]] = []
+    every: list[bytes] = []
+    # The largest of the keys kept comes first: keys are hashes, so those with the smallest ones are a random sample.
+    sample: list[tuple[_Descending, Row, Values]] = []
     number = 0
-    for position, batch in enumerate(batches):
-        rows = keys.of(batch)
+    for rows in blocks:
         packed = rows.keys(keys.packed)
-        values = keys.find(store, rows, packed)
-        for index, (key, value) in enumerate(zip(packed, values, strict=True)):
-            if key not in seen:
-                seen.add(key)
-                if value is None:
-                    report.missing.add(key)
-                    report.first = report.first or MissingRow(number, rows.rows[index])
-                    if position % ranks == rank:
-                        report.mine.add(key)
-                        report.tokens += len(rows.scored[index])
-                elif len(value) and verify:
-                    # Keys are hashes, so the smallest ones are a random sample; negated, as heaps keep the largest.
-                    entry = (-int.from_bytes(key, "little"), number, rows.rows[index], value)
+        counts = rows.scored_counts()
+        there = store.contains(packed) | (counts == 0)  # what has no scored token has nothing to be stored
+        missed = np.flatnonzero(~there)
+        if len(missed):
+            there[missed] = store.contains(rows.keys(keys.exact, missed.tolist()))
+        for index in np.flatnonzero(~there).tolist():
+            if packed[index] not in report.missing:
+                report.missing.add(packed[index])
+                report.first = report.first or MissingRow(number + index, rows.row(index))
+                if (number + index) // _SHARE % ranks == rank:
+                    report.mine.add(packed[index])
+                    report.tokens += int(counts[index])
+        if verify:
+            for index in np.flatnonzero(there & (counts > 0)).tolist():
+                key = packed[index]
+                if (len(sample) < verify or key < sample[0][0].key) and all(key != kept.key for kept, *_ in sample):
+                    entry = (_Descending(key), rows.row(index), _stored(store, keys, rows, index))
                     (heapq.heappush if len(sample) < verify else heapq.heappushpop)(sample, entry)
-            number += 1
-    report.rows = len(seen)
-    report.sample = [(row, value) for *_, row, value in sample]
+        every.append(b"".join(packed))
+        number += len(rows)
+    report.rows = len(np.unique(np.frombuffer(b"".join(every), f"V{KEY_BYTES}")))
+    report.sample = [(row, values) for _, row, values in sample]
     return report
+
+
+def _stored(store: LogProbStore, keys: RowKeys, rows: RowBlock, index: int) -> Values:
+    answer = store.lookup([*rows.keys(keys.packed, [index]), *rows.keys(keys.exact, [index])])
+    values = answer[1] if answer[0] is None else answer[0]
+    assert values is not None
+    return values
 
 
 def fill(
     store: LogProbStore,
-    batches: Iterable[ReferenceBatch],
+    blocks: Iterable[RowBlock],
     keys: RowKeys,
     found: Survey,
     source: Any,
@@ -126,11 +150,10 @@ def fill(
     sent: dict[int, tuple[bytes, Any]] = {}
 
     def missing_rows() -> Iterator[Row]:
-        for batch in batches:
+        for rows in blocks:
             if not pending:
                 return
-            rows = keys.of(batch)
-            for index, (key, row) in enumerate(zip(rows.keys(keys.packed), rows.rows, strict=True)):
+            for index, key in enumerate(rows.keys(keys.packed)):
                 if key not in pending:
                     continue
                 if rows.offsets[index]:
@@ -139,8 +162,8 @@ def fill(
                         "positions: their log-probs depend on the padding. Pad on the right, or use fill='lazy'."
                     )
                 pending.discard(key)
-                sent[len(sent)] = (key if bulk else rows.keys(keys.exact, [index])[0], rows.scored[index])
-                yield row
+                sent[len(sent)] = (key if bulk else rows.keys(keys.exact, [index])[0], rows.scored_positions(index))
+                yield rows.row(index)
 
     bulk = hasattr(source, "bulk_scorer")
     started = time.perf_counter()
@@ -168,30 +191,45 @@ def fill(
         tqdm.write(line, file=sys.stderr)
 
 
-def check_sample(found: Survey, source: ReferenceProvider, device: torch.device, tolerance: Tolerance) -> None:
+@dataclass(frozen=True)
+class SampleCheck:
+    """How far stored rows are from the same rows scored again: nats per token, at most and on average."""
+
+    rows: int
+    largest: float
+    mean: float
+
+
+def check_sample(
+    found: Survey, source: ReferenceProvider, device: torch.device, tolerance: Tolerance
+) -> SampleCheck | None:
     """
-    Score some stored rows again.
+    Score some stored rows again. `None` if there are none.
 
     Raises:
         ReferenceMismatchError: They differ by more than rounding.
     """
     if not found.sample:
-        return
-    batch = pad_rows([row for row, _ in found.sample], device)
-    again = source.log_probs(batch).float().cpu().numpy()
-    differences = [
-        np.abs(line[row.scored() - 1].astype(np.float64) - stored)
-        for line, (row, stored) in zip(again, found.sample, strict=True)
-    ]
+        return None
+    sample = sorted(found.sample, key=lambda entry: len(entry[0]))
+    differences = []
+    for start in range(0, len(sample), _VERIFIED_AT_ONCE):
+        some = sample[start : start + _VERIFIED_AT_ONCE]
+        again = source.log_probs(pad_rows([row for row, _ in some], device)).float().cpu().numpy()
+        differences += [
+            np.abs(line[row.scored() - 1].astype(np.float64) - stored)
+            for line, (row, stored) in zip(again, some, strict=True)
+        ]
     every = np.concatenate(differences)
-    largest, mean = every.max(initial=0.0), every.mean()
-    if not (largest <= tolerance.largest and mean <= tolerance.mean):  # so that NaN is refused
+    check = SampleCheck(len(sample), float(every.max()), float(every.mean()))
+    if not (check.largest <= tolerance.largest and check.mean <= tolerance.mean):  # so that NaN is refused
         raise ReferenceMismatchError(
-            f"{len(found.sample)} rows of the store were scored again, and differ from what it has by up to "
-            f"{largest:.3g} nats per token (tolerance {tolerance.largest:g}), {mean:.3g} on average (tolerance "
-            f"{tolerance.mean:g}). The store holds wrong values for this reference, or this machine computes "
-            "differently. Use another `path`; `trl-refplug store verify` checks the files."
+            f"{check.rows} rows of the store were scored again, and differ from what it has by up to "
+            f"{check.largest:.3g} nats per token (tolerance {tolerance.largest:g}), {check.mean:.3g} on average "
+            f"(tolerance {tolerance.mean:g}). The store holds wrong values for this reference, or this machine "
+            "computes differently. Use another `path`; `trl-refplug store verify` checks the files."
         )
+    return check
 
 
 def _put(store: LogProbStore, waiting: list[tuple[bytes, Values]]) -> None:

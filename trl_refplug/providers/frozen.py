@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigurationError
@@ -12,9 +12,11 @@ from ..provider import Capabilities, ReferenceBatch, ReferenceContext, Reference
 
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from torch import Tensor, nn
 
-    from ..scoring import Scorer
+    from ..scoring import Scorer, ScoringThread
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class FrozenProvider(ReferenceProvider):
 
     Without `model`, the copy is a snapshot of the policy taken before anything touched it, so that a merged or edited
     in-memory policy is its own reference (TRL reloads the reference from the policy's original path instead).
+
+    On a device of its own (option `device`) it scores on a thread of its own, while the policy works.
     """
 
     Options = FrozenOptions
@@ -61,6 +65,7 @@ class FrozenProvider(ReferenceProvider):
         self._identity: ReferenceIdentity | None = None
         self._scorer: Any = None
         self._bulk_scorer: Any = None
+        self._thread: ScoringThread | None = None
         if self.options.model is None:
             for name in ("revision", "quantization_config"):
                 if getattr(self.options, name) is not None:
@@ -106,24 +111,49 @@ class FrozenProvider(ReferenceProvider):
         return module
 
     def setup(self, context: ReferenceContext) -> None:
-        from ..scoring import stay_in_evaluation_mode
+        assert context.reference_model is not None, "the seam places what pin() returned"
+        self._use(context.reference_model, context)
+
+    def _use(self, module: nn.Module, context: ReferenceContext) -> None:
+        """Score with `module`, which is placed."""
+        from ..scoring import ScoringThread, stay_in_evaluation_mode
         from .scorers import trainer_scorer
 
-        self._module = context.reference_model
-        assert self._module is not None, "the seam places what pin() returned"
+        self._module = module
         stay_in_evaluation_mode(self._module)  # a model passed as `ref_model=` may still be in train mode
         self._scorer = trainer_scorer(self._module, context, self.options.scoring)
         self._bulk_scorer = trainer_scorer(self._module, context, "packed")
+        if self._has_own_device(context):
+            self._thread = ScoringThread()
+            self.capabilities = replace(self.capabilities, overlap=True)
+
+    def _has_own_device(self, context: ReferenceContext) -> bool:
+        import torch
+
+        if self.options.device is None:
+            return False
+        # As tensors see them: "cuda" is the current one of several, "cpu:0" is "cpu".
+        own, policys = (torch.empty(0, device=device).device for device in (self.device, context.accelerator.device))
+        return own != policys
 
     def identity(self) -> ReferenceIdentity:
         assert self._identity is not None, "identity() before pin()"
         return self._identity
 
     def log_probs(self, batch: ReferenceBatch) -> Tensor:
+        if self._thread is not None:
+            return self.submit(batch).result()  # a model is scored by one thread at a time
         scorer: Scorer = self._scorer
         if self.options.device is None:
             return scorer.log_probs(batch)
         return scorer.log_probs(batch.to(self.options.device)).to(batch.input_ids.device)
+
+    def submit(self, batch: ReferenceBatch) -> Future[Tensor]:
+        assert self._thread is not None, "only with capabilities.overlap"
+        scorer: Scorer = self._scorer
+        # Moved by the caller's thread: now the batch is behind what its stream has to do already, later behind more.
+        moved = batch.to(self.options.device)
+        return self._thread.submit(lambda: scorer.log_probs(moved).to(batch.input_ids.device))
 
     @contextmanager
     def bulk_scorer(self) -> Iterator[Scorer]:
@@ -131,6 +161,8 @@ class FrozenProvider(ReferenceProvider):
         yield self._bulk_scorer
 
     def close(self) -> None:
+        if self._thread is not None:
+            self._thread.close()
         # The trainer's objects may outlive training; the copy must not.
         self._module = None
         self._given = None

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UnsupportedInputError
-from ..provider import ReferenceBatch
+from ..provider import PlannedRows, ReferenceBatch
 from ..scoring import Row
+from ..scoring.execution import causal_lm
 from ..scoring.rows import IGNORED, Ints, rows_of
-from ..store import LogProbStore, RowKey, ScoringFacts
+from ..scoring.safety import absolute_positions, batch_length_limit
+from ..store import LogProbStore, RowKey, ScoringFacts, tail_scored_keys
 
 
 Values = NDArray[np.float32]
@@ -48,6 +51,17 @@ class BatchRows:
             for index in (range(len(self)) if indices is None else indices)
         ]
 
+    def row(self, index: int) -> Row:
+        return self.rows[index]
+
+    def scored_positions(self, index: int) -> Ints:
+        """Which tokens of row `index` are scored, ascending."""
+        return self.scored[index]
+
+    def scored_counts(self) -> Ints:
+        """`[batch]`, how many."""
+        return np.array([len(scored) for scored in self.scored], np.int64)
+
     def place(self, values: Sequence[Values | None], batch: ReferenceBatch) -> Tensor:
         """float32 `[batch, seq - 1]` on the batch's device; rows that are `None` stay zero."""
         answer = np.zeros((len(self), batch.input_ids.shape[1] - 1), np.float32)
@@ -62,6 +76,78 @@ class BatchRows:
         return values
 
 
+@dataclass(frozen=True)
+class TailScoredRows:
+    """Rows as the trainer plans them, with the interface of [`BatchRows`] as far as filling a store needs it."""
+
+    planned: PlannedRows
+
+    def __len__(self) -> int:
+        return len(self.planned)
+
+    @property
+    def offsets(self) -> list[int]:
+        return [0] * len(self)
+
+    def keys(self, facts: ScoringFacts, indices: Sequence[int] | None = None) -> list[bytes]:
+        """The keys of some rows, of all by default."""
+        planned = self.planned
+        if indices is None:
+            return tail_scored_keys(facts, planned.token_ids, planned.offsets.tolist(), planned.first_scored.tolist())
+        return [RowKey(facts, self.row(index).input_ids, self.scored_positions(index)).digest() for index in indices]
+
+    def row(self, index: int) -> Row:
+        """A copy of row `index`: it may outlive the block."""
+        ids = self.planned.token_ids[self.planned.offsets[index] : self.planned.offsets[index + 1]].copy()
+        labels = ids.copy()
+        labels[: self.planned.first_scored[index]] = IGNORED
+        return Row(ids, labels)
+
+    def scored_positions(self, index: int) -> Ints:
+        """Which tokens of row `index` are scored, ascending."""
+        length = self.planned.offsets[index + 1] - self.planned.offsets[index]
+        return np.arange(self.planned.first_scored[index], length)
+
+    def scored_counts(self) -> Ints:
+        """`[rows]`, how many."""
+        counts: Ints = np.maximum(np.diff(self.planned.offsets) - self.planned.first_scored, 0)
+        return counts
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """
+    What decides how a model's rows are looked up, beside its digest.
+
+    Args:
+        attention_implementation (`str`): `"sdpa"`, ...
+        absolute_positions (`bool`): Whether padding on the left of a row changes its log-probs.
+        length_limit (`int` or `None`): The longest batch in which rows do not depend on each other's length.
+        dtype (`str`): Of the weights: `"bfloat16"`, ...
+    """
+
+    attention_implementation: str
+    absolute_positions: bool
+    length_limit: int | None
+    dtype: str
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelFacts:
+        """Of a causal LM, however wrapped."""
+        inner = causal_lm(model)
+        limit = batch_length_limit(inner)
+        return cls(
+            attention_implementation=str(inner.config._attn_implementation),
+            absolute_positions=absolute_positions(inner),
+            length_limit=int(limit) if math.isfinite(limit) else None,
+            dtype=str(inner.dtype).removeprefix("torch."),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
 class RowKeys:
     """
     Cuts batches into rows that have keys.
@@ -69,17 +155,14 @@ class RowKeys:
     Args:
         packed, exact ([`ScoringFacts`]): Of rows scored in bulk and of rows scored in the trainer's own batches. They
             agree within rounding, so a row under either key is a hit.
-        absolute_positions (`bool`): Whether padding on the left of a row changes its log-probs.
-        length_limit (`float`): The longest batch in which rows do not depend on each other's length.
+        model ([`ModelFacts`]): Of the reference.
     """
 
-    def __init__(
-        self, packed: ScoringFacts, exact: ScoringFacts, *, absolute_positions: bool, length_limit: float
-    ) -> None:
+    def __init__(self, packed: ScoringFacts, exact: ScoringFacts, model: ModelFacts) -> None:
         self.packed = packed
         self.exact = exact
-        self._absolute = absolute_positions
-        self._length_limit = length_limit
+        self._absolute = model.absolute_positions
+        self._length_limit = model.length_limit
 
     def of(self, batch: ReferenceBatch) -> BatchRows:
         """
@@ -94,12 +177,7 @@ class RowKeys:
                 "datasets: it stores rows of text, and this batch has further model inputs: "
                 f"{', '.join(sorted(batch.extras))}. Use ref_provider='frozen' or 'adapter'."
             )
-        if batch.input_ids.shape[1] > self._length_limit:
-            raise UnsupportedInputError(
-                f"ref_provider='cached' stores what a row says by itself. This model's rotary embeddings change in "
-                f"batches longer than {self._length_limit} tokens (this one has {batch.input_ids.shape[1]}), so there "
-                "its log-probs depend on other rows. Lower `max_length`, or use ref_provider='frozen' or 'adapter'."
-            )
+        self._check_length(batch.input_ids.shape[1])
         ids, mask, labels = (t.cpu().numpy() for t in (batch.input_ids, batch.attention_mask, batch.labels))
         try:
             rows, starts = rows_of(ids, mask, labels)
@@ -116,15 +194,28 @@ class RowKeys:
         offsets = starts.tolist() if self._absolute else [0] * len(rows)
         return BatchRows(rows, starts, [row.scored() for row in rows], offsets)
 
-    def find(self, store: LogProbStore, batch: BatchRows, packed: list[bytes] | None = None) -> list[Values | None]:
+    def of_planned(self, planned: PlannedRows) -> TailScoredRows:
         """
-        What the store has of `batch`: float32 `[scored]` for each row, `None` for those it misses.
+        The same for rows that are cut already.
 
-        Args:
-            packed (`list[bytes]`, *optional*): The keys of the rows under `packed`, where they are known already.
+        Raises:
+            UnsupportedInputError: One is so long that its log-probs depend on the rows beside it.
         """
+        self._check_length(int(np.diff(planned.offsets).max(initial=0)))
+        return TailScoredRows(planned)
+
+    def _check_length(self, columns: int) -> None:
+        if self._length_limit is not None and columns > self._length_limit:
+            raise UnsupportedInputError(
+                f"ref_provider='cached' stores what a row says by itself. This model's rotary embeddings change in "
+                f"batches longer than {self._length_limit} tokens (this one has {columns}), so there its log-probs "
+                "depend on other rows. Lower `max_length`, or use ref_provider='frozen' or 'adapter'."
+            )
+
+    def find(self, store: LogProbStore, batch: BatchRows) -> list[Values | None]:
+        """What the store has of `batch`: float32 `[scored]` for each row, `None` for those it misses."""
         # Always in this order, so that all runs that read one store read the same bits.
-        answer = store.lookup(batch.keys(self.packed) if packed is None else packed)
+        answer = store.lookup(batch.keys(self.packed))
         found = [answer[index] for index in range(len(batch))]
         missing = [index for index, values in enumerate(found) if values is None]
         if missing:

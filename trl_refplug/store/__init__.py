@@ -15,7 +15,7 @@ with LogProbStore("ref-store", mode="a", provenance={"identity": identity.to_dic
 """
 
 from .format import FORMAT_VERSION, Manifest
-from .keys import KEY_BYTES, RowKey, ScoringFacts
+from .keys import KEY_BYTES, RowKey, ScoringFacts, tail_scored_keys
 from .maintenance import Conflict, StoreSummary, VerifyReport, summarize, verify
 from .store import LogProbRows, LogProbStore, StoreWarning
 
@@ -33,5 +33,6 @@ __all__ = [
     "StoreWarning",
     "VerifyReport",
     "summarize",
+    "tail_scored_keys",
     "verify",
 ]

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -107,6 +108,46 @@ class RowKey:
                 )
             )
         )
+
+
+def tail_scored_keys(
+    facts: ScoringFacts, token_ids: NDArray[np.int64], offsets: Sequence[int], first_scored: Sequence[int]
+) -> list[bytes]:
+    """
+    The digests of the [`RowKey`]s of many rows that are scored from some token to their end, ten times as fast.
+
+    Args:
+        facts ([`ScoringFacts`]): How the rows are scored.
+        token_ids (`NDArray[np.int64]`): `[tokens]`, of all rows.
+        offsets (`Sequence[int]`): `[rows + 1]`; row `i` is `token_ids[offsets[i] : offsets[i + 1]]`.
+        first_scored (`Sequence[int]`): `[rows]`, index in its row of the first scored token.
+    """
+    longest = max((end - start for start, end in pairwise(offsets)), default=0)
+    tokens = np.ascontiguousarray(token_ids, "<i8").data.cast("B") if len(token_ids) else b""
+    positions = np.arange(longest + 1, dtype="<i8").data.cast("B")
+    before, between, after = facts.encoded + b"ints", b"ints", _text(None) + _whole(0)
+    sizes = [(8 * length).to_bytes(8, "little") for length in range(longest + 1)]
+    digest = xxhash.xxh3_128_digest
+    keys = []
+    for (start, end), first in zip(pairwise(offsets), first_scored, strict=True):
+        length = end - start
+        scored = max(length - first, 0)
+        keys.append(
+            digest(
+                b"".join(
+                    (
+                        before,
+                        sizes[length],
+                        tokens[8 * start : 8 * end],
+                        between,
+                        sizes[scored],
+                        positions[8 * (length - scored) : 8 * length],
+                        after,
+                    )
+                )
+            )
+        )
+    return keys
 
 
 # Every field is a tag, a length and that many bytes, so no two lists of fields share an encoding.

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RefPlugError
-from ..provider import ReferenceBatch, ReferenceProvider
+from ..provider import PlannedRows, ReferenceBatch, ReferenceProvider
 
 
 if TYPE_CHECKING:
@@ -64,10 +64,20 @@ class TrainerContext:
     def create(self, name: str, options: Mapping[str, Any] | None = None) -> ReferenceProvider:
         return self._session.create_nested(name, options, self.policy)
 
+    def place(self, module: nn.Module, device: str | None = None) -> nn.Module:
+        from .placement import place
+
+        return place(module, self._built("devices"), temperature=self.temperature, device=device)
+
     def planned(self, split: str) -> Iterator[ReferenceBatch] | None:
         from .requests import planned
 
         return planned(self._built("planned batches"), self._session.seam, split)
+
+    def planned_rows(self, split: str) -> Iterator[PlannedRows] | None:
+        from .planned import planned_rows
+
+        return planned_rows(self._built("planned rows"), self._session.seam, split)
 
     def _built(self, what: str) -> Any:
         trainer = self._session.trainer

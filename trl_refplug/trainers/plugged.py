@@ -85,6 +85,13 @@ class _Outermost:
         if not hasattr(self, "_refplug_session"):
             raise seam_error(f"{type(self).__name__}.__init__ does not call `super().__init__()`")
 
+    def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
+        session = self._refplug_session  # type: ignore[attr-defined]
+        if session is None or session.look_ahead is None:
+            return super().get_batch_samples(epoch_iterator, *args, **kwargs)  # type: ignore[misc]
+        with session.look_ahead.around(self, epoch_iterator) as batches:
+            return super().get_batch_samples(batches, *args, **kwargs)  # type: ignore[misc]
+
 
 class Plugged:
     """Mixed in right above the class of TRL that loads the reference."""
@@ -133,7 +140,11 @@ class Plugged:
                 checkpoint = get_last_checkpoint(self.args.output_dir)  # type: ignore[attr-defined]
             if checkpoint:  # if there is none, the trainer says so
                 self._refplug_session.resume(str(checkpoint))
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            if self._refplug_session is not None and self._refplug_session.look_ahead is not None:
+                self._refplug_session.look_ahead.cancel()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._refplug_session is not None and self.model.training:  # type: ignore[attr-defined]

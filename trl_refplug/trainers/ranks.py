@@ -1,4 +1,4 @@
-"""Every rank must use the same reference: compared once, when the trainer is built."""
+"""What ranks must have in common, compared when the trainer is built or training starts, and never in a step."""
 
 from __future__ import annotations
 
@@ -38,6 +38,11 @@ def agree(accelerator: Any, provider: ReferenceProvider, name: str) -> None:
                     "Every rank must see the same packages, model files "
                     "and arguments."
                 )
+
+
+def on_all_ranks(accelerator: Any, holds: bool) -> bool:
+    """Whether something holds on every rank. All ranks have to ask."""
+    return holds if accelerator.num_processes == 1 else all(gather_object([holds]))
 
 
 def _version_of(provider: ReferenceProvider, name: str) -> str:

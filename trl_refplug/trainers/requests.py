@@ -12,7 +12,11 @@ from ..provider import ReferenceBatch
 from .seam import Seam
 
 
+ROW_WISE = frozenset({"token_type_ids", "mm_token_type_ids", "position_ids"})
+"""Inputs besides ids, mask and labels that are known to have one row per sequence."""
+
 _PREFERENCE_NON_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
+_REQUIRED = {"input_ids", "attention_mask", "completion_mask"}
 _PLANNED_ROWS = 64  # read at a time: faster than the trainer's own batches, whose make-up is not known anyway
 _UNPAIRED_NON_MODEL = {"completion_mask", "label", "ref_logps", "ref_KL_logps"}
 
@@ -32,11 +36,28 @@ def unpaired_requests(inputs: Mapping[str, Any]) -> list[ReferenceBatch]:
     return requests
 
 
+def predicted_requests(inputs: Any) -> list[ReferenceBatch]:
+    """What the trainer will ask for a batch of its loader; nothing where it is not made as TRL's collators make it."""
+    if not isinstance(inputs, Mapping) or not _REQUIRED.issubset(inputs):
+        return []
+    return unpaired_requests(inputs) if "label" in inputs else preference_requests(inputs)
+
+
 def planned(trainer: Any, seam: Seam, split: str) -> Iterator[ReferenceBatch] | None:
     """
     The requests of a whole split in dataset order, or `None` where they are not known beforehand: every row once, in
     other batches than training will make. `split` is `"train"`, `"eval"` (all evaluation sets) or the name of one.
     """
+    datasets = indexed_datasets(trainer, seam, split)
+    if datasets is None:
+        return None
+    return chain.from_iterable(
+        planned_batches(dataset, trainer.data_collator, trainer.args.device) for dataset in datasets
+    )
+
+
+def indexed_datasets(trainer: Any, seam: Seam, split: str) -> list[Any] | None:
+    """The data sets of a split, or `None` where it has rows that are not known beforehand."""
     dataset = trainer.train_dataset if split == "train" else trainer.eval_dataset
     if isinstance(dataset, Mapping):
         datasets = list(dataset.values()) if split == "eval" else [dataset.get(split)]
@@ -45,8 +66,7 @@ def planned(trainer: Any, seam: Seam, split: str) -> Iterator[ReferenceBatch] | 
     datasets = [dataset for dataset in datasets if dataset is not None]
     if seam.online or not all(map(_is_indexed, datasets)):
         return None
-    collate, device = trainer.data_collator, trainer.args.device
-    return chain.from_iterable(_planned(dataset, collate, device) for dataset in datasets)
+    return datasets
 
 
 def _is_indexed(dataset: Any) -> bool:
@@ -54,7 +74,8 @@ def _is_indexed(dataset: Any) -> bool:
     return hasattr(dataset, "__len__") and not isinstance(dataset, torch.utils.data.IterableDataset)
 
 
-def _planned(dataset: Any, collate: Any, device: torch.device) -> Iterator[ReferenceBatch]:
+def planned_batches(dataset: Any, collate: Any, device: torch.device) -> Iterator[ReferenceBatch]:
+    """The requests of one data set, in its order."""
     requests = unpaired_requests if "label" in dataset.column_names else preference_requests
     # No DataLoader: iterating one draws from the global random stream.
     for start in range(0, len(dataset), _PLANNED_ROWS):
@@ -68,4 +89,4 @@ def _request(inputs: dict[str, Any], completion_mask: torch.Tensor) -> Reference
     input_ids = inputs.pop("input_ids")
     attention_mask = inputs.pop("attention_mask")
     labels = input_ids.masked_fill(completion_mask == 0, -100)
-    return ReferenceBatch(input_ids, attention_mask, labels, inputs, rows_sliceable=not inputs)
+    return ReferenceBatch(input_ids, attention_mask, labels, inputs, rows_sliceable=ROW_WISE.issuperset(inputs))

@@ -105,8 +105,14 @@ def check_capabilities(provider: ReferenceProvider, name: str, *, temperature: f
     Refuse what the provider says it cannot do.
 
     Raises:
-        ConfigurationError: GRPO or RLOO at another temperature than 1 with a provider that ignores it.
+        ConfigurationError: GRPO or RLOO at another temperature than 1 with a provider that ignores it; a provider that
+            moves and wants to be asked ahead.
     """
+    if provider.capabilities.moving and provider.capabilities.overlap:
+        raise ConfigurationError(
+            f"Reference provider {name!r} declares both `moving` and `overlap`: an answer asked ahead of its step "
+            "would be that of the reference before it moved. Its author must declare one of the two."
+        )
     if temperature != 1.0 and not provider.capabilities.temperature:
         raise ConfigurationError(
             f"`temperature={temperature}` divides the policy's logits, and reference provider {name!r} cannot divide "

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from ..arguments import ReferenceArguments
 from ..errors import ConfigurationError, SeamError
 from ..provider import ReferenceBatch, ReferenceProvider
+from ..random_state import rng_kept
 from . import policy as policies
 from .check import check_against_policy
 from .checkpoint import compare_with_checkpoint
 from .context import TrainerContext
+from .look_ahead import LookAhead
 from .placement import place
-from .ranks import agree
+from .ranks import agree, on_all_ranks
 from .seam import Seam, check_flags, loading_replaced, seam_error
 from .selection import Selection, check_capabilities, make_provider, select_name
 from .stand_in import ReferenceModel
@@ -54,6 +56,7 @@ class ReferenceSession:
         self._trainer: Callable[[], Any] = lambda: None
         self.policy_moved = False
         self.stand_in: ReferenceModel | None = None
+        self.look_ahead: LookAhead | None = None
         self._nested: list[tuple[ReferenceProvider, TrainerContext, nn.Module | None]] = []
         self._context = TrainerContext(self)
         self._module: nn.Module | None = None
@@ -74,7 +77,7 @@ class ReferenceSession:
 
     def pin(self, policy: nn.Module) -> None:
         """Fix the reference: `policy` is exactly as it was passed in."""
-        with policies.rng_kept():
+        with rng_kept():
             self._module = self._pin(self.provider, self._context, policy)
         self._pinned = True
 
@@ -119,7 +122,7 @@ class ReferenceSession:
         self.args = trainer.args
         if not self._pinned:
             raise seam_error("TRL constructed its trainer without loading the policy through the expected name")
-        with policies.rng_kept():
+        with rng_kept():
             for provider, context, module in self._nested:
                 context.reference_model = self._placed(provider, context, module)
                 provider.setup(context)
@@ -140,7 +143,12 @@ class ReferenceSession:
             )
         agree(trainer.accelerator, self.provider, self.name)
         weakref.finalize(trainer, _close, self.providers)
-        self.stand_in = ReferenceModel(self.provider, first_call=self._first_call)
+        check_capabilities(self.provider, self.name, temperature=self._context.temperature)  # as it is, set up
+        # A device may be the policy's on one rank only, and reading a loader can be a collective operation.
+        overlap = on_all_ranks(trainer.accelerator, self.provider.capabilities.overlap)
+        if overlap and self.flags.ref_prefetch and not self.seam.online:
+            self.look_ahead = LookAhead(self.provider, self.flags.ref_prefetch)
+        self.stand_in = ReferenceModel(self.provider, first_call=self._first_call, look_ahead=self.look_ahead)
         return self.stand_in
 
     @property

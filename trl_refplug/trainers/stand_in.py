@@ -13,11 +13,9 @@ from trl.trainer.utils import FusedCausalLMOutput
 from ..errors import InvalidLogProbsError, UnsupportedInputError
 from ..plugins import plugin_manager
 from ..provider import ReferenceBatch, ReferenceProvider
+from .look_ahead import LookAhead
+from .requests import ROW_WISE
 from .seam import seam_error
-
-
-# Inputs besides ids, mask and labels that are known to have one row per sequence.
-_ROW_WISE = frozenset({"token_type_ids", "mm_token_type_ids", "position_ids"})
 
 
 class ReferenceModel(nn.Module):
@@ -27,15 +25,26 @@ class ReferenceModel(nn.Module):
     Args:
         provider ([`ReferenceProvider`]): Who answers.
         first_call (`Callable`): Called once with the first batch and its log-probs, before they are used.
+        look_ahead ([`LookAhead`], *optional*): Who may have asked already.
+
+    Attributes:
+        calls (`int`): How often the trainer asked.
+        seconds (`float`): How long it waited for the answers, all together.
     """
 
     provider: ReferenceProvider
     _first_call: Callable[[ReferenceBatch, Tensor], None]
 
-    def __init__(self, provider: ReferenceProvider, first_call: Callable[[ReferenceBatch, Tensor], None]) -> None:
+    def __init__(
+        self,
+        provider: ReferenceProvider,
+        first_call: Callable[[ReferenceBatch, Tensor], None],
+        look_ahead: LookAhead | None = None,
+    ) -> None:
         super().__init__()
         self.provider = provider  # no module itself: the trainer does not find, move, save or train what it holds
         self._first_call = first_call
+        self._look_ahead = look_ahead
         self.calls = 0
         self.seconds = 0.0
 
@@ -52,16 +61,17 @@ class ReferenceModel(nn.Module):
             raise seam_error("The trainer called its reference model without `labels=` and `fused_lm_head=True`")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        batch = ReferenceBatch(input_ids, attention_mask, labels, extras, rows_sliceable=_ROW_WISE.issuperset(extras))
+        batch = ReferenceBatch(input_ids, attention_mask, labels, extras, rows_sliceable=ROW_WISE.issuperset(extras))
         provider = self.provider
         if not batch.rows_sliceable and not provider.capabilities.multimodal:
             raise UnsupportedInputError(
                 f"Reference provider {provider.identity().provider!r} scores text only, and this batch has "
-                f"{sorted(set(extras) - _ROW_WISE)}. Use ref_provider='frozen' or 'adapter'."
+                f"{sorted(set(extras) - ROW_WISE)}. Use ref_provider='frozen' or 'adapter'."
             )
         started = time.perf_counter()
         with torch.no_grad():
-            log_probs = provider.log_probs(batch)
+            coming = None if self._look_ahead is None else self._look_ahead.take(batch)
+            log_probs = provider.log_probs(batch) if coming is None else coming.result().detach()
             check_log_probs(provider, batch, log_probs)
         seconds = time.perf_counter() - started
         self.seconds += seconds

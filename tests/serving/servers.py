@@ -1,0 +1,119 @@
+"""Servers on real sockets: of this process, for speed, and processes of their own, to be killed."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trl_refplug.serving.app import make_app
+from trl_refplug.serving.engine import Engine
+from trl_refplug.serving.limits import Limits
+from trl_refplug.serving.server import Server, listen
+from trl_refplug.serving.transport import Transport
+
+from .. import tiny
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def engine(architecture: str = "llama", seed: int = 0, *, scoring: Any = "packed", **options: Any) -> Engine:
+    """An engine with a tiny model and the tokenizer of the tests."""
+    model = tiny.model(architecture, seed).eval()
+    return Engine(model, architecture, scoring=scoring, tokenizer=tiny.tokenizer(), **options)
+
+
+@contextmanager
+def serving(
+    served: Engine,
+    *,
+    key: str | None = None,
+    limits: Limits | None = None,
+    port: int = 0,
+    around: Callable[[Any], Any] = lambda app: app,
+) -> Iterator[str]:
+    """The URL at which an engine is served; `around` wraps the application."""
+    limits = limits or Limits()
+    ready = threading.Event()
+    with listen("127.0.0.1", port) as listener:
+        app = around(make_app(served, key=key, limits=limits))
+        server = Server(app, limits=limits, ready=ready.set)
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        assert ready.wait(30)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+@contextmanager
+def transport(*urls: str, **options: Any) -> Iterator[Transport]:
+    """A transport that is closed at the end, with timeouts for tests."""
+    made = Transport(urls, **{"connect_timeout": 2.0, "read_timeout": 20.0, "deadline": 20.0, **options})
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+class LifespanOf:
+    """`app` for requests, and the start and end of `ours`."""
+
+    def __init__(self, ours: Any, app: Any) -> None:
+        self._ours, self._app = ours, app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await (self._ours if scope["type"] == "lifespan" else self._app)(scope, receive, send)
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port: int = unused.getsockname()[1]
+        return port
+
+
+class ServerProcess:
+    """`trl-refplug serve` in a process of its own; `wait` until it serves."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "trl_refplug", "serve", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        )
+
+    def wait(self) -> str:
+        """The URL, once the server says it."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        found = re.match(r"serving .* at (http\S+) identity [0-9a-f]{32}$", line)
+        assert found, (line, self.process.stderr and self.process.stderr.read())
+        return found[1]
+
+    def end(self, how: signal.Signals = signal.SIGKILL) -> int:
+        """Send a signal and wait; the exit status."""
+        self.process.send_signal(how)
+        return self.process.wait(30)
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.process.kill()
+        self.process.communicate()

@@ -1,0 +1,180 @@
+"""Merging, turns, bounds and cancellation, with a model that is slow on command."""
+
+import threading
+from concurrent.futures import CancelledError
+
+import numpy as np
+import pytest
+
+from trl_refplug.scoring import Row
+from trl_refplug.serving.batcher import Batcher, ClosedError, QueueFullError
+from trl_refplug.serving.engine import Unit
+from trl_refplug.serving.rows import PaddedRows
+
+
+def unit(token, length=10, temperature=1.0, whole=False):
+    ids = np.full(length, token)
+    return Unit(PaddedRows.flush_left([Row(ids, ids)]), temperature, whole)
+
+
+def request(*units):
+    return [(unit, [index]) for index, unit in enumerate(units)]
+
+
+class Model:
+    """Answers a row with its first token, keeps what it was given, and waits for `go` each time."""
+
+    def __init__(self):
+        self.batches = []
+        self.go = threading.Semaphore(0)
+        self.begun = threading.Semaphore(0)
+        self.poison = None
+
+    def score(self, units):
+        self.batches.append([int(unit.rows.rows[0].input_ids[0]) for unit in units])
+        self.begun.release()
+        assert self.go.acquire(timeout=10)
+        if self.poison in self.batches[-1]:
+            raise RuntimeError("poison")
+        for index, unit in reversed(list(enumerate(units))):
+            first = unit.rows.rows[0].input_ids[0]
+            yield index, [np.full(len(unit.rows.rows[0]) - 1, first, np.float32)]
+
+
+@pytest.fixture
+def model():
+    return Model()
+
+
+@pytest.fixture
+def batcher(model):
+    made = Batcher(model.score, token_budget=80, queue_tokens=1000)
+    # The first unit keeps the thread busy, so that what a test submits next is there before the next batch is made
+    made.submit(0, request(unit(0)))
+    assert model.begun.acquire(timeout=10)
+    yield made
+    for _ in range(1000):
+        model.go.release()
+    made.close()
+
+
+def firsts(answers):
+    return {index: int(values[0]) for index, values in answers.items()}
+
+
+def finish(model, batches=100):
+    for _ in range(batches):
+        model.go.release()
+
+
+def test_requests_are_merged_and_answers_find_their_way(batcher, model):
+    futures = [batcher.submit(c, request(unit(10 * c + 1), unit(10 * c + 2))) for c in (1, 2, 3)]
+    finish(model)
+    assert [firsts(future.result(10)) for future in futures] == [{0: 10 * c + 1, 1: 10 * c + 2} for c in (1, 2, 3)]
+    assert len(model.batches) == 2  # of the budget's 80 tokens, the three take 60
+
+
+def test_clients_take_turns(batcher, model):
+    batcher.submit(1, request(*(unit(100 + n) for n in range(30))))
+    small = batcher.submit(2, request(unit(200)))
+    finish(model, 2)
+    assert firsts(small.result(10)) == {0: 200}
+    assert model.batches[1] == [100, 101, 200, 102, 103, 104, 105, 106]
+
+
+def test_identical_rows_in_flight_are_computed_once(batcher, model):
+    first = batcher.submit(1, request(unit(5), unit(6)))
+    second = batcher.submit(2, request(unit(6), unit(7), unit(6)))
+    finish(model)
+    assert firsts(first.result(10)) == {0: 5, 1: 6}
+    assert firsts(second.result(10)) == {0: 6, 1: 7, 2: 6}
+    assert sorted(model.batches[1]) == [5, 6, 7]
+
+
+def test_another_temperature_or_scored_position_is_another_row(batcher, model):
+    ids = np.full(10, 5)
+    half = Unit(PaddedRows.flush_left([Row(ids, np.where(np.arange(10) < 5, -100, 5))]), 1.0)
+    rows = (unit(5), unit(5, temperature=0.7), half)
+    futures = [batcher.submit(client, request(row)) for client, row in enumerate(rows)]
+    finish(model)
+    for future in futures:
+        future.result(10)
+    assert sorted(model.batches[1:]) == [[5], [5, 5]]  # temperatures are not mixed
+
+
+def test_whole_requests_are_not_merged(batcher, model):
+    futures = [batcher.submit(c, request(unit(c, whole=True))) for c in (1, 2, 3)]
+    finish(model)
+    for future in futures:
+        future.result(10)
+    assert model.batches[1:] == [[1], [2], [3]]
+
+
+def test_a_unit_beyond_the_budget_is_computed_alone(batcher, model):
+    big, small = batcher.submit(1, request(unit(1, length=500))), batcher.submit(1, request(unit(2)))
+    finish(model)
+    assert firsts(big.result(10)) == {0: 1}
+    assert firsts(small.result(10)) == {0: 2}
+    assert model.batches[1:] == [[1], [2]]
+
+
+def test_what_nobody_waits_for_is_not_begun(batcher, model):
+    leaving = batcher.submit(1, request(unit(1), unit(2)))
+    staying = batcher.submit(2, request(unit(2), unit(3)))
+    assert leaving.cancel()
+    finish(model)
+    assert firsts(staying.result(10)) == {0: 2, 1: 3}
+    assert sorted(model.batches[1]) == [2, 3]
+    with pytest.raises(CancelledError):
+        leaving.result()
+
+
+def test_leaving_while_being_computed_harms_nobody(batcher, model):
+    leaving, staying = batcher.submit(1, request(unit(1))), batcher.submit(2, request(unit(1), unit(2)))
+    model.go.release()
+    assert model.begun.acquire(timeout=10)
+    assert leaving.cancel()
+    finish(model)
+    assert firsts(staying.result(10)) == {0: 1, 1: 2}
+
+
+def test_the_queue_is_bounded_and_says_when_to_come_back(batcher, model):
+    taken = batcher.submit(1, request(*(unit(n, length=100) for n in range(1, 10))))
+    with pytest.raises(QueueFullError) as full:
+        batcher.submit(2, request(unit(50, length=100)))
+    assert 1 <= full.value.retry_after <= 30
+    batcher.submit(2, request(unit(1, length=100)))  # is waiting already, and costs nothing
+    assert taken.cancel()
+    batcher.submit(2, request(unit(50, length=100)))
+    finish(model)
+
+
+def test_a_request_beyond_the_bound_is_taken_by_an_empty_queue(model):
+    small = Batcher(model.score, token_budget=80, queue_tokens=10)
+    finish(model)
+    assert firsts(small.submit(1, request(unit(1, length=50))).result(10)) == {0: 1}
+    small.close()
+
+
+def test_a_row_that_fails_does_not_fail_the_others(batcher, model):
+    model.poison = 2
+    futures = [batcher.submit(c, request(unit(c))) for c in (1, 2, 3)]
+    finish(model)
+    assert firsts(futures[0].result(10)) == {0: 1}
+    assert firsts(futures[2].result(10)) == {0: 3}
+    with pytest.raises(RuntimeError, match="poison"):
+        futures[1].result(10)
+    model.poison = None
+    assert firsts(batcher.submit(1, request(unit(2))).result(10)) == {0: 2}
+
+
+def test_closing_finishes_what_was_taken(batcher, model):
+    taken = batcher.submit(1, request(unit(1)))
+    closing = threading.Thread(target=batcher.close)
+    closing.start()
+    finish(model)
+    assert firsts(taken.result(10)) == {0: 1}
+    closing.join(10)
+    assert not batcher.alive
+    with pytest.raises(ClosedError):
+        batcher.submit(1, request(unit(2)))

@@ -1,0 +1,204 @@
+"""Servers that die and networks that lie: every value is right, or the run ends with an error that says why."""
+
+import signal
+import threading
+import time
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+
+from trl_refplug import RemoteError
+from trl_refplug.scoring import Row
+from trl_refplug.serving.background import in_background
+from trl_refplug.serving.client import RefPlugClient
+from trl_refplug.serving.rows import PaddedRows
+
+from .. import tiny
+from ..trainers.runs import assert_same, build, finished, train
+from .faults import Failing, cut_short, flipped, proxied, shortened, sometimes
+from .servers import ServerProcess, engine, free_port, serving, transport
+from .test_app import assert_near, delayed, expected, rows
+
+
+def remote(url, **options):
+    return {"ref_provider": "remote", "ref_provider_kwargs": {"url": url, "deadline": 60, **options}}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def path(directory):
+    return tiny.saved(directory)
+
+
+@pytest.fixture(scope="module")
+def frozen(directory, path):
+    return train("dpo", directory, path, args={"ref_provider": "frozen"})
+
+
+class TestProcesses:
+    def test_killed_mid_request_and_restarted_training_goes_on(self, tmp_path, path, frozen):
+        port = str(free_port())
+        arguments = (path, "--scoring", "exact", "--port", port)
+        with ServerProcess(*arguments) as first:
+            url = first.wait()
+            trainer = build("dpo", tmp_path, path, args=remote(url))
+            client = trainer.ref_model.provider._client
+            score, restarted = client.score, []
+
+            def kill_and_restart():
+                first.end()
+                restarted.append(ServerProcess(*arguments))
+
+            def score_and_kill(asked, temperature):
+                client.score = score
+                first.process.send_signal(signal.SIGSTOP)  # it takes the request, and dies before it answers
+                threading.Timer(0.5, kill_and_restart).start()
+                return score(asked, temperature)
+
+            client.score = score_and_kill
+            try:
+                trainer.train()
+            finally:
+                for server in restarted:
+                    server.__exit__()
+        assert first.process.returncode == -signal.SIGKILL
+        assert trainer.ref_model.provider.counters()["retries"] > 0
+        assert_same(finished(trainer), frozen)
+
+    def test_sigterm_finishes_what_was_taken(self, path):
+        wanted = [Row(ids, ids) for ids in np.random.default_rng(0).integers(6, 250, (400, 250))]
+        with ServerProcess(path, "--port", "0") as server, transport(server.wait(), deadline=60) as to:
+            client = RefPlugClient(to)
+            answer = in_background(lambda: client.score(PaddedRows.flush_left(wanted), 1.0))
+            time.sleep(0.3)
+            assert not answer.done()
+            server.process.send_signal(signal.SIGTERM)
+            assert len(answer.result(60)) == len(wanted)
+            assert to.stats.retries == 0
+            assert server.process.wait(30) in (0, -signal.SIGTERM)
+
+
+class TestGoneForGood:
+    def test_the_run_ends_within_the_deadline(self, tmp_path, path):
+        with serving(engine(scoring="exact")) as url:
+            trainer = build("dpo", tmp_path, path, args=remote(url, deadline=2))
+        started = time.monotonic()
+        with pytest.raises(RemoteError, match=r"within 2 s .option 'deadline'.; tried \d+ times at http.*reached"):
+            trainer.train()
+        assert time.monotonic() - started < 6
+        assert trainer.state.global_step == 0
+
+    def test_a_server_that_does_not_answer_any_more(self, path):
+        with serving(delayed(engine(), 3.0)) as url, transport(url, read_timeout=0.5, deadline=2) as to:
+            client = RefPlugClient(to)
+            started = time.monotonic()
+            with pytest.raises(RemoteError, match="did not answer in time"):
+                client.score(PaddedRows.flush_left(rows()), 1.0)
+            assert time.monotonic() - started < 4
+
+
+class TestReplicas:
+    def test_failover(self, tmp_path, path, frozen):
+        with serving(engine(scoring="exact")) as stays:
+            with serving(engine(scoring="exact")) as goes:
+                trainer = build("dpo", tmp_path, path, args=remote([goes, stays]))
+            trainer.train()
+            assert_same(finished(trainer), frozen)
+
+    def test_one_that_is_not_there_at_the_start_is_used_later(self, path):
+        port = free_port()
+        with serving(engine()) as there, transport(there, f"http://127.0.0.1:{port}", connect_timeout=0.5) as to:
+            client = RefPlugClient(to)
+            with serving(engine(), port=port) as late:
+                to._servers[0].failures = 100  # as if the first were in trouble
+                client.score(PaddedRows.flush_left(rows()), 1.0)
+                assert next(server for server in to._servers if server.url == late).failures == 0
+
+    def test_the_least_loaded_is_asked(self):
+        served = [delayed(engine(), 0.3) for _ in range(3)]
+        with ExitStack() as stack:
+            urls = [stack.enter_context(serving(each)) for each in served]
+            with transport(*urls) as to:
+                client = RefPlugClient(to)
+                done = []
+                asked = [rows(1, seed=n) for n in range(6)]
+                threads = [
+                    threading.Thread(
+                        target=lambda n=n: done.append(client.score(PaddedRows.flush_left(asked[n]), 1.0))
+                    )
+                    for n in range(6)
+                ]
+                started = time.monotonic()
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+                assert len(done) == 6
+                assert time.monotonic() - started < 1.5  # six in a row would take 1.8 s
+
+
+class TestAnswers:
+    @pytest.mark.parametrize("damage", [cut_short, flipped, shortened])
+    def test_damaged_answers_are_asked_for_again(self, damage):
+        wanted = [rows(4, seed=n) for n in range(6)]
+        with serving(engine()) as url, proxied(url, sometimes(0.5, damage)) as proxy, transport(proxy) as to:
+            client = RefPlugClient(to)
+            for asked in wanted:
+                assert_near(client.score(PaddedRows.flush_left(asked), 1.0), expected(asked))
+            assert to.stats.retries > 0
+
+    @pytest.mark.parametrize("damage", [cut_short, flipped, shortened])
+    def test_nothing_but_damaged_answers_is_an_error(self, damage):
+        with serving(engine()) as url, proxied(url, damage) as proxy, transport(proxy, deadline=1) as to:
+            client = RefPlugClient(to)
+            with pytest.raises(RemoteError, match=r"damaged|cut short"):
+                client.score(PaddedRows.flush_left(rows()), 1.0)
+
+    def test_an_older_answer_is_not_taken_for_the_new_one(self):
+        """A proxy that answers from its cache."""
+        first = []
+
+        def cached(answer):
+            first.append(answer)
+            return first[0]
+
+        with serving(engine()) as url, proxied(url, cached) as proxy, transport(proxy, deadline=1) as to:
+            client = RefPlugClient(to)
+            assert_near(client.score(PaddedRows.flush_left(rows()), 1.0), expected(rows()))
+            with pytest.raises(RemoteError, match="damaged"):
+                client.score(PaddedRows.flush_left(rows(seed=1)), 1.0)
+
+
+def test_a_third_of_all_requests_fails(tmp_path, path, frozen):
+    failing = []
+
+    def around(app):
+        failing.append(Failing(app, 0.3))
+        return failing[0]
+
+    with serving(engine(scoring="exact"), around=around) as url:
+        trainer = build("dpo", tmp_path, path, args={**remote(url), "max_steps": 12})
+        trainer.train()
+        quiet = train("dpo", tmp_path, path, args={"ref_provider": "frozen", "max_steps": 12})
+        assert_same(finished(trainer), quiet)
+        with transport(url) as to:
+            client = RefPlugClient(to)
+            for seed in range(20):
+                asked = rows(3, seed=seed)
+                for ours, theirs in zip(client.score(PaddedRows.flush_left(asked), 1.0), expected(asked), strict=True):
+                    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    assert failing[0].failed > 5
+
+
+def test_closing_ends_waiting_at_once():
+    with transport(f"http://127.0.0.1:{free_port()}", deadline=60) as to:
+        threading.Timer(0.5, to.close).start()
+        started = time.monotonic()
+        with pytest.raises(RemoteError, match="closed"):
+            RefPlugClient(to)
+        assert time.monotonic() - started < 5

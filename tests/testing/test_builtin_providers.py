@@ -1,0 +1,92 @@
+"""The built-in providers keep every promise of the conformance kit."""
+
+import pytest
+from peft import LoraConfig, get_peft_model
+
+from trl_refplug.testing import ReferenceProviderTests, tiny_policy
+
+
+LORA = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+TRAINED = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+
+
+class TestFrozen(ReferenceProviderTests):
+    @pytest.fixture
+    def reference(self):
+        return "frozen"
+
+    @pytest.fixture
+    def other_options(self):
+        return [{"scoring": "packed"}, {"dtype": "bfloat16"}]
+
+
+class TestFrozenPacked(ReferenceProviderTests):
+    @pytest.fixture
+    def reference(self):
+        return "frozen", {"scoring": "packed"}
+
+
+class TestAdapter(ReferenceProviderTests):
+    """A new adapter: the reference is the policy with it disabled."""
+
+    @pytest.fixture
+    def reference(self):
+        return "adapter"
+
+    @pytest.fixture
+    def peft_config(self):
+        return LORA
+
+
+class TestTrainedAdapter(ReferenceProviderTests):
+    """The policy comes with an adapter, and the reference is a frozen copy of it."""
+
+    @pytest.fixture
+    def reference(self):
+        return "adapter"
+
+    @pytest.fixture
+    def policy(self):
+        return get_peft_model(tiny_policy(), TRAINED)
+
+    @pytest.fixture
+    def image_policy(self, image_policy):
+        return get_peft_model(image_policy, TRAINED)
+
+    @pytest.fixture
+    def other_options(self):
+        return [{"start": "base"}, {"scoring": "packed"}]
+
+
+class TestCached(ReferenceProviderTests):
+    """Filled by the policy itself before it is trained."""
+
+    @pytest.fixture
+    def reference(self, tmp_path):
+        return "cached", {"path": str(tmp_path / "store")}
+
+
+class TestCachedAdapter(ReferenceProviderTests):
+    @pytest.fixture
+    def reference(self, tmp_path):
+        return "cached", {"path": str(tmp_path / "store"), "fill": "lazy"}
+
+    @pytest.fixture
+    def peft_config(self):
+        return LORA
+
+
+class TestEma(ReferenceProviderTests):
+    @pytest.fixture
+    def reference(self):
+        return "ema", {"sync_steps": 1, "alpha": 0.5}
+
+
+class TestEmaAdapter(ReferenceProviderTests):
+    @pytest.fixture
+    def reference(self):
+        return "ema", {"sync_steps": 1, "alpha": 0.5}
+
+    @pytest.fixture
+    def peft_config(self):
+        return LORA

@@ -1,0 +1,126 @@
+"""`trl-refplug serve`: a reference model for trainers on other machines."""
+
+from __future__ import annotations
+
+import os
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trl_refplug.errors import ConfigurationError
+
+
+_LOCAL = ("127.0.0.1", "::1", "localhost")
+
+
+class Dtype(str, Enum):
+    """Precisions of the weights."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Scoring(str, Enum):
+    """Ways to lay rows out."""
+
+    packed = "packed"
+    exact = "exact"
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="Hub id or path of a model, or of a PEFT adapter that names its base.")],
+    adapter: Annotated[str | None, typer.Option(help="PEFT adapter to put on MODEL.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights; TRL's own default is float32.")] = Dtype.float32,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda:1, ... By default an accelerator.")] = None,
+    scoring: Annotated[
+        Scoring, typer.Option(help="packed: rows of all clients merged. exact: every request as sent, bit for bit.")
+    ] = Scoring.packed,
+    token_budget: Annotated[int | None, typer.Option(min=1, help="Most tokens of a packed forward pass.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 is any free one.")] = 8321,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the key that clients have to present.")
+    ] = None,
+    ssl_certfile: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Certificate chain (PEM), for https.")
+    ] = None,
+    ssl_keyfile: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Its private key (PEM).")
+    ] = None,
+) -> None:
+    """
+    Serve a reference model to any number of trainers (`ref_provider="remote"`).
+
+    Ctrl-C or SIGTERM ends it when the requests it has taken are answered.
+    """
+    key = _key(api_key_env)
+    if ssl_keyfile and not ssl_certfile:
+        raise ConfigurationError("--ssl-keyfile needs --ssl-certfile.")
+    _require_extra()
+
+    from trl_refplug.serving.limits import Limits
+    from trl_refplug.serving.server import Server, listen
+
+    try:
+        listener = listen(host, port)  # before the model is loaded, so that a wrong address shows at once
+    except OSError as error:
+        raise ConfigurationError(f"Cannot listen on {host} port {port}: {error.strerror or error}.") from None
+    with listener:
+        import logging
+
+        from trl_refplug.serving.app import make_app
+        from trl_refplug.serving.loading import load_engine
+
+        logging.basicConfig(format="%(levelname)s: %(message)s")
+        engine = load_engine(
+            model,
+            adapter=adapter,
+            dtype=dtype.value,
+            device=device,
+            scoring=scoring.value,
+            token_budget=token_budget,
+        )
+        facts, limits = engine.facts, Limits()
+        url = f"{'https' if ssl_certfile else 'http'}://{_shown(host)}:{listener.getsockname()[1]}"
+
+        def ready() -> None:
+            what = f"{facts.model} with {facts.adapter}" if facts.adapter else facts.model
+            typer.echo(
+                f"serving {what} ({facts.dtype} on {device or engine.device}, {facts.scoring}) at {url} "
+                f"identity {facts.digest}"
+            )
+            if key is None and host not in _LOCAL:
+                typer.echo(f"Warning: whoever reaches {url} can use it. Set a key with --api-key-env.", err=True)
+
+        ssl: dict[str, Any] = {"ssl_certfile": ssl_certfile, "ssl_keyfile": ssl_keyfile} if ssl_certfile else {}
+        server = Server(make_app(engine, key=key, limits=limits), limits=limits, ready=ready, **ssl)
+        server.run(sockets=[listener])
+
+
+def _key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable)
+    if not key:
+        raise ConfigurationError(f"--api-key-env {variable}: there is no such environment variable, or it is empty.")
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise ConfigurationError(f"--api-key-env {variable}: a key is printable ASCII without spaces.")
+    return key
+
+
+def _require_extra() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("msgspec", "starlette", "uvicorn", "zstandard") if find_spec(name) is None]
+    if missing:
+        raise ConfigurationError(
+            f"`trl-refplug serve` needs {', '.join(missing)}. Install them with: pip install 'trl-refplug[serve]'"
+        )
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

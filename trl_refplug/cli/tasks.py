@@ -1,0 +1,127 @@
+"""
+What a training command can do instead of training: the trainer it builds knows every row as training will ask for it.
+
+A task travels as JSON text to the processes that `accelerate launch` starts.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from trl_refplug.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """Something to do with a trainer whose reference is `cached`."""
+
+    name: ClassVar[str]
+
+    def configure(self, training_args: Any) -> None:
+        """Give `training_args` the reference that the task needs."""
+        provider = training_args.ref_provider
+        if provider not in ("auto", "cached"):
+            raise ConfigurationError(
+                f"`trl-refplug {self.name}` is about the store of ref_provider='cached'; found --ref_provider "
+                f"{provider}. To store what it answers, make it the source: --ref_provider cached "
+                f'--ref_provider_kwargs \'{{"source": "{provider}"}}\'.'
+            )
+        training_args.ref_provider = "cached"
+        training_args.ref_provider_kwargs = {**(training_args.ref_provider_kwargs or {}), **self._options()}
+
+    @abstractmethod
+    def _options(self) -> dict[str, Any]:
+        """Options of `cached`."""
+
+    @abstractmethod
+    def run(self, trainer: Any) -> str:
+        """Do it, in every process. Returns what to print."""
+
+    def encode(self) -> str:
+        """One word of a command line."""
+        return json.dumps({"task": self.name, **asdict(self)})
+
+
+@dataclass(frozen=True)
+class Precompute(Task):
+    """Score the rows that the store misses."""
+
+    name = "precompute"
+
+    def _options(self) -> dict[str, Any]:
+        return {"fill": "ahead"}
+
+    def run(self, trainer: Any) -> str:
+        return f"All rows of this run are in {trainer.ref_model.provider.metadata()['path']}."
+
+
+@dataclass(frozen=True)
+class Verify(Task):
+    """Score a sample of the rows that a store has once more."""
+
+    name = "store verify"
+    path: str
+    sample: int
+
+    def _options(self) -> dict[str, Any]:
+        return {"path": self.path, "fill": "never", "verify": self.sample}
+
+    def run(self, trainer: Any) -> str:
+        check = trainer.ref_model.provider.sample_check
+        if check is None:
+            raise ConfigurationError(
+                f"None of the rows in {self.path} could be scored again: this run's rows are not known beforehand, or "
+                "its model is sharded."
+            )
+        return (
+            f"{check.rows:,} rows scored again: per token they differ by {check.largest:.2g} nats at most, by "
+            f"{check.mean:.2g} on average"
+        )
+
+
+@dataclass(frozen=True)
+class Export(Task):
+    """Write the data set with the log-probs of its rows."""
+
+    name = "store export"
+    path: str
+    output: str
+    split: str
+
+    WRITERS: ClassVar[dict[str, str]] = {".parquet": "to_parquet", ".jsonl": "to_json", ".csv": "to_csv"}
+
+    def __post_init__(self) -> None:
+        suffix = Path(self.output).suffix
+        if suffix and suffix not in self.WRITERS:
+            raise ConfigurationError(
+                f"Found output {self.output!r}; expected a file that ends in {', '.join(self.WRITERS)}, or a "
+                "directory for `datasets.load_from_disk`."
+            )
+
+    def _options(self) -> dict[str, Any]:
+        return {"path": self.path, "fill": "never"}
+
+    def run(self, trainer: Any) -> str:
+        from trl_refplug.trainers.table import reference_table
+
+        if not trainer.is_world_process_zero():
+            return ""
+        table = reference_table(trainer, self.split)
+        getattr(table, self.WRITERS.get(Path(self.output).suffix, "save_to_disk"))(self.output)
+        columns = [name for name in table.column_names if name.startswith("ref_")]
+        return f"{len(table):,} rows with {' and '.join(columns)} in {self.output}"
+
+
+_TASKS: dict[str, type[Task]] = {task.name: task for task in (Precompute, Verify, Export)}
+
+
+def decode(word: str) -> Task | None:
+    """The task that a word of a command line stands for, if it does."""
+    if not word.startswith("{"):
+        return None
+    values = json.loads(word)
+    return _TASKS[values.pop("task")](**values)

@@ -1,0 +1,110 @@
+"""A frozen model that is named, and loaded only when there is a row to score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ReferenceMismatchError
+from ..provider import ReferenceBatch, ReferenceContext, ReferenceIdentity
+from .frozen import FrozenProvider
+
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..scoring import Scorer
+
+
+class NamedModel(FrozenProvider):
+    """
+    `frozen` with option `model`, as the source of stored log-probs.
+
+    What it takes to look rows up is remembered by the model's files when they are loaded for the first time. As long
+    as the files stay as they are, later runs load them only if rows are missing.
+
+    Only a part of other providers: it is not registered.
+    """
+
+    def pin(self, context: ReferenceContext) -> nn.Module | None:  # type: ignore[override]
+        from ..model_files import fingerprint, recall, remember
+        from .copies import loading
+        from .row_keys import ModelFacts
+
+        assert self.options.model is not None
+        self._loading = loading(self.options, context.policy, context.args)
+        decides = {**self._loading, "dtype": str(self._loading["dtype"])}
+        known_by = None
+        if not decides["trust_remote_code"] and not {"quantization_config", "subfolder"} & decides.keys():
+            known_by = fingerprint(self.options.model, self.options.revision, decides)
+        self._known_by = known_by
+        self._context: ReferenceContext | None = None
+        recalled = recall(known_by)
+        if _on_all_ranks(recalled is not None):
+            assert recalled is not None
+            self._identity = ReferenceIdentity.from_dict(recalled["identity"])
+            self.model_facts = ModelFacts(**recalled["model"])
+            return None
+        module = super().pin(context)
+        self.model_facts = ModelFacts.of(module)
+        if fingerprint(self.options.model, self.options.revision, decides) == known_by:
+            remember(known_by, {"identity": self.identity().to_dict(), "model": self.model_facts.to_dict()})
+        return module
+
+    def setup(self, context: ReferenceContext) -> None:
+        self._context = context
+        if context.reference_model is not None:
+            self._use(context.reference_model, context)
+
+    @property
+    def idle(self) -> bool:
+        """Whether the model has not been needed so far."""
+        return self._module is None
+
+    def log_probs(self, batch: ReferenceBatch) -> Tensor:
+        self._load()
+        return super().log_probs(batch)
+
+    @contextmanager
+    def bulk_scorer(self) -> Iterator[Scorer]:
+        self._load()
+        with super().bulk_scorer() as scorer:
+            yield scorer
+
+    def _load(self) -> None:
+        from ..identity import digest_model
+        from ..model_files import forget
+        from ..random_state import rng_kept
+        from .copies import load_named
+
+        if not self.idle:
+            return
+        context: Any = self._context
+        assert context is not None, "setup() comes first"
+        with rng_kept():
+            module = load_named(str(self.options.model), self._loading)
+            digest = digest_model(module)
+            if digest != self.identity().digest:
+                forget(self._known_by)
+                raise ReferenceMismatchError(
+                    f"The files of {self.options.model!r} have the names, sizes and times they had when they were "
+                    f"digested, and another content: found digest {digest}, expected {self.identity().digest}. "
+                    "Nothing was scored, and what was remembered of them is forgotten: run again."
+                )
+            self._use(context.place(module, device=self.options.device), context)
+
+    def close(self) -> None:
+        super().close()
+        self._context = None
+
+
+def _on_all_ranks(here: bool) -> bool:
+    """Whether it is so on every rank: where some have to load a model, all do, as TRL places it collectively."""
+    import torch
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return here
+    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, here)
+    return all(everywhere)

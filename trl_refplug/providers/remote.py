@@ -1,0 +1,217 @@
+"""The `remote` provider: a reference that is served elsewhere."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+from ..errors import ConfigurationError, UnsupportedInputError
+from ..provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
+
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from torch import Tensor
+
+    from ..serving.bulk import BulkScorer
+    from ..serving.client import ScoringClient
+    from ..serving.rows import PaddedRows
+
+
+@dataclass(frozen=True)
+class RemoteOptions:
+    """Options of `remote`."""
+
+    url: str | list[str] = field(metadata={"help": "Address of the server, or of several that serve the same model."})
+    protocol: Literal["refplug", "vllm"] = field(
+        default="refplug",
+        metadata={"help": "`refplug`: `trl-refplug serve`. `vllm`: any OpenAI-compatible one with `prompt_logprobs`."},
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "`vllm`: the name it is served under. By default the only one there is."}
+    )
+    api_key_env: str | None = field(
+        default=None, metadata={"help": "Environment variable with the key that the server expects."}
+    )
+    starts_as_policy: bool = field(
+        default=True,
+        metadata={"help": "The server serves the policy as it starts, which is checked. `false`: another model."},
+    )
+    connect_timeout: float = field(default=5.0, metadata={"help": "Seconds to connect."})
+    read_timeout: float = field(default=120.0, metadata={"help": "Seconds to wait for an answer."})
+    deadline: float = field(
+        default=300.0, metadata={"help": "Seconds after which a batch that no server has answered ends the run."}
+    )
+
+
+class RemoteProvider(ReferenceProvider):
+    """
+    Asks a server for the reference's log-probs: no reference in the trainer's process, or on its machine.
+
+    Every answer is checked: as many values as asked for, undamaged, finite, of the reference of the start.
+    Several ranks ask independently of each other.
+    """
+
+    Options = RemoteOptions
+    capabilities = Capabilities(overlap=True, temperature=True, offline=True)
+    options: RemoteOptions
+
+    def __init__(self, options: RemoteOptions) -> None:
+        super().__init__(options)
+        missing = [name for name in ("httpx", "msgspec", "tenacity", "zstandard") if find_spec(name) is None]
+        if missing:
+            raise ConfigurationError(
+                f"ref_provider='remote' needs {', '.join(missing)}. Install them with: pip install "
+                "'trl-refplug[serve]'"
+            )
+        self._urls = _checked_urls(options.url)
+        self._key = _key(options.api_key_env)
+        if options.model is not None and options.protocol != "vllm":
+            raise ConfigurationError(
+                "ref_provider='remote': option 'model' is for protocol='vllm'. A server of `trl-refplug serve` has "
+                "one model only."
+            )
+        for name in ("connect_timeout", "read_timeout", "deadline"):
+            if not getattr(options, name) > 0:
+                raise ConfigurationError(
+                    f"ref_provider='remote': option {name!r} is a number of seconds above 0, found "
+                    f"{getattr(options, name)}."
+                )
+        if options.protocol == "vllm":  # it ignores the temperature when it scores a prompt
+            self.capabilities = replace(type(self).capabilities, temperature=False)
+        self._client: ScoringClient | None = None
+        self._identity: ReferenceIdentity | None = None
+        self._temperature = 1.0
+        self._lock = threading.Lock()
+        self._tokens = 0
+        self._seconds = 0.0
+
+    @property
+    def starts_as_policy(self) -> bool:
+        return self.options.starts_as_policy
+
+    def pin(self, context: ReferenceContext) -> None:
+        from ..serving.transport import Transport
+        from . import remote_checks
+
+        options = self.options
+        transport = Transport(
+            self._urls,
+            key=self._key,
+            connect_timeout=options.connect_timeout,
+            read_timeout=options.read_timeout,
+            deadline=options.deadline,
+        )
+        self._temperature = context.temperature
+        connect = remote_checks.connect_vllm if options.protocol == "vllm" else remote_checks.connect
+        self._client, self._identity = connect(transport, context, options)
+
+    def setup(self, context: ReferenceContext) -> None:
+        from .remote_checks import check_tokenizer
+
+        check_tokenizer(self._asked, context.processing_class)
+
+    def identity(self) -> ReferenceIdentity:
+        assert self._identity is not None, "identity() before pin()"
+        return self._identity
+
+    def log_probs(self, batch: ReferenceBatch) -> Tensor:
+        return self._score(self._rows(batch), batch.input_ids.device)
+
+    def submit(self, batch: ReferenceBatch) -> Future[Tensor]:
+        from ..serving.background import in_background
+
+        rows, device = self._rows(batch), batch.input_ids.device
+        return in_background(lambda: self._score(rows, device))
+
+    @contextmanager
+    def bulk_scorer(self) -> Iterator[BulkScorer]:
+        """Scores streams of rows with several requests in flight."""
+        from ..serving.bulk import BulkScorer
+
+        yield BulkScorer(self._asked, self._temperature)
+
+    def counters(self) -> dict[str, float]:
+        stats = self._asked.transport.stats
+        with self._lock:
+            tokens, seconds = self._tokens, self._seconds
+        return {
+            "bytes_per_token": (stats.bytes_sent + stats.bytes_received) / max(tokens, 1),
+            "request_seconds": seconds,
+            "retries": stats.retries,
+        }
+
+    def metadata(self) -> dict[str, Any]:
+        return {"url": self._urls, "protocol": self.options.protocol}
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.transport.close()
+
+    @property
+    def _asked(self) -> ScoringClient:
+        assert self._client is not None, "pin() comes first"
+        return self._client
+
+    def _rows(self, batch: ReferenceBatch) -> PaddedRows:
+        from ..serving.rows import PaddedRows
+
+        try:
+            return PaddedRows.of(batch)
+        except ValueError as error:
+            raise UnsupportedInputError(
+                f"ref_provider='remote' sends rows that are plain token sequences; this batch has {error}. Use "
+                "ref_provider='frozen' or 'adapter'."
+            ) from None
+
+    def _score(self, rows: PaddedRows, device: Any) -> Tensor:
+        started = time.perf_counter()
+        values = self._asked.score(rows, self._temperature)
+        with self._lock:
+            self._tokens += rows.tokens
+            self._seconds += time.perf_counter() - started
+        return rows.place(values).to(device)
+
+
+def _checked_urls(given: str | list[str]) -> list[str]:
+    urls = [given] if isinstance(given, str) else list(given)
+    if not urls:
+        raise ConfigurationError("ref_provider='remote': option 'url' is empty; expected 'http://host:port'.")
+    for url in urls:
+        parts = urlsplit(url)
+        try:
+            sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # of a port that is no number
+            sound = False
+        if not sound or parts.query or parts.fragment:
+            raise ConfigurationError(
+                f"ref_provider='remote': option 'url' has {url!r}; expected an address such as 'http://host:8321'."
+            )
+        if parts.username or parts.password:
+            raise ConfigurationError(
+                f"ref_provider='remote': option 'url' has credentials for {parts.hostname}, which would end in logs "
+                "and checkpoints. Put the key into an environment variable and name that in option 'api_key_env'."
+            )
+    if len(set(urls)) < len(urls):
+        raise ConfigurationError("ref_provider='remote': option 'url' has the same address twice.")
+    return urls
+
+
+def _key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ConfigurationError(
+            f"ref_provider='remote': option 'api_key_env' names the environment variable {variable!r}, which is not "
+            "set, or empty. It has to be set for every rank."
+        )
+    return key

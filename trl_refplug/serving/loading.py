@@ -1,0 +1,96 @@
+"""
+The model that a server is asked to serve: a base, or a PEFT adapter with the base it names.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+from trl_refplug.errors import ConfigurationError
+from trl_refplug.scoring import stay_in_evaluation_mode
+from trl_refplug.serving.engine import Engine
+
+
+def load_engine(
+    model: str,
+    *,
+    adapter: str | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32",
+    device: str | None = None,
+    scoring: Literal["exact", "packed"] = "packed",
+    token_budget: int | None = None,
+) -> Engine:
+    """
+    Load a model and make it ready to score.
+
+    Args:
+        model (`str`): Hub id or path of a model, or of a PEFT adapter that names its base.
+        adapter (`str`, *optional*): Hub id or path of an adapter to put on `model`.
+        dtype (`str`): Of the weights; `auto` is what they are stored in.
+        device (`str`, *optional*): By default an accelerator, where there is one.
+        scoring (`str`), token_budget (`int`, *optional*): See [`Engine`].
+
+    Raises:
+        ConfigurationError: There is no such model, or it cannot be loaded so.
+    """
+    base = None if adapter else _base_of(model)
+    path, adapter = (base, model) if base else (model, adapter)
+    try:
+        loaded = _load(path, adapter, dtype).to(device or _default_device())
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        what = f"{path!r} with adapter {adapter!r}" if adapter else repr(path)
+        raise ConfigurationError(f"Cannot serve {what}: {error}") from error
+    stay_in_evaluation_mode(loaded)
+    loaded.requires_grad_(False)
+    return Engine(
+        loaded, path, scoring=scoring, token_budget=token_budget, tokenizer=_tokenizer(path), adapter=adapter
+    )
+
+
+def _base_of(model: str) -> str | None:
+    """The base that a PEFT adapter names; `None` where `model` is not an adapter."""
+    from peft import PeftConfig
+    from transformers.utils import cached_file
+
+    if Path(model).is_dir() and (Path(model) / "config.json").exists():
+        return None  # a model, even if an adapter was saved beside it
+    try:
+        if not cached_file(model, "adapter_config.json", _raise_exceptions_for_missing_entries=False):
+            return None
+        base: str | None = PeftConfig.from_pretrained(model).base_model_name_or_path
+    except (OSError, ValueError, TypeError):  # loading it as a model says what is wrong
+        return None
+    if base is None:
+        raise ConfigurationError(
+            f"The adapter {model!r} does not name its base model. Pass the base as MODEL and --adapter {model}."
+        )
+    return base
+
+
+def _load(path: str, adapter: str | None, dtype: str) -> nn.Module:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    chosen: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=chosen)
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter)
+    return cast(nn.Module, model)
+
+
+def _tokenizer(path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _default_device() -> str:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator.type if accelerator else "cpu"

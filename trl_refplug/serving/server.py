@@ -1,0 +1,112 @@
+"""
+Running the application: uvicorn, with a deadline for the heads of requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from trl_refplug.serving.limits import Limits
+
+
+KEEP_ALIVE = 75
+"""Seconds for which an idle connection is kept: longer than clients keep theirs, so that they close first."""
+
+_CONNECTIONS = 2048
+
+
+def http_protocol(head_seconds: float) -> type[asyncio.Protocol]:
+    """
+    Uvicorn's HTTP protocol, which waits for ever for the head of a request, with a deadline for it. Bodies have theirs
+    in the application.
+    """
+
+    class DeadlineProtocol(H11Protocol):
+        _head_deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._expect_head()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._forget_deadline()
+            else:
+                self._expect_head()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._forget_deadline()
+            super().connection_lost(exc)
+
+        def _expect_head(self) -> None:
+            if self._head_deadline is None:
+                self._head_deadline = self.loop.call_later(head_seconds, self.transport.close)
+
+        def _forget_deadline(self) -> None:
+            if self._head_deadline is not None:
+                self._head_deadline.cancel()
+                self._head_deadline = None
+
+    return DeadlineProtocol
+
+
+class Server(uvicorn.Server):
+    """
+    Serves an application on a socket until it is told to stop (SIGTERM, Ctrl-C, `should_exit`), and then finishes what
+    it took.
+
+    Args:
+        app: An ASGI application.
+        limits ([`Limits`]): Of which the deadlines are uvicorn's part.
+        ready (`Callable`): Called once, when connections are taken.
+        ssl (`dict`): uvicorn's `ssl_*` arguments.
+    """
+
+    def __init__(self, app: Any, *, limits: Limits, ready: Callable[[], None], **ssl: Any) -> None:
+        self._ready = ready
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=http_protocol(limits.head_seconds),
+                ws="none",
+                lifespan="on",
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                date_header=False,
+                proxy_headers=False,
+                limit_concurrency=_CONNECTIONS,
+                timeout_keep_alive=KEEP_ALIVE,
+                **ssl,
+            )
+        )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """
+    A listening socket; port 0 is any free one.
+
+    Raises:
+        OSError: The address is not this machine's, is taken, or may not be used.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener

@@ -1,0 +1,343 @@
+"""
+HTTP to one or several equal servers: kept connections, timeouts, retries, failover.
+
+What comes back is only passed on once the caller's `parse` has accepted it. Connection errors, answers that `parse`
+finds damaged, 408, 429 and 5xx are tried again, elsewhere first where there is more than one server, then with growing
+pauses, until the deadline. Anything else is an error at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import httpx
+import tenacity
+
+from trl_refplug.errors import ReferenceMismatchError, RemoteError
+
+
+logger = logging.getLogger("trl_refplug")
+
+T = TypeVar("T")
+
+_KEEP_ALIVE = 60  # seconds; less than servers do, so that no request meets a connection that is being closed
+_PAUSE = 5.0  # longest between two attempts, in seconds, unless a server asks for more
+_LATER = (408, 429, 500, 502, 503, 504)
+_NOT_NEEDED = ("accept", "accept-encoding", "connection", "user-agent")  # 100 bytes in every request
+
+
+class DamagedAnswerError(Exception):
+    """An answer that is cut short, changed on its way, or does not belong to the request. Worth another attempt."""
+
+
+class UnreachableError(RemoteError):
+    """No server has answered in time."""
+
+
+class _AttemptError(Exception):
+    """One attempt has failed, and another may not. `after` is the earliest moment for it at that server."""
+
+    def __init__(self, reason: str, after: float = 0.0) -> None:
+        super().__init__(reason)
+        self.after = after
+
+
+@dataclass(eq=False)
+class _Server:
+    url: str
+    in_flight: int = 0
+    failures: int = 0  # since it last answered
+    not_before: float = 0.0
+
+    def __str__(self) -> str:
+        return self.url
+
+
+@dataclass
+class TransportStats:
+    """
+    Args:
+        requests (`int`): Answered.
+        retries (`int`): Attempts that failed and were made again.
+        bytes_sent (`int`), bytes_received (`int`): Of answered requests, with HTTP's own lines.
+    """
+
+    requests: int = 0
+    retries: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    lock: Any = field(default_factory=threading.Lock, repr=False)
+
+
+class Transport:
+    """
+    Requests to whichever server has the least to do. Safe to use from any number of threads, and after a fork.
+
+    Args:
+        urls (`Sequence[str]`): Of equal servers.
+        key (`str`, *optional*): Bearer token. In no message, log or `repr`.
+        connect_timeout (`float`), read_timeout (`float`): Seconds to connect, and to wait for an answer.
+        deadline (`float`): Seconds after which a request that was not answered is an error.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        key: str | None = None,
+        connect_timeout: float = 5.0,
+        read_timeout: float = 120.0,
+        deadline: float = 300.0,
+    ) -> None:
+        self.stats = TransportStats()
+        self._servers = [_Server(url.rstrip("/")) for url in urls]
+        self._key = key
+        self._timeout = httpx.Timeout(read_timeout, connect=connect_timeout)
+        self._deadline = deadline
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._client: httpx.Client | None = None
+        self._process = 0
+
+    def __repr__(self) -> str:
+        return f"Transport({', '.join(map(str, self._servers))})"
+
+    @property
+    def urls(self) -> list[str]:
+        """The servers."""
+        return [server.url for server in self._servers]
+
+    def send(
+        self,
+        method: str,
+        path: str,
+        parse: Callable[[httpx.Response], T],
+        *,
+        content: bytes | None = None,
+        content_type: str | None = None,
+        url: str | None = None,
+        deadline: float | None = None,
+    ) -> T:
+        """
+        Make a request until it is answered.
+
+        Args:
+            method (`str`), path (`str`), content (`bytes`), content_type (`str`): The request.
+            parse (`Callable`): Makes the result of a response with status 200; raises [`DamagedAnswerError`].
+            url (`str`, *optional*): The only server to ask.
+            deadline (`float`, *optional*): Seconds, instead of the transport's own.
+
+        Raises:
+            RemoteError: The request was refused, or not answered before the deadline.
+            ReferenceMismatchError: The server has another reference than the one asked for.
+        """
+        seconds = self._deadline if deadline is None else deadline
+        servers = [server for server in self._servers if url is None or server.url == url]
+        ends = time.monotonic() + seconds
+        last: _Server | None = None
+
+        def attempt() -> T:
+            nonlocal last
+            last = self._pick(servers)
+            try:
+                return self._attempt(last, method, path, parse, content, content_type, ends)
+            finally:
+                with self._lock:
+                    last.in_flight -= 1
+
+        pause = tenacity.wait_random_exponential(multiplier=0.1, max=_PAUSE)
+
+        def wait(state: tenacity.RetryCallState) -> float:
+            now = time.monotonic()
+            if any(server.failures == 0 and server.not_before <= now for server in servers):
+                return 0.0  # another server, which is not known to be in trouble
+            return max(pause(state), min(server.not_before for server in servers) - now)
+
+        def stop(state: tenacity.RetryCallState) -> bool:
+            # A pause that would end after the deadline is not made
+            return self._closing.is_set() or time.monotonic() + state.upcoming_sleep >= ends
+
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_AttemptError),
+            wait=wait,
+            stop=stop,
+            sleep=lambda length: self._closing.wait(length),  # type: ignore[arg-type]
+            before_sleep=lambda state: self._note(state, last),
+            reraise=True,
+        )
+        try:
+            return retrying(attempt)
+        except _AttemptError as error:
+            if self._closing.is_set():
+                raise RemoteError("The connection to the reference server was closed.") from None
+            attempts = retrying.statistics.get("attempt_number", 1)
+            raise UnreachableError(
+                f"No reference server answered {method} {path} within {seconds:g} s (option 'deadline'); tried "
+                f"{attempts} times at {', '.join(map(str, servers))}. The last attempt, at {last}: {error}."
+            ) from error.__cause__
+
+    def each(self, method: str, path: str, parse: Callable[[httpx.Response], T]) -> dict[str, T]:
+        """
+        Ask every server. Those that cannot be reached now are left out, unless none can.
+
+        Returns:
+            `dict[str, T]`: What they answered, by URL; at least one.
+        """
+        found: dict[str, T] = {}
+        for server in self._servers if len(self._servers) > 1 else []:
+            try:
+                found[server.url] = self.send(method, path, parse, url=server.url, deadline=self._timeout.connect)
+            except UnreachableError as error:
+                logger.warning("%s It is tried again when it is needed.", error)
+        return found or {self._servers[0].url: self.send(method, path, parse)}
+
+    def close(self) -> None:
+        """End waiting and retries, and close all connections. May be called more than once."""
+        self._closing.set()
+        with self._lock:
+            client, self._client = self._client, None
+        if client is not None and self._process == os.getpid():
+            client.close()
+
+    # One attempt
+
+    def _pick(self, servers: Sequence[_Server]) -> _Server:
+        now = time.monotonic()
+        with self._lock:
+            best = min(servers, key=lambda s: (s.not_before > now, s.failures, s.in_flight))
+            best.in_flight += 1
+        return best
+
+    def _attempt(
+        self,
+        server: _Server,
+        method: str,
+        path: str,
+        parse: Callable[[httpx.Response], T],
+        content: bytes | None,
+        content_type: str | None,
+        ends: float,
+    ) -> T:
+        client = self._open()
+        headers = {"content-type": content_type} if content_type else {}
+        if self._key:
+            headers["authorization"] = f"Bearer {self._key}"
+        request = client.build_request(method, server.url + path, content=content, headers=headers)
+        for name in _NOT_NEEDED:
+            request.headers.pop(name, None)
+        left = max(ends - time.monotonic(), 0.1)
+        request.extensions["timeout"] = {
+            name: min(value, left) for name, value in self._timeout.as_dict().items() if value is not None
+        }
+        try:
+            response = client.send(request)
+            if response.status_code in _LATER:
+                raise self._later(response)
+            if response.status_code != 200:
+                raise _refused(server.url, path, response)
+            result = parse(response)
+        except (httpx.RequestError, DamagedAnswerError) as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise _untrusted(server.url, error) from None
+            server.failures += 1
+            raise _AttemptError(_described(error)) from error
+        except _AttemptError as error:
+            server.failures += 1
+            server.not_before = error.after
+            raise
+        server.failures, server.not_before = 0, 0.0
+        self._count(request, response)
+        return result
+
+    def _open(self) -> httpx.Client:
+        with self._lock:
+            if self._closing.is_set():
+                raise RemoteError("The connection to the reference server is closed.")
+            if self._client is None or self._process != os.getpid():  # a fork must not share its parent's sockets
+                self._client = httpx.Client(
+                    limits=httpx.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE), follow_redirects=False
+                )
+                self._process = os.getpid()
+            return self._client
+
+    @staticmethod
+    def _later(response: httpx.Response) -> _AttemptError:
+        seconds = response.headers.get("retry-after", "")
+        after = time.monotonic() + float(seconds) if seconds.isdigit() else 0.0
+        return _AttemptError(f"it answered {response.status_code}{_reason(response)}", after)
+
+    def _count(self, request: httpx.Request, response: httpx.Response) -> None:
+        sent, received = _size(request.headers, request.content), _size(response.headers, response.content)
+        with self.stats.lock:
+            self.stats.requests += 1
+            self.stats.bytes_sent += sent + len(f"{request.method}  HTTP/1.1\r\n") + len(request.url.raw_path)
+            self.stats.bytes_received += received + len(f"HTTP/1.1 200 {response.reason_phrase}\r\n")
+
+    def _note(self, state: tenacity.RetryCallState, server: _Server | None) -> None:
+        with self.stats.lock:
+            self.stats.retries += 1
+        assert state.outcome is not None
+        logger.warning(
+            "Reference server %s: %s. Trying again in %.1f s.", server, state.outcome.exception(), state.upcoming_sleep
+        )
+
+
+def _refused(url: str, path: str, response: httpx.Response) -> Exception:
+    status, reason = response.status_code, _reason(response)
+    if status in (401, 403):
+        return RemoteError(
+            f"{url} refused the key ({status}). Option 'api_key_env' names the environment variable with the key "
+            "that the server expects; it has to be set for every rank."
+        )
+    if status == 409:
+        return ReferenceMismatchError(
+            f"{url} does not have the reference that this run started with{reason}. It was restarted with other "
+            "weights, or another server has taken its place. Serve the model of before, or start anew."
+        )
+    if 300 <= status < 400:
+        return RemoteError(
+            f"{url} redirects to {response.headers.get('location', 'nowhere')!r}, which is not followed. Use that "
+            "server's own address as option 'url'."
+        )
+    return RemoteError(f"{url} refused {path} ({status}){reason}.")
+
+
+def _untrusted(url: str, error: Exception) -> RemoteError:
+    return RemoteError(
+        f"The certificate of {url} cannot be verified ({error}). For one of your own, let the environment variable "
+        "SSL_CERT_FILE name the certificate of the authority that issued it."
+    )
+
+
+def _reason(response: httpx.Response) -> str:
+    try:
+        content = response.json()
+        error = content.get("error") or content.get("message") or ""
+        text = str(error.get("message", error) if isinstance(error, dict) else error)
+    except (ValueError, AttributeError):
+        text = ""
+    return f": {text[:500]}" if text else ""
+
+
+def _described(error: Exception) -> str:
+    kind = {
+        "ConnectError": "it cannot be reached",
+        "ConnectTimeout": "it cannot be reached in time",
+        "ReadTimeout": "it did not answer in time",
+        "WriteTimeout": "it did not take the request in time",
+        "ReadError": "the connection broke",
+        "WriteError": "the connection broke",
+        "RemoteProtocolError": "the answer was cut short",
+        "DamagedAnswerError": "the answer is damaged",
+    }.get(type(error).__name__, type(error).__name__)
+    return f"{kind} ({error})" if str(error) else kind
+
+
+def _size(headers: httpx.Headers, content: bytes) -> int:
+    return sum(len(name) + len(value) + 4 for name, value in headers.raw) + 2 + len(content)

@@ -1,0 +1,197 @@
+"""
+Asking an OpenAI-compatible server that has `prompt_logprobs`, such as vLLM.
+
+Such a server cannot say which weights it has. So a known sequence travels with every request: if its log-probs are not
+those of the start, the server is another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+import msgspec
+import numpy as np
+
+from trl_refplug.errors import InvalidLogProbsError, ReferenceMismatchError, RemoteError, UnsupportedInputError
+from trl_refplug.scoring import Row
+from trl_refplug.serving.rows import PaddedRows, Values
+from trl_refplug.serving.transport import DamagedAnswerError, Transport
+from trl_refplug.tolerances import Tolerance
+
+
+_NOT_A_NUMBER = -9999.0  # what vLLM puts in place of -inf and NaN
+
+
+class _LogProb(msgspec.Struct):
+    logprob: float
+
+
+class _Choice(msgspec.Struct):
+    index: int
+    prompt_logprobs: list[dict[str, _LogProb] | None] | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class _Completion(msgspec.Struct):
+    model: str
+    choices: list[_Choice]
+
+
+class _Model(msgspec.Struct):
+    id: str
+    max_model_len: int | None = None
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+_completions = msgspec.json.Decoder(_Completion)
+_models = msgspec.json.Decoder(_Models)
+
+
+class VllmClient:
+    """
+    Args:
+        transport ([`Transport`]): To equal servers.
+        model (`str`, *optional*): The name it is served under; by default the only one there is.
+        known (`Row`): A row that every request carries, all of it scored.
+        tolerance ([`Tolerance`]): How far its log-probs may be from those of the first request.
+        left_padding (`bool`): Whether rows may be padded on the left: the server has no padding, and the positions of
+            some models count from it.
+        batch_limit (`float`): The longest batch whose rows do not depend on each other.
+
+    Attributes:
+        model (`str`): The name it is served under.
+        known_values (`np.ndarray`): float32 `[scored]`, the log-probs of the known row.
+
+    Raises:
+        RemoteError: No server can be reached, or it does not answer as expected.
+        ReferenceMismatchError: The servers have different references.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        model: str | None,
+        known: Row,
+        tolerance: Tolerance,
+        left_padding: bool = True,
+        batch_limit: float = float("inf"),
+    ) -> None:
+        self.transport = transport
+        self._left_padding = left_padding
+        self._batch_limit = batch_limit
+        self._known = known
+        self._tolerance = tolerance
+        found = transport.each("GET", "/v1/models", lambda response: _decoded(_models, response))
+        for url, models in found.items():
+            self.model, self._max_length = _chosen(url, models.data, model)
+        answers = {url: self._request([], url)[-1] for url in found}
+        (first, self.known_values), *others = answers.items()
+        for url, values in others:
+            self._compare(values, f"{url} has another reference than {first}")
+
+    def score(self, rows: PaddedRows, temperature: float) -> Sequence[Values]:
+        assert temperature == 1.0, "the server would ignore it"
+        longest = max(map(len, rows.rows), default=0)
+        if self._max_length is not None and longest > self._max_length - 1:
+            raise UnsupportedInputError(
+                f"A row of {longest:,} tokens is too long for {self.transport.urls[0]}, whose limit is "
+                f"{self._max_length:,}, one of which it generates. Serve with --max-model-len {longest + 1} or more."
+            )
+        if rows.width > self._batch_limit or (any(rows.lefts) and not self._left_padding):
+            raise UnsupportedInputError(
+                "protocol='vllm' scores rows without their padding, and this model's log-probs depend on it: rows "
+                f"padded on the left of absolute positions, or more than {self._batch_limit} tokens long. Use a "
+                "server of `trl-refplug serve`."
+            )
+        *values, known = self._request(rows.rows, None)
+        self._compare(known, "The reference server was restarted with another model or precision")
+        return values
+
+    def _request(self, rows: Sequence[Row], url: str | None) -> list[Values]:
+        """The values of `rows`, and of the known row after them."""
+        rows = [*rows, self._known]
+        body = msgspec.json.encode(
+            {
+                "model": self.model,
+                "prompt": [row.input_ids.tolist() for row in rows],
+                "max_tokens": 1,
+                "temperature": 0,
+                "prompt_logprobs": 0,
+                "return_token_ids": True,
+            }
+        )
+
+        def parse(response: httpx.Response) -> list[Values]:
+            choices = sorted(_decoded(_completions, response).choices, key=lambda choice: choice.index)
+            if [choice.index for choice in choices] != list(range(len(rows))):
+                raise DamagedAnswerError(f"{len(choices)} choices for {len(rows)} prompts")
+            return [_values(choice, row, response) for choice, row in zip(choices, rows, strict=True)]
+
+        send = self.transport.send
+        return send("POST", "/v1/completions", parse, content=body, content_type="application/json", url=url)
+
+    def _compare(self, found: Values, otherwise: str) -> None:
+        differences = np.abs(found.astype(np.float64) - self.known_values)
+        largest, mean = differences.max(), differences.mean()
+        if not (largest <= self._tolerance.largest and mean <= self._tolerance.mean):
+            raise ReferenceMismatchError(
+                f"{otherwise}: it gives a known sequence log-probs that differ by up to {largest:.3g} nats per token "
+                f"(tolerance {self._tolerance.largest:g}) from those of the start, {mean:.3g} on average (tolerance "
+                f"{self._tolerance.mean:g}). Serve the model of before, or start anew."
+            )
+
+
+def _chosen(url: str, served: Sequence[_Model], model: str | None) -> tuple[str, int | None]:
+    names = ", ".join(entry.id for entry in served) or "nothing"
+    if model is None and len(served) != 1:
+        raise RemoteError(f"{url} serves {names}. Name one of them in option 'model'.")
+    for entry in served:
+        if model in (None, entry.id):
+            return entry.id, entry.max_model_len
+    raise RemoteError(f"{url} serves {names}, and option 'model' names {model!r}.")
+
+
+def _decoded(decoder: Any, response: httpx.Response) -> Any:
+    try:
+        return decoder.decode(response.content)
+    except msgspec.ValidationError as error:
+        raise RemoteError(f"{response.url} is no OpenAI-compatible server: {error}.") from None
+    except msgspec.DecodeError as error:
+        raise DamagedAnswerError(str(error)) from None
+
+
+def _values(choice: _Choice, row: Row, response: httpx.Response) -> Values:
+    log_probs, ids = choice.prompt_logprobs, row.input_ids.tolist()
+    if log_probs is None:
+        raise RemoteError(
+            f"{response.url} ignores `prompt_logprobs`, so it cannot serve a reference. vLLM can; llama.cpp's servers "
+            "cannot."
+        )
+    if choice.prompt_token_ids is not None and choice.prompt_token_ids != ids:
+        raise RemoteError(
+            f"{response.url} has scored other tokens than it was sent ({len(choice.prompt_token_ids)} for {len(ids)}):"
+            " it truncates or adds to prompts."
+        )
+    if len(log_probs) != len(ids) or (log_probs and log_probs[0] is not None):
+        raise RemoteError(
+            f"{response.url} answered with {len(log_probs)} log-probs for {len(ids)} tokens, the first "
+            f"{log_probs[0] if log_probs else None}; expected as many as tokens, the first null."
+        )
+    values = np.empty(len(row.scored()), np.float32)
+    for number, position in enumerate(row.scored()):
+        entry = (log_probs[position] or {}).get(str(ids[position]))
+        if entry is None:
+            raise RemoteError(f"{response.url} has no log-prob of token {ids[position]} at position {position}.")
+        if entry.logprob <= _NOT_A_NUMBER or not np.isfinite(entry.logprob):
+            raise InvalidLogProbsError(
+                f"{response.url} answered {entry.logprob} for token {ids[position]} at position {position}, which "
+                "stands for a log-prob that is not finite. The reference's weights or its precision are broken."
+            )
+        values[number] = entry.logprob
+    return values

@@ -1,0 +1,218 @@
+"""A provider at work: attached to a small, real trainer, with nothing of it or of TRL replaced."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidLogProbsError
+from ..options import parse_options
+from ..provider import Capabilities, ReferenceBatch, ReferenceProvider
+from .samples import copy_of, make_batch, preference_data, sample_rows, scored
+
+
+Reference: TypeAlias = "str | type[ReferenceProvider] | tuple[str | type[ReferenceProvider], Mapping[str, Any]]"
+"""A provider's class or registered name; with options, a pair of it and a dict as in `ref_provider_kwargs`."""
+
+
+def require(holds: bool, message: str) -> None:
+    """Fail the test with `message` alone, which says which promise is broken and what to do."""
+    __tracebackhide__ = True
+    if not holds:
+        pytest.fail(message, pytrace=False)
+
+
+class Attached:
+    """
+    A provider in a trainer, ready to answer.
+
+    Args:
+        trainer: One of trl-refplug's trainers.
+        tolerance (`float`): Largest difference, in nats per token, between answers that are the same.
+    """
+
+    def __init__(self, trainer: Any, tolerance: float) -> None:
+        trainer.model.train()  # as it is when a training step asks for its reference
+        self.trainer = trainer
+        self.tolerance = tolerance
+        self.provider: ReferenceProvider = trainer.ref_model.provider
+        self.policy: nn.Module = trainer.model
+        vocabulary = trainer.model.config.get_text_config().vocab_size
+        self.rows = sample_rows(vocabulary)
+        self.batch = make_batch(self.rows).to(trainer.args.device)
+
+    def ask(self, batch: ReferenceBatch) -> Tensor:
+        """What the provider answers, in memory of its own. A form that nothing can be said about skips the test."""
+        __tracebackhide__ = True
+        with torch.no_grad():
+            answer = self.provider.log_probs(copy_of(batch))
+        problem = form_problem(answer, batch)
+        if not problem:
+            return answer.clone()
+        with torch.no_grad():
+            if form_problem(self.provider.log_probs(copy_of(self.batch)), self.batch):
+                pytest.skip(f"needs answers of the right form, see test_form: {problem}")
+        pytest.fail(f"For a batch {_shape(batch)}, {problem}. Answer every batch in the same form.", pytrace=False)
+
+    def ask_rows(self, batch: ReferenceBatch) -> list[Tensor]:
+        """The answer's scored values, row by row: however rows are padded, these are the same."""
+        __tracebackhide__ = True
+        answer, mask = self.ask(batch), scored(batch)
+        return [values[chosen] for values, chosen in zip(answer, mask, strict=True)]
+
+    def train(self, **kwargs: Any) -> None:
+        """Train. A run that fails for a reason that has a test of its own skips this one."""
+        __tracebackhide__ = True
+        try:
+            self.trainer.train(**kwargs)
+        except InvalidLogProbsError as error:
+            pytest.skip(f"needs answers of the right form, see test_form: {error}")
+        except Exception as error:
+            pytest.skip(f"needs a run that ends, see test_trains: {type(error).__name__}: {error}")
+
+    def require_same(self, found: list[Tensor], expected: list[Tensor], message: str) -> None:
+        """Compare the scored values of rows; fail with `message` and the largest difference."""
+        __tracebackhide__ = True
+        worst, where = 0.0, ""
+        for row, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+            if ours.numel() == 0:
+                continue
+            off = (ours.double() - theirs.double()).abs()
+            off = torch.where(off.isnan(), torch.inf, off)
+            place = int(off.argmax())
+            if off[place] > worst:
+                worst = off[place].item()
+                where = (
+                    f"row {row}, scored token {place}: {ours[place].item():.6g}, expected {theirs[place].item():.6g}"
+                )
+        require(
+            worst <= self.tolerance,
+            f"{message}\nLargest difference {worst:.3g} nats (tolerance {self.tolerance:g}), at {where}.",
+        )
+
+    def differs(self, found: list[Tensor], other: list[Tensor]) -> bool:
+        """Whether two answers are those of different references."""
+        return any(bool(((one - two).abs() > self.tolerance).any()) for one, two in zip(found, other, strict=True))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """
+    Makes trainers with the provider under test.
+
+    Args:
+        reference (`Reference`): What is tested.
+        policy (`nn.Module`): The policy; every trainer gets a copy.
+        processing_class: Its tokenizer or processor.
+        peft_config: The `peft_config` argument of the trainers.
+        directory (`Path`): Where trainers write.
+        tolerance (`float`): See [`Attached`].
+    """
+
+    reference: Reference
+    policy: nn.Module
+    processing_class: Any
+    peft_config: Any
+    directory: Path
+    tolerance: float
+
+    @property
+    def provider_class(self) -> type[ReferenceProvider]:
+        from ..plugins import plugin_manager
+
+        chosen = self.reference[0] if isinstance(self.reference, tuple) else self.reference
+        return plugin_manager().provider_class(chosen) if isinstance(chosen, str) else chosen
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        return self.reference[1] if isinstance(self.reference, tuple) else {}
+
+    def provider(self) -> ReferenceProvider:
+        """A new instance with its options."""
+        provider_class = self.provider_class
+        return provider_class(parse_options(provider_class.__name__, provider_class.Options, self.options))
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do with its options: a provider that is made of others may say so per instance."""
+        return self.provider().capabilities
+
+    def using(self, **changes: Any) -> Bench:
+        """The same bench with another `policy`, `reference`, ..."""
+        return replace(self, **changes)
+
+    def with_options(self, options: Mapping[str, Any]) -> Bench:
+        """The same bench with other options of the provider."""
+        return replace(self, reference=(self.provider_class, options))
+
+    def attach(self, *, dataset: Any = None, **args: Any) -> Attached:
+        """A DPO trainer with the provider; `args` are for its configuration."""
+        from .. import RefPlugDPOConfig, RefPlugDPOTrainer
+
+        trainer = RefPlugDPOTrainer(
+            model=copy.deepcopy(self.policy),
+            args=RefPlugDPOConfig(**self._args(args)),
+            train_dataset=preference_data() if dataset is None else dataset,
+            processing_class=self.processing_class,
+            peft_config=copy.deepcopy(self.peft_config),
+            reference=self.provider(),
+        )
+        return Attached(trainer, self.tolerance)
+
+    def attach_online(self, temperature: float) -> Attached:
+        """A GRPO trainer with the provider, which divides logits by `temperature`."""
+        from .. import RefPlugGRPOConfig, RefPlugGRPOTrainer
+
+        args = dict(num_generations=2, max_completion_length=4, beta=0.1, temperature=temperature)
+        trainer = RefPlugGRPOTrainer(
+            model=copy.deepcopy(self.policy),
+            args=RefPlugGRPOConfig(**self._args(args)),
+            train_dataset=preference_data().select_columns(["prompt"]),
+            reward_funcs=lambda completions, **_: [0.0 for _ in completions],
+            processing_class=self.processing_class,
+            peft_config=copy.deepcopy(self.peft_config),
+            reference=self.provider(),
+        )
+        return Attached(trainer, self.tolerance)
+
+    def _args(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "output_dir": str(self.directory / "out"),
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 2e-2,
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "bf16": False,
+            "disable_dropout": False,
+            "disable_tqdm": True,
+            **given,
+        }
+
+
+def form_problem(answer: Any, batch: ReferenceBatch) -> str:
+    """What is wrong with an answer's form; an empty string if nothing is."""
+    rows, seq = batch.input_ids.shape
+    if not isinstance(answer, Tensor):
+        return f"log_probs() returned a {type(answer).__name__}; expected a torch.Tensor"
+    if answer.dtype != torch.float32 or tuple(answer.shape) != (rows, seq - 1):
+        return f"log_probs() returned {answer.dtype} {list(answer.shape)}; expected torch.float32 [{rows}, {seq - 1}]"
+    if answer.device != batch.input_ids.device:
+        return f"log_probs() answered on {answer.device}; expected {batch.input_ids.device}"
+    if not answer[scored(batch)].isfinite().all():
+        return "log_probs() returned values that are not finite"
+    return ""
+
+
+def _shape(batch: ReferenceBatch) -> list[int]:
+    return list(batch.input_ids.shape)

@@ -1,0 +1,149 @@
+"""Does asking for the reference leave training alone?"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from .bench import Attached, Bench, require
+from .samples import copy_of
+from .setting import Setting
+
+
+class SideEffectTests(Setting):
+    def test_no_gradient(self, attached: Attached) -> None:
+        attached.ask(attached.batch)
+        with torch.enable_grad():
+            answer = attached.provider.log_probs(copy_of(attached.batch))
+        require(
+            not answer.requires_grad,
+            "The answer carries a gradient, so the loss would train through the reference and keep its activations. "
+            "Compute it under torch.no_grad().",
+        )
+
+    def test_random_streams(self, attached: Attached) -> None:
+        before = _random_streams()
+        _use(attached)
+        moved = [name for name, state in _random_streams().items() if state != before[name]]
+        require(
+            not moved,
+            f"The global random stream of {', '.join(moved)} moved, so the data order and dropout of training change "
+            "with the reference. Score in evaluation mode, and draw from a generator of your own.",
+        )
+
+    def test_modes(self, attached: Attached) -> None:
+        def modes() -> dict[str, bool]:
+            return {name: module.training for name, module in attached.policy.named_modules()}
+
+        before = modes()
+        _use(attached)
+        changed = _changed(before, modes())
+        require(
+            not changed,
+            f"{len(changed)} modules of the policy were left in another mode, train or eval ({_some(changed)}). Put "
+            "every module back in the mode it had: a frozen part may have been in eval mode before.",
+        )
+
+    def test_requires_grad(self, bench: Bench) -> None:
+        def flags() -> dict[str, bool]:
+            return {name: parameter.requires_grad for name, parameter in attached.policy.named_parameters()}
+
+        trainable = {name for name, parameter in bench.policy.named_parameters() if parameter.requires_grad}
+        attached = bench.attach()
+        built = flags()
+        frozen = [] if bench.peft_config else [name for name in trainable if not built.get(name, True)]
+        _use(attached)
+        changed = [*frozen, *_changed(built, flags())]
+        require(
+            not changed,
+            f"requires_grad of {len(changed)} of the policy's parameters changed ({_some(changed)}), so another part "
+            "of it is trained. Restore every flag; freeze copies, not the policy.",
+        )
+
+    def test_weights(self, attached: Attached) -> None:
+        def weights() -> dict[str, bytes]:
+            return {
+                name: tensor.detach().cpu().float().numpy().tobytes()
+                for name, tensor in attached.policy.state_dict().items()
+                if "." + _reference_adapter(attached) + "." not in name
+            }
+
+        before = weights()
+        _use(attached)
+        changed = _changed(before, weights())
+        require(not changed, f"{len(changed)} of the policy's weights were changed ({_some(changed)}).")
+
+    def test_active_adapter(self, attached: Attached) -> None:
+        from ..trainers.policy import is_peft
+
+        if not is_peft(attached.policy):
+            pytest.skip("the policy has no adapter; give a `peft_config` if yours may")
+
+        def state() -> dict[str, Any]:
+            layers = {
+                name: (module.active_adapters, module.disable_adapters)
+                for name, module in attached.policy.named_modules()
+                if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters")
+            }
+            return {"active": attached.policy.active_adapter, **layers}
+
+        before = state()
+        _use(attached)
+        changed = _changed(before, state())
+        require(
+            not changed,
+            f"The policy's active adapter was left changed or disabled ({_some(changed)}). Switch it back.",
+        )
+
+    def test_batch(self, attached: Attached) -> None:
+        batch = copy_of(attached.batch)
+        with torch.no_grad():
+            attached.provider.log_probs(batch)
+        changed = [
+            name
+            for name in ("input_ids", "attention_mask", "labels")
+            if not torch.equal(getattr(batch, name), getattr(attached.batch, name))
+        ]
+        require(
+            not changed,
+            f"The batch's {' and '.join(changed)} changed in place. The trainer goes on to use these very tensors: "
+            "work on a copy (masked_fill, not masked_fill_).",
+        )
+
+
+def _use(attached: Attached) -> None:
+    """All that a training step may call."""
+    provider = attached.provider
+    with torch.no_grad():
+        provider.log_probs(copy_of(attached.batch))
+        if provider.capabilities.overlap:
+            provider.submit(copy_of(attached.batch)).result(timeout=60)
+        if provider.capabilities.moving:
+            provider.on_step_end(1)
+        provider.counters()
+
+
+def _random_streams() -> dict[str, Any]:
+    numpy: Any = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (numpy[1].tobytes(), *numpy[2:]),
+        "torch": torch.get_rng_state().numpy().tobytes(),
+    }
+
+
+def _reference_adapter(attached: Attached) -> str:
+    """Name of the adapter of the policy that is the reference, and may move as such."""
+    return str(getattr(attached.provider, "reference_adapter", None))
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    return [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,0 +1,118 @@
+"""Does the identity say which distribution it is: another for another, and the same for the same?"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ..provider import ReferenceIdentity
+from .bench import Attached, Bench, require
+from .setting import Setting
+
+
+class IdentityTests(Setting):
+    def test_identity_is_json(self, attached: Attached) -> None:
+        identity = attached.provider.identity()
+        require(
+            isinstance(identity, ReferenceIdentity), f"identity() returned {identity!r}; expected a ReferenceIdentity."
+        )
+        try:
+            again = ReferenceIdentity.from_dict(json.loads(json.dumps(identity.to_dict())))
+        except (TypeError, ValueError) as error:
+            pytest.fail(f"The identity ends in every checkpoint, as JSON, and is none: {error}.", pytrace=False)
+        require(
+            again == identity,
+            f"The identity is another one when it was written as JSON and read again: {again!r}. Its `details` must "
+            "hold strings, numbers, booleans, lists and dictionaries with text keys only.",
+        )
+        require(
+            isinstance(identity.digest, str) and bool(identity.digest) and isinstance(identity.provider, str),
+            f"The identity's digest ({identity.digest!r}) and provider ({identity.provider!r}) must be text.",
+        )
+
+    def test_identity_is_the_same_again(self, attached: Attached, bench: Bench) -> None:
+        first = attached.provider.identity()
+        other = bench.using(policy=_reloaded(bench.policy, bench.directory / "again")).attach()
+        again = other.provider.identity()
+        require(
+            first.digest == again.digest,
+            f"The same weights and options, loaded from another path, are another reference: {first}, then {again}. "
+            "A run could not be resumed. Digest what changes the log-probs (trl_refplug.identity.digest_model), "
+            "nothing else: no path, time, id() or hash().",
+        )
+
+    def test_identity_follows_the_weights(self, attached: Attached, bench: Bench) -> None:
+        other = bench.using(policy=_nudged(bench.policy)).attach()
+        _require_told_apart(
+            attached,
+            other,
+            different="Another policy gives another reference, and its identity is the same. Caches and resumed runs "
+            "would take one for the other. Digest the weights (trl_refplug.identity.digest_model) in pin().",
+            same="The answers do not depend on the policy's weights, and the identity does. A run "
+            "could not be resumed with the same reference beside another policy.",
+        )
+
+    def test_identity_follows_the_options(
+        self, attached: Attached, bench: Bench, other_options: Sequence[Mapping[str, Any]]
+    ) -> None:
+        if not other_options:
+            pytest.skip("give a fixture `other_options` to compare the identities of several options")
+        for options in other_options:
+            _require_told_apart(
+                attached,
+                bench.with_options(options).attach(),
+                different=f"Options {dict(options)} give another reference, and its identity is the same. Put "
+                "every option that changes a value into the digest.",
+                same=f"Options {dict(options)} give the same values, and the identity is another. Leave options "
+                "that change no value out of the digest.",
+            )
+
+    def test_identity_stays_in_training(self, attached: Attached) -> None:
+        before = attached.provider.identity()
+        attached.train()
+        after = attached.provider.identity()
+        require(
+            before == after,
+            f"The identity changed in training, from {before} to {after}. It says which reference the run was "
+            "started with: compute it in pin() and keep it.",
+        )
+
+
+def _require_told_apart(one: Attached, other: Attached, *, different: str, same: str) -> None:
+    __tracebackhide__ = True
+    differ = one.differs(one.ask_rows(one.batch), other.ask_rows(other.batch))
+    identities = one.provider.identity(), other.provider.identity()
+    told_apart = identities[0].digest != identities[1].digest
+    shown = " and ".join(map(str, identities))
+    if differ:
+        require(told_apart, f"{different}\nIdentities: {shown}.")
+    elif not one.provider.capabilities.moving:  # one that moves may differ later
+        require(not told_apart, f"{same}\nIdentities: {shown}.")
+
+
+def _reloaded(policy: Any, directory: Path) -> Any:
+    """The same policy, from elsewhere."""
+    from transformers import AutoModelForCausalLM, PreTrainedModel
+
+    if not isinstance(policy, PreTrainedModel):
+        return copy.deepcopy(policy)
+    policy.save_pretrained(directory)
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=policy.dtype)
+
+
+def _nudged(policy: Any) -> Any:
+    """Another policy of the same shape: every matrix is a little different."""
+    other = copy.deepcopy(policy)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.dim() > 1:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter += 0.3 * (noise * parameter.detach().cpu().float().std()).to(parameter)
+    return other

@@ -1,0 +1,91 @@
+"""What an author says of the provider under test, and what all tests of the kit start from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from ..provider import ReferenceBatch
+from ..tolerances import TOLERANCES
+from .bench import Attached, Bench, Reference
+from .samples import plain_log_probs, tiny_image_policy, tiny_policy, tiny_tokenizer
+
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class Setting:
+    """The fixtures and hooks that an author may override; see [`ReferenceProviderTests`]."""
+
+    tolerance: float = TOLERANCES[torch.float32].largest
+    """Largest difference between two answers that are the same, in nats per token: rounding, in float32."""
+
+    @pytest.fixture
+    def reference(self) -> Reference:
+        """The provider under test: its class or registered name, or a pair of that and its options."""
+        pytest.fail(
+            f"{type(self).__name__} says nothing of the provider it tests. Give it a fixture `reference` that returns "
+            "its class or registered name, or a pair of that and its options.",
+            pytrace=False,
+        )
+
+    @pytest.fixture
+    def other_options(self) -> Sequence[Mapping[str, Any]]:
+        """Other options of the provider, to compare identities: some that change a value, some that do not."""
+        return ()
+
+    @pytest.fixture
+    def policy(self) -> nn.Module:
+        """The policy the provider is given: a random Llama of a few thousand parameters."""
+        policy: nn.Module = tiny_policy()
+        return policy
+
+    @pytest.fixture
+    def image_policy(self) -> nn.Module:
+        """The policy of the test with images, for a provider that declares `multimodal`: a random Llava."""
+        policy: nn.Module = tiny_image_policy()
+        return policy
+
+    @pytest.fixture
+    def processing_class(self) -> Any:
+        """The tokenizer of the policy."""
+        return tiny_tokenizer()
+
+    @pytest.fixture
+    def peft_config(self) -> Any:
+        """The trainer's `peft_config` argument, for a provider that needs a PEFT policy."""
+        return None
+
+    def expected_log_probs(self, policy: nn.Module, batch: ReferenceBatch, temperature: float) -> Tensor:
+        """
+        The truth: what the reference should answer, computed without the provider.
+
+        Args:
+            policy (`nn.Module`): The policy as it is passed to the trainer.
+            batch ([`ReferenceBatch`]): Rows to score.
+            temperature (`float`): What logits are divided by.
+
+        Returns:
+            `Tensor`: Any float dtype, `[batch, seq - 1]`; only scored positions are compared. By default the policy's
+            own log-probs, in float64.
+        """
+        return plain_log_probs(policy, batch, temperature)
+
+    # For the tests
+
+    @pytest.fixture
+    def bench(
+        self, reference: Reference, policy: Any, processing_class: Any, peft_config: Any, tmp_path: Path
+    ) -> Bench:
+        """Makes trainers with the provider."""
+        return Bench(reference, policy, processing_class, peft_config, tmp_path, self.tolerance)
+
+    @pytest.fixture
+    def attached(self, bench: Bench) -> Attached:
+        """The provider in a DPO trainer."""
+        return bench.attach()
