@@ -33,5 +33,6 @@ def environment_with(*packages: Path, directory: Path) -> Path:
     # setuptools builds beside the sources
     copies = [str(shutil.copytree(package, directory / "packages" / package.name)) for package in packages]
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
-    subprocess.run([*pip, "--no-build-isolation", *copies], check=True, timeout=300)
+    if packages:
+        subprocess.run([*pip, "--no-build-isolation", *copies], check=True, timeout=300)
     return python

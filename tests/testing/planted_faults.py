@@ -80,7 +80,8 @@ class Sound(ReferenceProvider):
 class SoundMoving(Sound):
     """The average of the policy and itself, at every step."""
 
-    capabilities = replace(Sound.capabilities, moving=True, offline=False)
+    capabilities = replace(Sound.capabilities, moving=True, overlap=False, offline=False)
+    submit = ReferenceProvider.submit
 
     def on_step_end(self, step):
         with torch.no_grad():
@@ -292,6 +293,18 @@ class LeaksGradient(Sound):
 
     def log_probs(self, batch):
         return self.score(batch)
+
+
+@caught_by("effects", "no_gradient")
+class SubmitLeaksGradient(Sound):
+    """Gradient mode is each thread's own."""
+
+    def pin(self, context):
+        super().pin(context)
+        self.model.requires_grad_(True)
+
+    def submit(self, batch):
+        return self.pool.submit(self.score, batch)
 
 
 def planted_in_log_probs(effect: Any) -> Any:

@@ -3,7 +3,10 @@
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from trl_refplug.testing import ReferenceProviderTests, tiny_policy
+from trl_refplug.serving.engine import Engine
+from trl_refplug.testing import ReferenceProviderTests, tiny_policy, tiny_tokenizer
+
+from ..serving.servers import serving
 
 
 LORA = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -74,6 +77,18 @@ class TestCachedAdapter(ReferenceProviderTests):
     @pytest.fixture
     def peft_config(self):
         return LORA
+
+
+class TestRemote(ReferenceProviderTests):
+    """A server of this process, on a real socket, with the model that the policy starts as."""
+
+    @pytest.fixture
+    def reference(self):
+        with serving(Engine(tiny_policy().eval(), "tiny", tokenizer=tiny_tokenizer())) as url:
+            yield "remote", {"url": url}
+
+    def expected_log_probs(self, policy, batch, temperature):
+        return super().expected_log_probs(tiny_policy(), batch, temperature)
 
 
 class TestEma(ReferenceProviderTests):

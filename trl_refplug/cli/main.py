@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import trl_refplug
-from trl_refplug.cli import bench, compare, demo, ema, new_plugin, plugins, serve, store, train
+from trl_refplug.cli import bench, check, compare, demo, ema, new_plugin, plugins, serve, store, train
 from trl_refplug.errors import PluginError, RefPlugError
 
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("compare")(compare.compare)
 app.command("plugins")(plugins.plugins)
+app.command("check")(check.check)
 app.command("serve")(serve.serve)
 app.command("new-plugin")(new_plugin.new_plugin)
 app.add_typer(bench.app, name="bench")

@@ -143,7 +143,7 @@ def _combined(parts: list[Capabilities]) -> Capabilities:
     return Capabilities(
         local_model=any(part.local_model for part in parts),
         moving=any(part.moving for part in parts),
-        overlap=all(part.overlap for part in parts),
+        overlap=all(part.overlap and not part.moving for part in parts),
         temperature=all(part.temperature for part in parts),
         multimodal=all(part.multimodal for part in parts),
         offline=all(part.offline for part in parts),

@@ -7,19 +7,12 @@ from trl_refplug.testing import ReferenceProviderTests
 class TestExample(ReferenceProviderTests):
     @pytest.fixture
     def reference(self):
-        return "example", {}  # the registered name, and options
+        return "example", {"sharpness": 2.0}  # the registered name, and options
 
     @pytest.fixture
     def other_options(self):
         return [{"sharpness": 0.5}]
 
-
-class TestExampleSharper(ReferenceProviderTests):
-    """Where the reference is not the policy, say what it is, without the provider."""
-
-    @pytest.fixture
-    def reference(self):
-        return "example", {"sharpness": 2.0}
-
     def expected_log_probs(self, policy, batch, temperature):
+        # What the reference is, without the provider: the policy at half the temperature.
         return super().expected_log_probs(policy, batch, temperature / 2.0)

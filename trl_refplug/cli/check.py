@@ -1,0 +1,278 @@
+"""`trl-refplug check`: does a provider give the declared reference's log-probs on your own data?"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trl_refplug.errors import ConfigurationError
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trl_refplug.provider import ReferenceBatch
+    from trl_refplug.tolerances import Tolerance
+
+
+_COLUMNS = ("prompt", "chosen", "rejected")
+_BATCH = 4  # pairs
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """
+    One completion, scored twice.
+
+    Args:
+        line (`int`): Its line in the data file, from 1.
+        completion (`str`): `"chosen"` or `"rejected"`.
+        tokens (`int`): How many are scored.
+        provider, reference (`float`): Sums of log-probs in nats.
+        largest (`float`): Largest difference of any token, in nats.
+        total (`float`): Sum of the differences of all tokens, without sign, in nats.
+    """
+
+    line: int
+    completion: str
+    tokens: int
+    provider: float
+    reference: float
+    largest: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All rows, and whether the largest and the mean difference per token are within `tolerance`."""
+
+    identity: str
+    rows: list[RowResult]
+    tolerance: Tolerance
+
+    @property
+    def largest(self) -> float:
+        return max(row.largest for row in self.rows)
+
+    @property
+    def mean(self) -> float:
+        return sum(row.total for row in self.rows) / max(1, sum(row.tokens for row in self.rows))
+
+    @property
+    def ok(self) -> bool:
+        return self.largest <= self.tolerance.largest and self.mean <= self.tolerance.mean
+
+
+def check(
+    model: Annotated[str, typer.Option(help="Directory or hub id of the policy.")],
+    data: Annotated[
+        Path,
+        typer.Option(exists=True, dir_okay=False, help="JSON lines in TRL's format: prompt, chosen, rejected."),
+    ],
+    provider: Annotated[str, typer.Option(help="The reference provider, as in ref_provider.")] = "auto",
+    kwargs: Annotated[str | None, typer.Option(metavar="JSON", help="Its options, as in ref_provider_kwargs.")] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Directory or hub id of the model that the reference is declared to be. [default: --model]"),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Pairs to score, from the start of the file.")] = 16,
+    max_length: Annotated[int, typer.Option(min=2, help="Rows are cut to this many tokens, as in training.")] = 1024,
+    dtype: Annotated[str, typer.Option(help="What the policy is loaded in: float32, bfloat16, float16.")] = "float32",
+    lora: Annotated[bool, typer.Option("--lora", help="Train a new LoRA adapter, as `--use_peft` does.")] = False,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(min=0, help="Largest difference per token, in nats, that is rounding. [default: by --dtype]"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all rows as JSON.")] = False,
+) -> None:
+    """
+    Compare a provider's log-probs with those of the plain reference model, row by row.
+
+    The data goes through the real trainer's own pipeline; the plain model is loaded in float32 and called as TRL calls
+    its reference. Exits with 0 if they agree, with 1 if they differ, and with 2 if the check cannot be made.
+    """
+    from trl_refplug.tolerances import Tolerance, tolerance_for
+
+    torch_dtype = _torch_dtype(dtype)
+    allowed = tolerance_for("no", torch_dtype)
+    if tolerance is not None:
+        allowed = Tolerance(largest=tolerance, mean=tolerance)
+    pairs = _read(data, rows)
+    with contextlib.redirect_stdout(sys.stderr):  # what is printed on the way is no part of the verdict
+        identity, batches, answers = _score(model, pairs, provider, kwargs, max_length, dtype, lora)
+        plain = _score_plainly(reference or model, batches)
+    verdict = Verdict(identity, _compare(batches, answers, plain), allowed)
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {**asdict(verdict), "largest": verdict.largest, "mean": verdict.mean, "ok": verdict.ok}, indent=2
+            )
+        )
+    else:
+        _print(verdict, reference or model)
+    if not verdict.ok:
+        raise typer.Exit(1)
+
+
+def _torch_dtype(name: str) -> Any:
+    import torch
+
+    dtype = getattr(torch, name, None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigurationError(f"Found --dtype {name}, expected float32, bfloat16 or float16.")
+    return dtype
+
+
+def _read(path: Path, rows: int) -> list[dict[str, Any]]:
+    pairs: list[dict[str, Any]] = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if len(pairs) == rows:
+                break
+            try:
+                pair = json.loads(line)
+                pairs.append({column: pair[column] for column in _COLUMNS})
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ConfigurationError(
+                    f"{path}, line {number}: expected a JSON object with {', '.join(_COLUMNS)} "
+                    f"({type(error).__name__}: {error})."
+                ) from None
+    if not pairs:
+        raise ConfigurationError(f"{path} has no rows; expected JSON lines with {', '.join(_COLUMNS)}.")
+    return pairs
+
+
+def _score(
+    model: str, pairs: list[dict[str, Any]], provider: str, kwargs: str | None, max_length: int, dtype: str, lora: bool
+) -> tuple[str, list[ReferenceBatch], list[Tensor]]:
+    """What the provider answers, in a trainer that has been built and does not train: identity, batches, log-probs."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    from trl_refplug import RefPlugDPOConfig, RefPlugDPOTrainer
+    from trl_refplug.trainers.requests import preference_requests
+
+    with TemporaryDirectory() as directory:
+        args = RefPlugDPOConfig(
+            output_dir=directory,
+            ref_provider=provider,
+            ref_provider_kwargs=kwargs,
+            max_length=max_length,
+            model_init_kwargs={"dtype": dtype},
+            bf16=False,
+            use_cpu=not torch.cuda.is_available(),
+            report_to="none",
+        )
+        try:
+            trainer: Any = RefPlugDPOTrainer(
+                model=model,
+                args=args,
+                train_dataset=Dataset.from_list(pairs),
+                peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
+            )
+        except OSError as error:  # what transformers raises for a model that is not there
+            raise ConfigurationError(f"--model {model}: {error}") from error
+        if len(trainer.train_dataset) != len(pairs):
+            raise ConfigurationError(
+                f"TRL drops {len(pairs) - len(trainer.train_dataset)} of the {len(pairs)} pairs, as --max-length "
+                f"{max_length} leaves nothing of their completions. Raise it, or remove these rows."
+            )
+        trainer.model.train()
+        batches, answers = [], []
+        for start in range(0, len(pairs), _BATCH):
+            columns = [trainer.train_dataset[row] for row in range(start, min(start + _BATCH, len(pairs)))]
+            [batch] = preference_requests(trainer.data_collator(columns))
+            batch = batch.to(trainer.args.device)
+            answer = trainer.ref_model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, fused_lm_head=True
+            )
+            batches.append(batch.to("cpu"))
+            answers.append(answer.log_probs.cpu())
+        identity = str(trainer.ref_model.provider.identity())
+        trainer.ref_model.provider.close()
+    return identity, batches, answers
+
+
+def _score_plainly(reference: str, batches: list[ReferenceBatch]) -> list[Tensor]:
+    """The same batches, through the reference model alone: float32, in TRL's own call."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from trl_refplug.scoring.exact import ensure_fused_head, exact_log_probs
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval().to(device)
+    except OSError as error:
+        raise ConfigurationError(f"--reference {reference}: {error}") from error
+    ensure_fused_head(model, 1.0, False)
+    return [exact_log_probs(model, batch.to(device)).cpu() for batch in batches]
+
+
+def _compare(batches: list[ReferenceBatch], answers: list[Tensor], plain: list[Tensor]) -> list[RowResult]:
+    results, first = [], 1
+    for batch, ours, theirs in zip(batches, answers, plain, strict=True):
+        pairs = len(batch.input_ids) // 2
+        for index, mask in enumerate(batch.labels[:, 1:] != -100):
+            mine, plainly = ours[index][mask].double(), theirs[index][mask].double()
+            off = (mine - plainly).abs()
+            results.append(
+                RowResult(
+                    line=first + index % pairs,
+                    completion="chosen" if index < pairs else "rejected",
+                    tokens=int(mask.sum()),
+                    provider=mine.sum().item(),
+                    reference=plainly.sum().item(),
+                    largest=off.max().item() if off.numel() else 0.0,
+                    total=off.sum().item(),
+                )
+            )
+        first += pairs
+    return sorted(results, key=lambda row: (row.line, row.completion))
+
+
+def _print(verdict: Verdict, reference: str) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    worst = sorted(verdict.rows, key=lambda row: row.largest, reverse=True)[:_SHOWN]
+    title = "Log-probs in nats" + (f", the {_SHOWN} rows that differ most" if len(verdict.rows) > _SHOWN else "")
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for name in ("Line", "Completion", "Tokens", "Provider", "Reference", "Largest difference"):
+        table.add_column(name, justify="left" if name == "Completion" else "right")
+    for row in sorted(worst, key=lambda row: (row.line, row.completion)):
+        style = "" if row.largest <= verdict.tolerance.largest else "red"
+        table.add_row(
+            str(row.line),
+            row.completion,
+            str(row.tokens),
+            f"{row.provider:.4f}",
+            f"{row.reference:.4f}",
+            f"{row.largest:.2g}",
+            style=style,
+        )
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    tolerance = verdict.tolerance
+    console.print(
+        f"{verdict.identity}\n{'gives' if verdict.ok else 'does not give'} the log-probs of {reference}: per token "
+        f"they differ by up to {verdict.largest:.2g} nats (tolerance {tolerance.largest:g}) and by {verdict.mean:.2g} "
+        f"on average (tolerance {tolerance.mean:g}), over {len(verdict.rows)} rows.",
+        style="green" if verdict.ok else "red",
+        markup=False,
+    )
+    if not verdict.ok:
+        console.print(
+            "Likely causes: another revision, precision or quantisation of the model; another tokenizer or chat "
+            "template; a reference that is not this model on purpose (then name it with --reference)."
+        )
