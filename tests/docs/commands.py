@@ -68,7 +68,7 @@ def _section(path: tuple[str, ...], command: Any) -> str:
 
 
 def _default(value: Any) -> str:
-    return "" if value is None or value is False or callable(value) else f"`{value}`"
+    return "" if value is None or value is False else f"`{getattr(value, 'value', value)}`"
 
 
 def _flags() -> str:

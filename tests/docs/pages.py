@@ -1,29 +1,22 @@
-"""The pages, and what is in them."""
+"""The pages, and what is in them beside code."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+from tests.docs.markdown import DOCS
 
-ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs"
+
+ROOT = DOCS.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
 
-_FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
 def name_of(page: Path) -> str:
     """For test ids."""
     return str(page.relative_to(ROOT))
-
-
-def code_blocks(page: Path, language: str) -> list[tuple[int, str]]:
-    """Line of the first line of code, and the code, of every block in that language."""
-    text = page.read_text(encoding="utf-8")
-    return [
-        (text.count("\n", 0, found.start(2)) + 1, found[2]) for found in _FENCE.finditer(text) if found[1] == language
-    ]
 
 
 def prose(page: Path) -> str:

@@ -7,11 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import trl_refplug
 from tests.docs import commands
-from tests.docs.pages import DOCS, ROOT, prose, table_cells
+from tests.docs.markdown import DOCS
+from tests.docs.pages import ROOT, prose, table_cells
 from trl_refplug import errors, hookspecs
+from trl_refplug.cli.main import app
 from trl_refplug.plugins import plugin_manager
 
 
@@ -54,6 +57,15 @@ def test_every_command_is_there() -> None:
         assert f"| `{flag}` |" in page
 
 
+@pytest.mark.parametrize("path", [path for path, command in commands.commands() if command.params], ids=" ".join)
+def test_help_says_what_the_page_says(path: tuple[str, ...]) -> None:
+    """Typer takes what is in square brackets for markup, and would leave it out of `--help`."""
+    shown = CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": "1000"}).stdout
+    command = dict(commands.commands())[path]
+    missing = [parameter.name for parameter in command.params if parameter.help not in shown]
+    assert missing == []
+
+
 # Hooks
 
 
@@ -61,20 +73,20 @@ HOOKS = [name for name, value in vars(hookspecs).items() if inspect.isfunction(v
 
 
 @pytest.mark.parametrize("name", HOOKS)
-def test_hook_is_documented_with_its_signature(name: str) -> None:
-    signature = str(inspect.signature(getattr(hookspecs, name))).replace("'", "")
-    section = read("hooks.md").split(f"\n## {name}\n")[1].split("\n## ")[0]
-    assert f"```text\n{name}{signature}\n```" in section
+def test_hook_is_documented_with_its_arguments(name: str) -> None:
+    arguments = ", ".join(inspect.signature(getattr(hookspecs, name)).parameters)
+    assert f"\n### `{name}({arguments})`\n" in read("plugins.md")
 
 
 def test_no_other_hook_is_documented() -> None:
-    assert re.findall(r"^## (refplug_\w+)$", read("hooks.md"), re.MULTILINE) == HOOKS
+    assert re.findall(r"^### `(refplug_\w+)", read("plugins.md"), re.MULTILINE) == HOOKS
 
 
 def test_what_a_selecting_hook_sees() -> None:
+    section = read("plugins.md").split("### `refplug_select_provider")[1].split("###")[0]
     for name in vars(hookspecs.SelectionContext):
         if not name.startswith("_"):
-            assert f"| `{name}` |" in read("hooks.md")
+            assert f"`{name}`" in section
 
 
 # Providers
