@@ -25,6 +25,7 @@ SUBSTITUTES = {
     "Qwen/Qwen3-0.6B": "{model}",  # a model of the hub: a random one of 30,000 parameters
     "cuda:1": "cpu",
     "Config(..., ": 'Config(output_dir="out", ',
+    'output_dir="out"': 'output_dir="out", use_cpu=True, bf16=False',
 }
 
 

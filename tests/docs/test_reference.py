@@ -1,4 +1,4 @@
-"""What the pages say of names, flags, hooks, messages and tests is what there is."""
+"""What the pages say of names, flags, options, messages and tests is what there is."""
 
 import ast
 import dataclasses
@@ -13,7 +13,7 @@ import trl_refplug
 from tests.docs import commands
 from tests.docs.markdown import DOCS
 from tests.docs.pages import ROOT, prose, table_cells
-from trl_refplug import errors, hookspecs
+from trl_refplug import errors
 from trl_refplug.cli.main import app
 from trl_refplug.plugins import plugin_manager
 
@@ -64,29 +64,6 @@ def test_help_says_what_the_page_says(path: tuple[str, ...]) -> None:
     command = dict(commands.commands())[path]
     missing = [parameter.name for parameter in command.params if parameter.help not in shown]
     assert missing == []
-
-
-# Hooks
-
-
-HOOKS = [name for name, value in vars(hookspecs).items() if inspect.isfunction(value) and name.startswith("refplug_")]
-
-
-@pytest.mark.parametrize("name", HOOKS)
-def test_hook_is_documented_with_its_arguments(name: str) -> None:
-    arguments = ", ".join(inspect.signature(getattr(hookspecs, name)).parameters)
-    assert f"\n### `{name}({arguments})`\n" in read("plugins.md")
-
-
-def test_no_other_hook_is_documented() -> None:
-    assert re.findall(r"^### `(refplug_\w+)", read("plugins.md"), re.MULTILINE) == HOOKS
-
-
-def test_what_a_selecting_hook_sees() -> None:
-    section = read("plugins.md").split("### `refplug_select_provider")[1].split("###")[0]
-    for name in vars(hookspecs.SelectionContext):
-        if not name.startswith("_"):
-            assert f"`{name}`" in section
 
 
 # Providers
