@@ -83,6 +83,15 @@ def test_clients_take_turns(batcher, model):
     assert model.batches[1] == [100, 101, 200, 102, 103, 104, 105, 106]
 
 
+def test_turns_go_on_from_batch_to_batch(batcher, model):
+    """Rows that fill a batch each."""
+    futures = [batcher.submit(c, request(*(unit(10 * c + n, length=80) for n in range(2)))) for c in (1, 2, 3)]
+    finish(model)
+    for future in futures:
+        future.result(10)
+    assert model.batches[1:] == [[10], [20], [30], [11], [21], [31]]
+
+
 def test_identical_rows_in_flight_are_computed_once(batcher, model):
     first = batcher.submit(1, request(unit(5), unit(6)))
     second = batcher.submit(2, request(unit(6), unit(7), unit(6)))
