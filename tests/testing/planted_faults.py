@@ -325,7 +325,9 @@ def planted_in_log_probs(effect: Any) -> Any:
 @caught_by("effects", "random_streams")
 @planted_in_log_probs(lambda self, batch: torch.rand(1))
 class DrawsFromTorch(Sound):
-    pass
+    # Asked ahead of time, it would draw at another time after a resume.
+    capabilities = replace(Sound.capabilities, overlap=False)
+    submit = ReferenceProvider.submit
 
 
 @caught_by("effects", "random_streams")
@@ -585,11 +587,6 @@ class IdentityOfTheRank(Sound):
 @caught_by("life", "capabilities")
 class MovingAndOffline(SoundMoving):
     capabilities = replace(SoundMoving.capabilities, offline=True)
-
-
-@caught_by("life", "capabilities")
-class SubmitNotDeclared(Sound):
-    capabilities = replace(Sound.capabilities, overlap=False)
 
 
 @caught_by("life", "capabilities")

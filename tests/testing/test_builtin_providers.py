@@ -4,7 +4,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from trl_refplug.serving.engine import Engine
-from trl_refplug.testing import ReferenceProviderTests, tiny_policy, tiny_tokenizer
+from trl_refplug.testing import ReferenceProviderTests, tiny_image_policy, tiny_policy, tiny_tokenizer
 
 from ..serving.servers import serving
 
@@ -53,8 +53,8 @@ class TestTrainedAdapter(ReferenceProviderTests):
         return get_peft_model(tiny_policy(), TRAINED)
 
     @pytest.fixture
-    def image_policy(self, image_policy):
-        return get_peft_model(image_policy, TRAINED)
+    def image_policy(self):
+        return get_peft_model(tiny_image_policy(), TRAINED)
 
     @pytest.fixture
     def other_options(self):

@@ -20,7 +20,7 @@ class TestUniform(ReferenceProviderTests):
 
 from .bench import Attached, Bench
 from .kit import ReferenceProviderTests
-from .samples import plain_log_probs, preference_data, tiny_policy, tiny_tokenizer
+from .samples import plain_log_probs, preference_data, tiny_image_policy, tiny_policy, tiny_tokenizer
 
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "ReferenceProviderTests",
     "plain_log_probs",
     "preference_data",
+    "tiny_image_policy",
     "tiny_policy",
     "tiny_tokenizer",
 ]

@@ -26,13 +26,6 @@ class LifeTests(Setting):
             can.local_model or attached.provider.module is None,
             "`module` is a model in the trainer's process, and capabilities.local_model is not declared.",
         )
-        narrowed = "capabilities" in vars(attached.provider)  # by its options: these methods are for other ones
-        for method, flag in (("on_step_end", "moving"), ("submit", "overlap")):
-            defined = getattr(provider_class, method) is not getattr(ReferenceProvider, method)
-            require(
-                not defined or getattr(can, flag) or narrowed,
-                f"{method}() is defined and never called: declare Capabilities({flag}=True).",
-            )
 
     def test_options_are_frozen(self, bench: Bench) -> None:
         options_class: Any = bench.provider_class.Options

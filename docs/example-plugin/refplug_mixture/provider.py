@@ -71,7 +71,9 @@ class MixtureProvider(ReferenceProvider):
     def pin(self, context: ReferenceContext) -> None:
         # Parts are pinned, placed, set up and closed with us.
         self._parts = [context.create(part.provider, part.kwargs) for part in self.options.parts]
-        self.capabilities = _combined([part.capabilities for part in self._parts])  # a part may be made of parts
+
+    def setup(self, context: ReferenceContext) -> None:
+        self.capabilities = _combined([part.capabilities for part in self._parts])  # by now, theirs are final
 
     def identity(self) -> ReferenceIdentity:
         mixed = sorted(
