@@ -126,7 +126,7 @@ def test_filling(tmp_path: Path) -> None:
     """The same rows through the scoring engine alone, and into a store, in turns."""
     trainer = build("dpo", tmp_path, tiny.saved(tmp_path, **LARGER), args={"ref_provider": "frozen"})
     trainer.train_dataset = build(
-        "dpo", tmp_path, tiny.saved(tmp_path), train_dataset=preferences(tmp_path / "data.jsonl", 150, words=4)
+        "dpo", tmp_path, tiny.saved(tmp_path), train_dataset=preferences(tmp_path / "data.jsonl", 500, words=4)
     ).train_dataset
     model = trainer.model
     facts = ScoringFacts("benchmark", attention_implementation="sdpa", scoring_mode="packed")

@@ -156,7 +156,7 @@ def fill(
             for index, key in enumerate(rows.keys(keys.packed)):
                 if key not in pending:
                     continue
-                if rows.offsets[index]:
+                if rows.padding_offset(index):
                     raise UnsupportedInputError(
                         "fill='ahead' cannot score rows that are padded on the left for a model with absolute "
                         "positions: their log-probs depend on the padding. Pad on the right, or use fill='lazy'."
