@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,11 @@ def path(tmp_path: Path) -> Path:
 
 
 def conflicting(path: Path) -> None:
-    stores = [LogProbStore(path, mode="a") for _ in range(2)]
-    for i, store in enumerate(stores):
-        store.put([b"." * 16], [np.full(3, -i, np.float32)])
-        store.close()
+    for number in range(2):
+        other = path.with_name(f"other-{number}")
+        with LogProbStore(other, mode="a") as store:
+            store.put([b"." * 16], [np.full(3, -number, np.float32)])
+        shutil.copytree(other, path, dirs_exist_ok=True)
 
 
 def run(*arguments: object, code: int = 0) -> str:

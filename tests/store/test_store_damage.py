@@ -152,25 +152,27 @@ def test_a_damaged_version_number_is_damage_and_not_a_newer_version(path: Path) 
 
 
 def test_verify_reports_rows_that_disagree_and_not_those_that_are_rounded(tmp_path: Path) -> None:
-    stores = [LogProbStore(tmp_path, mode="a") for _ in range(4)]
+    stores = [LogProbStore(tmp_path / f"of-{number}", mode="a") for number in range(4)]
     row = np.array([-1.0, -2.0], np.float32)
     stores[0].put([key_of(0), key_of(1), key_of(2), key_of(3)], [row] * 4)
     stores[1].put([key_of(0), key_of(1)], [row + np.float32(1e-3), row + np.float32([0, 0.5])])
     stores[2].put([key_of(2)], [row[:1]])
     stores[3].put([key_of(3)], [row])
-    for store in stores:
+    path = tmp_path / "merged"
+    for number, store in enumerate(stores):
         store.close()
-    report = verify(tmp_path)
+        shutil.copytree(tmp_path / f"of-{number}", path, dirs_exist_ok=True)
+    report = verify(path)
     assert not report.ok
     assert (report.shards, report.rows, report.duplicates, report.damaged) == (4, 4, 4, {})
-    names = [manifest.name for manifest in summarize(tmp_path).manifests]
+    names = [manifest.name for manifest in summarize(path).manifests]
     found = {(conflict.key, conflict.shards): conflict.difference for conflict in report.conflicts}
     assert found == {
         (key_of(1).hex(), (names[0], names[1])): 0.5,
         (key_of(2).hex(), (names[0], names[2])): float("inf"),
     }
-    assert len(verify(tmp_path, tolerance=1e-4).conflicts) == 3
-    with LogProbStore(tmp_path) as store:  # the first one published wins
+    assert len(verify(path, tolerance=1e-4).conflicts) == 3
+    with LogProbStore(path) as store:  # the first one published wins
         assert store.lookup([key_of(number) for number in range(4)]).values.tolist() == [-1.0, -2.0] * 4
 
 

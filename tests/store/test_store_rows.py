@@ -231,3 +231,18 @@ def test_the_store_needs_neither_torch_nor_pandas(tmp_path: Path) -> None:
         "print([name for name in ('torch', 'pandas', 'fsspec', 'transformers') if name in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", program, str(tmp_path)], text=True).strip() == "[]"
+
+
+def test_of_two_writers_of_a_row_the_first_to_publish_counts(tmp_path: Path) -> None:
+    with LogProbStore(tmp_path, mode="a") as first, LogProbStore(tmp_path, mode="a") as second:
+        for store, numbers, value in ((first, range(3), -1.0), (second, range(2, 5), -2.0)):
+            store.put([bytes([number] * 16) for number in numbers], [np.full(2, value, np.float32)] * 3)
+        first.flush()
+        second.flush()
+        keys = [bytes([number] * 16) for number in range(5)]
+        for store in (second, LogProbStore(tmp_path)):
+            assert store.lookup(keys).values[::2].tolist() == [-1.0, -1.0, -1.0, -2.0, -2.0]
+        assert sum(manifest.rows for manifest in second.manifests) == 5
+        second.put(keys[:1], [np.full(2, -3.0, np.float32)])
+        second.flush()  # nothing is left to publish
+        assert len(second.manifests) == 2

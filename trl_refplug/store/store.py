@@ -234,12 +234,15 @@ class LogProbStore:
 
     def flush(self) -> None:
         """
-        Publish the rows that wait, as one shard. When it returns they survive this process.
+        Publish the rows that wait, as one shard, less those that others have published in the meantime. When it
+        returns they survive this machine.
 
         Raises:
             [`StoreWriteError`]: That failed. The rows still wait.
         """
         self._check_open()
+        if self._waiting:
+            self._leave_to_others()
         if not self._waiting:
             return
         data = encode_shard(list(self._waiting), list(self._waiting.values()))
@@ -284,6 +287,19 @@ class LogProbStore:
         self.close()
 
     # Behind both
+
+    def _leave_to_others(self) -> None:
+        """Drop what waits and is published: of processes that score the same rows at once, the first one counts."""
+        try:
+            self.refresh()
+        except StoreError:
+            return  # it costs only a row that is there twice, and publishing says more clearly what is wrong
+        published = self._published.index.find(as_key_array(list(self._waiting))).found
+        for key, there in zip(list(self._waiting), published.tolist(), strict=True):
+            if there:
+                self._waiting_bytes -= self._waiting.pop(key).nbytes
+        if not self._waiting:
+            self._journal.clear()
 
     def _recover(self) -> None:
         """Publish what writers that are gone had put and not published."""
