@@ -99,7 +99,9 @@ def test_interrupted(tmp_path: Path) -> None:
 HEAVY = "{'torch', 'transformers', 'trl', 'peft', 'accelerate', 'datasets', 'numpy'}"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["plugins"], ["plugins", "--json"], ["--show-completion", "bash"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["compare", "--help"], ["plugins"], ["plugins", "--json"], ["--show-completion", "bash"]]
+)
 def test_starts_fast(arguments: list[str]) -> None:
     code = f"""
 import sys

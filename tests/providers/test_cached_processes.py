@@ -2,19 +2,23 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
-from trl_refplug.store import summarize, verify
+from trl_refplug.store import LogProbStore, summarize, verify
 
 from .. import tiny
 from ..trainers.runs import build, train
 from ..trainers.test_distributed import torchrun
+from . import filling_processes
 
 
 ROOT = Path(__file__).parents[2]
@@ -46,26 +50,99 @@ def test_two_ranks_fill_one_store(lora, tmp_path):
     build("kto", tmp_path, tiny.saved(tmp_path), args=using(store, "never"))
 
 
-def test_goes_on_where_it_was_killed(tmp_path):
-    path, store = tiny.saved(tmp_path), tmp_path / "store"
-    command = [sys.executable, "-m", "tests.providers.fill_until_killed", path, str(store), str(tmp_path / "out")]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ.copy(), stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while process.poll() is None and len(list(store.glob("*.json"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    kept = summarize(store)
-    assert kept.rows > 0
-    data = tiny.preference_data(600)
+class Fillers:
+    """Starts processes that fill a store, without the seconds that imports take."""
 
-    run = train("dpo", tmp_path, path, args=using(store), train_dataset=data)
+    def __init__(self):
+        command = [sys.executable, "-m", filling_processes.__name__]
+        self.server = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    report = verify(store)
-    assert report.ok
-    assert report.duplicates == 0
-    assert report.rows > kept.rows  # it was killed before the end
+    def _ask(self, *command):
+        self.server.stdin.write(json.dumps(command) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def start(self, *arguments):
+        return self._ask("fill", *map(str, arguments))
+
+    def wait(self, pid):
+        return self._ask("wait", pid)
+
+
+@pytest.fixture(scope="module")
+def fillers():
+    started = Fillers()
+    yield started
+    started.server.stdin.close()
+    assert started.server.wait() == 0
+
+
+def all_right(path, store, tmp_path):
+    """Every row that a run asks for is in the store, and the run's losses are those of `frozen`."""
+    data = tiny.preference_data(filling_processes.ROWS)
+    run = train("dpo", tmp_path, path, args=using(store, "never"), train_dataset=data)
     frozen = train("dpo", tmp_path, path, args={"ref_provider": "frozen"}, train_dataset=data)
     for ours, theirs in zip(run.logs, frozen.logs, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
-    build("dpo", tmp_path, path, args=using(store, "never"), train_dataset=data)
+    right = tmp_path / "right"
+    build("dpo", tmp_path, path, args=using(right), train_dataset=data)
+    with LogProbStore(right) as expected, LogProbStore(store) as found:
+        keys = every_key(right)
+        assert sorted(every_key(store)) == sorted(keys)
+        ours, theirs = found.lookup(keys), expected.lookup(keys)
+        assert ours.offsets.tolist() == theirs.offsets.tolist()
+        np.testing.assert_allclose(ours.values, theirs.values, atol=1e-5)
+
+
+def every_key(store):
+    tables = [pa.ipc.open_file(pa.memory_map(str(file))).read_all() for file in store.glob("*.arrow")]
+    return sorted({key for table in tables for key in table["key"].to_pylist()})
+
+
+def test_killed_twenty_times(fillers, tmp_path):
+    """Whatever a forward pass has scored is there after a SIGKILL at any moment, and right."""
+    path, chance = tiny.saved(tmp_path), random.Random(0)
+    store, log = tmp_path / "store", tmp_path / "put"
+    killed = acknowledged = 0
+    while killed < 20:
+        log.unlink(missing_ok=True)
+        log.touch()
+        filler = fillers.start(path, store, tmp_path, log)
+        deadline = time.monotonic() + 60
+        if chance.random() < 0.9:  # most while they fill, some before
+            while not log.stat().st_size and time.monotonic() < deadline:
+                time.sleep(0.001)
+        time.sleep(chance.expovariate(1 / 0.03))
+        os.kill(filler, signal.SIGKILL)  # not waited for yet, so it exists
+        status = fillers.wait(filler)
+        data = log.read_bytes()
+        put = [data[i : i + 16] for i in range(0, len(data) // 16 * 16, 16)]
+        acknowledged += len(put)
+        killed += status == -signal.SIGKILL
+        assert status in (0, -signal.SIGKILL)
+        with LogProbStore(store, mode="a") as opened:
+            assert opened.contains(put).all(), f"rows were lost (kill {killed})"
+            assert not opened.damaged
+            complete = len(opened) == 2 * filling_processes.ROWS
+        report = verify(store)
+        assert report.ok
+        assert report.duplicates == 0
+        if complete:  # filled before all kills were done: check it, and begin another
+            all_right(path, store, tmp_path / f"checked-{killed}")
+            store = tmp_path / f"store-{killed}"
+    assert acknowledged > 200
+    assert fillers.wait(fillers.start(path, store, tmp_path)) == 0
+    all_right(path, store, tmp_path / "checked")
+
+
+def test_four_processes_fill_one_store(fillers, tmp_path):
+    path, store = tiny.saved(tmp_path), tmp_path / "store"
+    started = [fillers.start(path, store, tmp_path / str(number)) for number in range(4)]
+    assert [fillers.wait(filler) for filler in started] == [0, 0, 0, 0]
+    report = verify(store, tolerance=0.0)  # what was scored twice is the same to the last bit
+    assert report.ok
+    assert report.rows == 2 * filling_processes.ROWS
+    summary = summarize(store)
+    assert not summary.leftovers
+    assert not summary.journals
+    all_right(path, store, tmp_path)

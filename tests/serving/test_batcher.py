@@ -1,6 +1,7 @@
 """Merging, turns, bounds and cancellation, with a model that is slow on command."""
 
 import threading
+import time
 from concurrent.futures import CancelledError
 
 import numpy as np
@@ -82,6 +83,15 @@ def test_clients_take_turns(batcher, model):
     assert model.batches[1] == [100, 101, 200, 102, 103, 104, 105, 106]
 
 
+def test_turns_go_on_from_batch_to_batch(batcher, model):
+    """Rows that fill a batch each."""
+    futures = [batcher.submit(c, request(*(unit(10 * c + n, length=80) for n in range(2)))) for c in (1, 2, 3)]
+    finish(model)
+    for future in futures:
+        future.result(10)
+    assert model.batches[1:] == [[10], [20], [30], [11], [21], [31]]
+
+
 def test_identical_rows_in_flight_are_computed_once(batcher, model):
     first = batcher.submit(1, request(unit(5), unit(6)))
     second = batcher.submit(2, request(unit(6), unit(7), unit(6)))
@@ -139,11 +149,10 @@ def test_leaving_while_being_computed_harms_nobody(batcher, model):
 
 
 def test_the_queue_is_bounded_and_says_when_to_come_back(batcher, model):
-    taken = batcher.submit(1, request(*(unit(n, length=100) for n in range(1, 10))))
+    taken = batcher.submit(1, request(*(unit(n, length=100) for n in range(1, 11))))
     with pytest.raises(QueueFullError) as full:
         batcher.submit(2, request(unit(50, length=100)))
     assert 1 <= full.value.retry_after <= 30
-    batcher.submit(2, request(unit(1, length=100)))  # is waiting already, and costs nothing
     assert taken.cancel()
     batcher.submit(2, request(unit(50, length=100)))
     finish(model)
@@ -151,9 +160,28 @@ def test_the_queue_is_bounded_and_says_when_to_come_back(batcher, model):
 
 def test_a_request_beyond_the_bound_is_taken_by_an_empty_queue(model):
     small = Batcher(model.score, token_budget=80, queue_tokens=10)
+    taken = small.submit(1, request(unit(1, length=50)))
+    with pytest.raises(QueueFullError):
+        small.submit(2, request(unit(2)))
     finish(model)
-    assert firsts(small.submit(1, request(unit(1, length=50))).result(10)) == {0: 1}
+    assert firsts(taken.result(10)) == {0: 1}
     small.close()
+
+
+def test_a_slow_model_has_a_short_queue(model):
+    """Not more than a minute's work, whatever the bound: clients would give up waiting, and ask again."""
+    slow = Batcher(model.score, token_budget=80, queue_tokens=1_000_000)
+    first = slow.submit(1, request(unit(1)))
+    time.sleep(0.2)
+    finish(model, 1)
+    first.result(10)  # 10 tokens in 0.2 s: 3000 in a minute
+    taken = slow.submit(1, request(*(unit(n, length=100) for n in range(2, 42))))
+    with pytest.raises(QueueFullError) as full:
+        slow.submit(2, request(unit(1)))
+    assert full.value.retry_after == 30
+    finish(model)
+    taken.result(10)
+    slow.close()
 
 
 def test_a_row_that_fails_does_not_fail_the_others(batcher, model):

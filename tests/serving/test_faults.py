@@ -1,5 +1,6 @@
 """Servers that die and networks that lie: every value is right, or the run ends with an error that says why."""
 
+import random
 import signal
 import threading
 import time
@@ -7,9 +8,12 @@ from contextlib import ExitStack
 
 import numpy as np
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
 
-from trl_refplug import RemoteError
+from trl_refplug import ReferenceMismatchError, RemoteError
 from trl_refplug.scoring import Row
+from trl_refplug.serving import wire
 from trl_refplug.serving.background import in_background
 from trl_refplug.serving.client import RefPlugClient
 from trl_refplug.serving.rows import PaddedRows
@@ -115,10 +119,24 @@ class TestReplicas:
         with serving(engine()) as there, transport(there, f"http://127.0.0.1:{port}", connect_timeout=0.5) as to:
             client = RefPlugClient(to)
             with serving(engine(), port=port) as late:
-                to._servers[0].failures = 100  # as if the first were in trouble
+                first, second = to._servers
+                assert (second.url, second.failures > 0) == (late, True)
+                first.not_before = time.monotonic() + 60  # as if it were in trouble
                 client.score(PaddedRows.flush_left(rows()), 1.0)
-                assert next(server for server in to._servers if server.url == late).failures == 0
+                assert second.failures == 0
 
+
+def test_retries_leave_the_global_random_stream_alone():
+    with serving(engine(), around=lambda app: Failing(app, 0.5)) as url, transport(url) as to:
+        client = RefPlugClient(to)
+        state = random.getstate()
+        for seed in range(6):
+            client.score(PaddedRows.flush_left(rows(1, seed=seed)), 1.0)
+        assert to.stats.retries > 0
+        assert random.getstate() == state
+
+
+class TestLoad:
     def test_the_least_loaded_is_asked(self):
         served = [delayed(engine(), 0.3) for _ in range(3)]
         with ExitStack() as stack:
@@ -172,6 +190,31 @@ class TestAnswers:
             assert_near(client.score(PaddedRows.flush_left(rows()), 1.0), expected(rows()))
             with pytest.raises(RemoteError, match="damaged"):
                 client.score(PaddedRows.flush_left(rows(seed=1)), 1.0)
+
+
+def test_an_answer_of_another_reference_stops_the_run(path, tmp_path):
+    """Whole and undamaged, to this very request, but of other weights."""
+
+    class Impostor:
+        def __init__(self, app):
+            self.app = app
+
+        async def __call__(self, scope, receive, send):
+            if scope.get("path") != "/v1/score" or not provider:
+                await self.app(scope, receive, send)
+                return
+            body = await Request(scope, receive).body()
+            asked = wire.decode_request(body, max_rows=100, max_tokens=10_000).rows.rows
+            values = [np.zeros(len(row.scored()), np.float32) for row in asked]
+            answer = wire.encode_answer(wire.ScoringAnswer("ab" * 16, values, {}), body)
+            await Response(answer)(scope, receive, send)
+
+    provider = []
+    with serving(engine(scoring="exact"), around=Impostor) as url:
+        trainer = build("dpo", tmp_path, path, args=remote(url))
+        provider.append(trainer.ref_model.provider)
+        with pytest.raises(ReferenceMismatchError, match="answered for abababab"):
+            trainer.train()
 
 
 def test_a_third_of_all_requests_fails(tmp_path, path, frozen):

@@ -49,12 +49,10 @@ def write_all(location: str, numbers: range, seed: int, options: dict[str, float
 
 
 def write_until_killed(location: str, first: int, acknowledgements: str) -> None:
-    """Publish two micro-batches a shard for ever; append the number of a row to a file once it is published."""
+    """Put micro-batches of five for ever, two a shard; append the number of a row to a file once it is put."""
     with LogProbStore(location, mode="a", publish_rows=10) as store, open(acknowledgements, "ab", buffering=0) as log:
-        published = number = first
+        number = first
         while True:
             fill(store, range(number, number + 5))
+            os.write(log.fileno(), b"".join(n.to_bytes(8, "little") for n in range(number, number + 5)))
             number += 5
-            if (number - first) % 10 == 0:
-                os.write(log.fileno(), b"".join(n.to_bytes(8, "little") for n in range(published, number)))
-                published = number

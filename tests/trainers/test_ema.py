@@ -1,11 +1,16 @@
 """`ema`: the reference follows the policy, in full fine-tuning exactly as TRL's callback makes it."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
+from peft import LoraConfig
 
 from trl_refplug import ConfigurationError, OptionsError, plug
+from trl_refplug.providers.ema import EmaOptions, EmaProvider
 
 from .. import tiny
 from .runs import KINDS, ONLINE, TRL, assert_same, build, train
@@ -83,6 +88,33 @@ def test_alpha_one_every_step_has_no_log_ratio(kind, tmp_path):
         assert logged(run, "loss") == pytest.approx([math.log(2)] * 5, abs=1e-7)
     else:
         assert all(entry["rewards/chosen"] == 0 and entry["rewards/rejected"] == 0 for entry in run.logs)
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+def test_packed_scoring_follows_the_reference(peft, tmp_path):
+    """Nothing that a packed scorer keeps from step to step depends on the weights."""
+    peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if peft else None
+    losses = {}
+    for alpha in (0, 1):
+        args = ema(alpha=alpha, sync_steps=1, scoring="packed")
+        run = train("dpo", tmp_path, tiny.saved(tmp_path), args=args, peft_config=peft_config)
+        losses[alpha] = logged(run, "loss")
+    assert losses[1] == pytest.approx([math.log(2)] * 5, abs=1e-4)
+    assert min(losses[0]) < math.log(2) - 1e-2  # a reference that stayed is another one
+
+
+def test_fsdp1_is_refused(tmp_path, monkeypatch):
+    """Accelerate selects FSDP only on an accelerator, so what it would say is put in its state."""
+    trainer = build("dpo", tmp_path, tiny.saved(tmp_path), args=ema())
+    state = trainer.accelerator.state
+    monkeypatch.setitem(state.__dict__, "distributed_type", DistributedType.FSDP)
+    for version, refused in ((1, True), (2, False)):
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=version)
+        monkeypatch.setitem(state.__dict__, "fsdp_plugin", plugin)
+        provider = EmaProvider(EmaOptions())
+        context = trainer.ref_model.provider._context
+        with pytest.raises(ConfigurationError, match="fsdp_version: 2") if refused else nullcontext():
+            provider.setup(context)
 
 
 class TestOptions:

@@ -81,7 +81,7 @@ def check(
     kwargs: Annotated[str | None, typer.Option(metavar="JSON", help="Its options, as in ref_provider_kwargs.")] = None,
     reference: Annotated[
         str | None,
-        typer.Option(help="Directory or hub id of the model that the reference is declared to be. [default: --model]"),
+        typer.Option(help="Directory or hub id of the model that the reference is declared to be. Default: --model."),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Pairs to score, from the start of the file.")] = 16,
     max_length: Annotated[int, typer.Option(min=2, help="Rows are cut to this many tokens, as in training.")] = 1024,
@@ -89,7 +89,7 @@ def check(
     lora: Annotated[bool, typer.Option("--lora", help="Train a new LoRA adapter, as `--use_peft` does.")] = False,
     tolerance: Annotated[
         float | None,
-        typer.Option(min=0, help="Largest difference per token, in nats, that is rounding. [default: by --dtype]"),
+        typer.Option(min=0, help="Largest difference per token, in nats, that is rounding. Default: by --dtype."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all rows as JSON.")] = False,
 ) -> None:

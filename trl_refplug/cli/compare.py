@@ -27,16 +27,16 @@ def compare(
         typer.Option(
             metavar="NAME[=JSON]",
             help="A provider, with its options as a JSON object if it needs any. Repeat for each; the others are "
-            "compared with the first. [default: adapter, frozen, cached]",
+            "compared with the first. Default: adapter, frozen, cached.",
         ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Directory or hub id of a chat model. [default: SmolLM2-135M-Instruct, fetched if need be]"),
+        typer.Option(help="Directory or hub id of a chat model. Default: SmolLM2-135M-Instruct, fetched if need be."),
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="JSON lines in TRL's preference format (prompt, chosen, rejected). [default: the demo's]"),
+        typer.Option(help="JSON lines in TRL's preference format (prompt, chosen, rejected). Default: the demo's."),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps, of two preference pairs each.")] = 24,
     max_length: Annotated[int, typer.Option(min=2, help="Rows are cut to this many tokens.")] = 256,

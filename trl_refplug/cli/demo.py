@@ -30,7 +30,7 @@ def demo(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Directory or hub id of a chat model. [default: SmolLM2-135M-Instruct, fetched if need be]"),
+        typer.Option(help="Directory or hub id of a chat model. Default: SmolLM2-135M-Instruct, fetched if need be."),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps, of two preference pairs each.")] = 24,
     output_dir: Annotated[Path, typer.Option(help="Where the picture, figures and adapter go.")] = Path(

@@ -18,7 +18,7 @@ _NAME = "example"
 def new_plugin(
     name: Annotated[str, typer.Argument(help="Name of the provider, as in ref_provider=NAME.")],
     directory: Annotated[
-        Path | None, typer.Option(help="Where the package goes, which must not exist yet. [default: ./refplug-NAME]")
+        Path | None, typer.Option(help="Where the package goes, which must not exist yet. Default: ./refplug-NAME.")
     ] = None,
 ) -> None:
     """Write a complete, installable plugin package with one provider, its tests and a README."""

@@ -57,6 +57,7 @@ def serve(
 
     Ctrl-C or SIGTERM ends it when the requests it has taken are answered.
     """
+    _check_directory(model)
     key = _key(api_key_env)
     if ssl_keyfile and not ssl_certfile:
         raise ConfigurationError("--ssl-keyfile needs --ssl-certfile.")
@@ -110,6 +111,12 @@ def _key(variable: str | None) -> str | None:
     if not (key.isascii() and key.isprintable() and " " not in key):
         raise ConfigurationError(f"--api-key-env {variable}: a key is printable ASCII without spaces.")
     return key
+
+
+def _check_directory(model: str) -> None:
+    """Refuse a path that does not exist at once, not after torch is imported."""
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise ConfigurationError(f"Cannot serve {model!r}: there is no such directory.")
 
 
 def _require_extra() -> None:

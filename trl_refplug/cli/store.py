@@ -51,6 +51,11 @@ def info(location: Location, as_json: AsJson = False) -> None:
         typer.echo(f"  damaged: {name}: {reason}")
     if summary.set_aside:
         typer.echo(f"  {len(summary.set_aside)} files of damaged shards, set aside: {', '.join(summary.set_aside)}")
+    if summary.journals:
+        typer.echo(
+            f"  {len(summary.journals)} journals of writers at work, or killed (the next one publishes their rows): "
+            f"{', '.join(summary.journals)}"
+        )
     if summary.leftovers:
         typer.echo(
             f"  {len(summary.leftovers)} files of writers that did not finish (delete them when no writer is at "

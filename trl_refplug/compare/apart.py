@@ -54,12 +54,12 @@ def run_apart(
     except EOFError:
         process.join()
         raise RunFailedError(_death(process.exitcode)) from None
-    except BaseException:
+    except KeyboardInterrupt:
         process.terminate()
         raise
     finally:
         process.join(timeout=10)
-        process.terminate()  # of no effect on one that has ended
+        process.kill()  # of no effect on one that has ended
 
 
 def _received(receiving: Connection, on_phase: Callable[[str], None], on_step: Callable[[Step], None]) -> Run:
@@ -79,8 +79,9 @@ def _work(sending: Connection, job: Job, contender: Contender, folder: Path) -> 
     """What the new process does."""
     from .run import run
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it ends this process
-    log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it ends this process, by this:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an orderly end, which leaves no semaphores behind
+    log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(log, stream.fileno())

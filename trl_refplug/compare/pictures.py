@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from .report import shown_bytes
 from .run import Run
 
 
 # Okabe and Ito's colours: told apart with any kind of colour vision.
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000"]
-POLICY_COLOUR, REFERENCE_COLOUR = "0.78", "#0072B2"
+GREY = "0.78"
 WIDTH = 9.0  # inches; at 150 dots each they are shown at about 60 % in a README
 
 
@@ -48,47 +51,54 @@ def draw_curves(runs: list[Run], path: Path) -> None:
 
 
 def draw_costs(runs: list[Run], path: Path) -> None:
-    """Time of a step, peak memory and, where there are any, bytes stored and sent, as a PNG."""
-    stored = any(run.disk_bytes or run.wire_bytes for run in runs)
-    figure = Figure(figsize=(WIDTH, 1.5 + 0.55 * len(runs)), dpi=150, layout="constrained")
+    """Seconds of a step and before the first one, peak memory, bytes stored and sent, as a PNG."""
+    figure = Figure(figsize=(WIDTH, 1.7 + 0.62 * len(runs)), dpi=150, layout=ConstrainedLayoutEngine(hspace=0.08))
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2 + stored, sharey=True, width_ratios=[1.3, 1, 1] if stored else [1.3, 1])
+    (step, before), (memory, stored) = figure.subplots(2, 2, sharey=True)
+
     policy, reference = ([getattr(run, f"{name}_seconds") for run in runs] for name in ("policy", "reference"))
+    parts = [Part("policy", policy, GREY), Part("reference", reference, COLOURS[0])]
+    _bars(step, "Median step", parts, [f"{sum(both):.2f} s" for both in zip(policy, reference, strict=True)])
+    seconds = [run.seconds_before for run in runs]
+    _bars(before, "Before the first step", [Part("", seconds, GREY)], [f"{value:.1f} s" for value in seconds])
+    bytes_used = [run.peak_memory for run in runs]
     _bars(
-        panels[0],
-        "Median step, seconds",
-        {"policy": (policy, POLICY_COLOUR), "reference": (reference, REFERENCE_COLOUR)},
-        [f"{one + two:.2f}" for one, two in zip(policy, reference, strict=True)],
+        memory, "Peak memory", [Part("", bytes_used, COLOURS[1])], [f"{size / 2**30:.2f} GiB" for size in bytes_used]
     )
-    memory = [run.peak_memory / 2**30 for run in runs]
-    _bars(panels[1], "Peak memory, GiB", {"": (memory, "#E69F00")}, [f"{value:.2f}" for value in memory])
-    if stored:
-        disk, wire = ([(getattr(run, f"{name}_bytes") or 0) / 1e6 for run in runs] for name in ("disk", "wire"))
-        parts = {"on disk": (disk, "#009E73"), "on the wire": (wire, "#CC79A7")}
-        totals = [one + two for one, two in zip(disk, wire, strict=True)]
-        _bars(
-            panels[2],
-            "Stored and sent, MB",
-            {label: part for label, part in parts.items() if any(part[0])},
-            [f"{total:.2g}" if total else "none" for total in totals],
-        )
-    panels[0].set_yticks(range(len(runs)), ["\n".join(textwrap.wrap(run.contender.label, 18)) for run in runs])
-    panels[0].invert_yaxis()
+    disk, wire = ([getattr(run, f"{name}_bytes") or 0 for run in runs] for name in ("disk", "wire"))
+    totals = [sum(both) for both in zip(disk, wire, strict=True)]
+    parts = [Part("on disk", disk, COLOURS[2]), Part("on the wire", wire, COLOURS[3])]
+    _bars(
+        stored,
+        "Stored or sent",
+        [part for part in parts if any(part.values)],
+        [shown_bytes(total) if total else "nothing" for total in totals],
+    )
+    step.set_yticks(range(len(runs)), ["\n".join(textwrap.wrap(run.contender.label, 20)) for run in runs])
+    step.invert_yaxis()
     figure.savefig(path)
 
 
-def _bars(axes: Any, title: str, parts: dict[str, tuple[list[float], str]], totals: list[str]) -> None:
+class Part(NamedTuple):
+    """One part of every bar of a panel."""
+
+    label: str
+    values: Sequence[float]
+    colour: str
+
+
+def _bars(axes: Any, title: str, parts: list[Part], totals: list[str]) -> None:
     """Horizontal bars, one a run, of stacked parts, with the total beside each."""
-    left = np.zeros(len(totals))
-    for label, (values, colour) in parts.items():
-        axes.barh(range(len(totals)), values, 0.62, left=left, color=colour, label=label or None)
-        left += values
-    for place, (end, text) in enumerate(zip(left, totals, strict=True)):
-        axes.annotate(text, (end, place), (4, 0), textcoords="offset points", va="center", fontsize=9.5)
-    axes.set_title(title, loc="left", fontweight="bold", fontsize=11)
-    axes.set_xlim(0, max(left.max(), 1e-9) * 1.25)
-    axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.spines[["top", "right"]].set_visible(False)
+    ends = np.zeros(len(totals))
+    for part in parts:
+        axes.barh(range(len(totals)), part.values, 0.66, left=ends, color=part.colour, label=part.label)
+        ends += part.values
+    for place, (end, total) in enumerate(zip(ends, totals, strict=True)):
+        axes.annotate(total, (end, place), (4, 0), textcoords="offset points", va="center")
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.set_xlim(0, max(ends.max(), 1e-9) * 1.25)  # room for the totals
+    axes.set_xticks([])
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    if any(parts):
-        axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+    if any(part.label for part in parts):
+        axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 0.98), borderaxespad=0, ncols=2)

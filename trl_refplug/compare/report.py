@@ -57,19 +57,23 @@ Rows = list[tuple[str, list[str]]]
 
 
 def rows(runs: list[Run], agreements: list[Agreement]) -> Rows:
-    """The table: one row a figure, one cell a run. `agreements` are those of the second and all further runs."""
-    return [
+    """
+    The table: one row a figure, one cell a run; no row that would be empty. `agreements` are those of the second and
+    all further runs.
+    """
+    table = [
         ("loss", [_change(run, "loss") for run in runs]),
         ("reward margin", [_change(run, "margin") for run in runs]),
         ("step, median", [f"{run.policy_seconds + run.reference_seconds:.2f} s" for run in runs]),
         ("of it the reference", [_share(run) for run in runs]),
         ("before the first step", [f"{run.seconds_before:.1f} s" for run in runs]),
         ("peak memory", [f"{run.peak_memory / 2**30:.2f} GiB" for run in runs]),
-        ("on disk", [_bytes(run.disk_bytes) for run in runs]),
-        ("on the wire", [_bytes(run.wire_bytes) for run in runs]),
+        ("on disk", [shown_bytes(run.disk_bytes) for run in runs]),
+        ("on the wire", [shown_bytes(run.wire_bytes) for run in runs]),
         ("reference differs by", [NOTHING, *(_difference(one.log_probs, " nats") for one in agreements)]),
         ("loss differs by", [NOTHING, *(_difference(one.loss) for one in agreements)]),
     ]
+    return [(title, cells) for title, cells in table if any(cell != NOTHING for cell in cells)]
 
 
 def _change(run: Run, name: str) -> str:
@@ -85,7 +89,8 @@ def _difference(largest: float | None, unit: str = "") -> str:
     return "other rows" if largest is None else "nothing" if largest == 0 else f"{largest:.1e}{unit}"
 
 
-def _bytes(size: int | None) -> str:
+def shown_bytes(size: int | None) -> str:
+    """In MB or kB."""
     if size is None:
         return NOTHING
     return f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size / 1e3:.1f} kB"

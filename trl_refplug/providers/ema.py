@@ -138,6 +138,7 @@ class EmaProvider(ReferenceProvider):
     def setup(self, context: ReferenceContext) -> None:
         import torch
 
+        _refuse_fsdp1(context.accelerator)
         self._context = context
         dtype = getattr(torch, self.options.master_dtype)
         device = torch.device("cpu") if self.options.master_device == "cpu" else None
@@ -265,6 +266,15 @@ class EmaProvider(ReferenceProvider):
         self._given = None
         self._last = None
         self._scorers.clear()
+
+
+def _refuse_fsdp1(accelerator: Any) -> None:
+    if str(getattr(accelerator.distributed_type, "value", "")) == "FSDP" and not accelerator.is_fsdp2:
+        raise ConfigurationError(
+            "ref_provider='ema' pairs the policy's parameters with the reference's by name, and FSDP version 1 "
+            "flattens them into others. Set `fsdp_version: 2` (in the accelerate configuration, or "
+            "`fsdp_config={'version': 2}`)."
+        )
 
 
 def read_state(directory: Path) -> dict[str, Any]:

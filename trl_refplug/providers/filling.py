@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,6 @@ logger = logging.getLogger("trl_refplug")
 
 RowBlock = BatchRows | TailScoredRows
 _SHARE = 128  # rows in a row that one rank scores: neighbours have prompts in common
-_AT_ONCE = 256  # rows put at a time
 _VERIFIED_AT_ONCE = 4  # rows of a sample
 _EXACT_BATCH = 16  # rows a call to a source that has no bulk scorer
 
@@ -148,6 +147,7 @@ def fill(
     store.ensure_room(found.tokens)
     pending = set(found.mine)
     sent: dict[int, tuple[bytes, Any]] = {}
+    numbers = count()
 
     def missing_rows() -> Iterator[Row]:
         for rows in blocks:
@@ -156,30 +156,32 @@ def fill(
             for index, key in enumerate(rows.keys(keys.packed)):
                 if key not in pending:
                     continue
-                if rows.offsets[index]:
+                if rows.padding_offset(index):
                     raise UnsupportedInputError(
                         "fill='ahead' cannot score rows that are padded on the left for a model with absolute "
                         "positions: their log-probs depend on the padding. Pad on the right, or use fill='lazy'."
                     )
                 pending.discard(key)
-                sent[len(sent)] = (key if bulk else rows.keys(keys.exact, [index])[0], rows.scored_positions(index))
+                sent[next(numbers)] = (
+                    key if bulk else rows.keys(keys.exact, [index])[0],
+                    rows.scored_positions(index),
+                )
                 yield rows.row(index)
 
     bulk = hasattr(source, "bulk_scorer")
     started = time.perf_counter()
-    waiting: list[tuple[bytes, Values]] = []
     scorer: Any
     bar = tqdm(total=len(found.mine), desc="Reference log-probs", unit="row", disable=not progress)
     with bar, source.bulk_scorer() if bulk else nullcontext() as scorer:
-        answers = scorer.score_rows(missing_rows()) if bulk else _batched(source, missing_rows())
-        for number, log_probs in answers:
-            key, scored = sent[number]
-            sent[number] = (b"", None)
-            waiting.append((key, log_probs.numpy()[scored - 1]))
-            bar.update()
-            if len(waiting) == _AT_ONCE:
-                _put(store, waiting)
-    _put(store, waiting)
+        passes = scorer.score_passes(missing_rows()) if bulk else _batched(source, missing_rows())
+        for answers in passes:
+            done = [sent.pop(number) for number, _ in answers]
+            # Pass by pass, so that a killed process loses no more than the one it is in.
+            store.put(
+                [key for key, _ in done],
+                [values.numpy()[scored - 1] for (_, scored), (_, values) in zip(done, answers, strict=True)],
+            )
+            bar.update(len(answers))
     store.flush()
     seconds = time.perf_counter() - started
     line = (
@@ -232,19 +234,13 @@ def check_sample(
     return check
 
 
-def _put(store: LogProbStore, waiting: list[tuple[bytes, Values]]) -> None:
-    store.put([key for key, _ in waiting], [values for _, values in waiting])
-    waiting.clear()
-
-
-def _batched(source: ReferenceProvider, rows: Iterator[Row]) -> Iterator[tuple[int, Tensor]]:
-    """`score_rows` for a source that only answers batches."""
+def _batched(source: ReferenceProvider, rows: Iterator[Row]) -> Iterator[list[tuple[int, Tensor]]]:
+    """`score_passes` for a source that only answers batches."""
     first = 0
     while window := list(islice(rows, 16 * _EXACT_BATCH)):
         order = sorted(range(len(window)), key=lambda index: len(window[index]))
         for start in range(0, len(order), _EXACT_BATCH):
             chosen = order[start : start + _EXACT_BATCH]
             answer = source.log_probs(pad_rows([window[index] for index in chosen], torch.device("cpu"))).cpu().float()
-            for index, line in zip(chosen, answer, strict=True):
-                yield first + index, line[: len(window[index]) - 1]
+            yield [(first + i, line[: len(window[i]) - 1]) for i, line in zip(chosen, answer, strict=True)]
         first += len(window)

@@ -58,6 +58,10 @@ class BatchRows:
         """Which tokens of row `index` are scored, ascending."""
         return self.scored[index]
 
+    def padding_offset(self, index: int) -> int:
+        """Position of the first token of row `index`, where absolute positions make that matter."""
+        return self.offsets[index]
+
     def scored_counts(self) -> Ints:
         """`[batch]`, how many."""
         return np.array([len(scored) for scored in self.scored], np.int64)
@@ -85,15 +89,12 @@ class TailScoredRows:
     def __len__(self) -> int:
         return len(self.planned)
 
-    @property
-    def offsets(self) -> list[int]:
-        return [0] * len(self)
-
     def keys(self, facts: ScoringFacts, indices: Sequence[int] | None = None) -> list[bytes]:
         """The keys of some rows, of all by default."""
         planned = self.planned
-        if indices is None:
-            return tail_scored_keys(facts, planned.token_ids, planned.offsets.tolist(), planned.first_scored.tolist())
+        if indices is None or 4 * len(indices) > len(self):  # all at once are that much faster
+            keys = tail_scored_keys(facts, planned.token_ids, planned.offsets.tolist(), planned.first_scored.tolist())
+            return keys if indices is None else [keys[index] for index in indices]
         return [RowKey(facts, self.row(index).input_ids, self.scored_positions(index)).digest() for index in indices]
 
     def row(self, index: int) -> Row:
@@ -107,6 +108,10 @@ class TailScoredRows:
         """Which tokens of row `index` are scored, ascending."""
         length = self.planned.offsets[index + 1] - self.planned.offsets[index]
         return np.arange(self.planned.first_scored[index], length)
+
+    def padding_offset(self, index: int) -> int:
+        """Rows as they are planned are not padded."""
+        return 0
 
     def scored_counts(self) -> Ints:
         """`[rows]`, how many."""

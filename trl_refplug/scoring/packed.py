@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -80,15 +81,15 @@ class PackedPass:
         packs = plan(rows, self.budget, self._cost)
         return [rows[index] for index in packs[0].rows[:size]] if packs else []
 
-    def run(self, rows: Sequence[Row]) -> Iterator[tuple[int, Tensor]]:
+    def run(self, rows: Sequence[Row]) -> Iterator[list[tuple[int, Tensor]]]:
         """
         Score rows, forward pass by forward pass.
 
         In lockstep with other ranks, that is exactly one forward pass, even when there is nothing to score.
 
         Yields:
-            `tuple[int, Tensor]`: The index of a row and the values of its scored positions, in order. Rows without one
-            are left out.
+            `list[tuple[int, Tensor]]`: Of one forward pass, the index of every row and the values of its scored
+            positions, in order. Rows without one are left out.
         """
         packs = deque(plan(rows, None if self.lockstep else self.budget, self._cost))
         if self.lockstep and not packs:
@@ -108,7 +109,8 @@ class PackedPass:
                 continue
             self.dtype = scored.dtype
             self._count(pack)
-            yield from zip(pack.rows, (scored.log_probs[torch.from_numpy(a)] for a in pack.answers), strict=True)
+            answers = (scored.log_probs[torch.from_numpy(answer)] for answer in pack.answers)
+            yield list(zip(pack.rows, answers, strict=True))
 
     def _replan(self, rows: Sequence[Row], packs: Iterable[Pack]) -> Iterator[Pack]:
         left = [index for pack in packs for index in pack.rows]
@@ -122,10 +124,12 @@ class PackedPass:
         self._stats.operations += pack.operations(self._cost)
 
 
-def place(batch: ReferenceBatch, rows: Sequence[Row], starts: Ints, scored: Iterable[tuple[int, Tensor]]) -> Tensor:
+def place(
+    batch: ReferenceBatch, rows: Sequence[Row], starts: Ints, passes: Iterable[list[tuple[int, Tensor]]]
+) -> Tensor:
     """Put the scored values of a batch's rows where they belong: float32 `[batch, seq - 1]` on the batch's device."""
     answer = torch.zeros(len(rows), batch.labels.shape[1] - 1, device=batch.labels.device)
-    for index, values in scored:
+    for index, values in chain.from_iterable(passes):
         columns = torch.from_numpy(starts[index] + rows[index].scored() - 1)
         answer[index, columns.to(answer.device)] = values.to(answer.device, answer.dtype)
     return answer

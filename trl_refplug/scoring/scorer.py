@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -141,6 +142,10 @@ class Scorer:
         Raises:
             UnsupportedInputError: The model is distributed over ranks.
         """
+        return chain.from_iterable(self.score_passes(rows))
+
+    def score_passes(self, rows: Iterable[Row]) -> Iterator[list[tuple[int, Tensor]]]:
+        """[`score_rows`] with the answers of one forward pass together, as soon as it is done."""
         if self._packed.lockstep:
             raise UnsupportedInputError(
                 "Found a model distributed over ranks (FSDP, DeepSpeed ZeRO-3 or DDP), expected one that a rank can "
@@ -149,23 +154,27 @@ class Scorer:
         for first, window in _windows(rows, WINDOW * self._packed.budget):
             self.stats.rows += len(window)
             self.stats.padded_tokens += sum(map(len, window))
-            answers = self._score_window(window)
+            passes = self._score_window(window)
             while True:
                 with self._timed():  # not the caller's work in between
-                    scored = next(answers, None)
+                    scored = next(passes, None)
                 if scored is None:
                     break
-                index, values = scored
-                answer = torch.zeros(max(len(window[index]) - 1, 0))
-                answer[torch.from_numpy(window[index].scored() - 1)] = values.to("cpu", torch.float32)
-                yield first + index, answer
+                answers = []
+                for index, values in scored:
+                    answer = torch.zeros(max(len(window[index]) - 1, 0))
+                    answer[torch.from_numpy(window[index].scored() - 1)] = values.to("cpu", torch.float32)
+                    answers.append((first + index, answer))
+                yield answers
 
-    def _score_window(self, rows: list[Row]) -> Iterator[tuple[int, Tensor]]:
-        """The scored values of each row, by its index."""
+    def _score_window(self, rows: list[Row]) -> Iterator[list[tuple[int, Tensor]]]:
+        """The scored values of each row, by its index, forward pass by forward pass."""
         pending = [index for index, row in enumerate(rows) if len(row.scored())]
-        yield from ((index, torch.zeros(0)) for index in set(range(len(rows))) - set(pending))
+        if len(pending) < len(rows):
+            yield [(index, torch.zeros(0)) for index in sorted(set(range(len(rows))) - set(pending))]
         packed = self._packable(rows, pending) if self.mode == "packed" else []
-        yield from ((packed[number], values) for number, values in self._packed.run([rows[i] for i in packed]))
+        for scored in self._packed.run([rows[index] for index in packed]) if packed else ():
+            yield [(packed[number], values) for number, values in scored]
         pending = sorted(set(pending) - set(packed), key=lambda index: len(rows[index]))
         while pending:
             longest = len(rows[pending[-1]])
@@ -178,8 +187,10 @@ class Scorer:
                 self._packed.budget = longest * len(together) // 2
                 continue
             del pending[-len(together) :]
-            for index, values in zip(together, log_probs, strict=True):
-                yield index, values[torch.from_numpy(rows[index].scored() - 1).to(values.device)]
+            yield [
+                (index, values[torch.from_numpy(rows[index].scored() - 1).to(values.device)])
+                for index, values in zip(together, log_probs, strict=True)
+            ]
 
     def _packable(self, rows: list[Row], pending: list[int]) -> list[int]:
         """Which of the pending rows to pack."""

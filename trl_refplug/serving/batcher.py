@@ -24,7 +24,8 @@ Answers = dict[int, Values]
 """The values of a request's rows, by index."""
 
 _TURN = 4  # a client gets a quarter of a forward pass before the next one has its turn
-_LONGEST_WAIT = 30  # seconds, announced by `Retry-After`
+_LONGEST_QUEUE = 60.0  # seconds of work: what waits longer would be given up, and asked for again, by its client
+_LONGEST_PAUSE = 30  # seconds, announced by `Retry-After`
 
 
 class QueueFullError(Exception):
@@ -68,7 +69,8 @@ class Batcher:
     Args:
         score (`Callable`): Scores units that go together: [`~Engine.score`]. Called on one thread only.
         token_budget (`int`): Most tokens scored together.
-        queue_tokens (`int`): Most tokens that wait or are being computed, unless a single request has more.
+        queue_tokens (`int`): When this many tokens wait or are being computed, or what takes a minute, no more are
+            taken.
     """
 
     def __init__(self, score: Score, *, token_budget: int, queue_tokens: int) -> None:
@@ -104,8 +106,7 @@ class Batcher:
         with self._changed:
             if self._closed:
                 raise ClosedError
-            new = sum(unit.tokens for unit, _ in units if unit.key not in self._entries)
-            if self._waiting and self._waiting + new > self._bound:
+            if self._waiting >= min(self._bound, self._speed * _LONGEST_QUEUE or self._bound):
                 raise QueueFullError(self._retry_after())
             for unit, indices in units:
                 entry = self._entries.get(unit.key)
@@ -127,7 +128,7 @@ class Batcher:
 
     def _retry_after(self) -> int:
         seconds = self._waiting / self._speed / 2 if self._speed else 1  # by then half of the queue is done
-        return min(max(math.ceil(seconds), 1), _LONGEST_WAIT)
+        return min(max(math.ceil(seconds), 1), _LONGEST_PAUSE)
 
     def _drop_abandoned(self, future: Future[Answers]) -> None:
         if not future.cancelled():
@@ -161,8 +162,8 @@ class Batcher:
                 batch = self._next()
             started = time.perf_counter()
             self._compute(batch)
-            tokens = sum(entry.unit.tokens for entry in batch)
-            self._speed = 0.5 * self._speed + 0.5 * tokens / max(time.perf_counter() - started, 1e-6)
+            speed = sum(entry.unit.tokens for entry in batch) / max(time.perf_counter() - started, 1e-6)
+            self._speed = 0.5 * (self._speed or speed) + 0.5 * speed
 
     def _next(self) -> list[_Entry]:
         """What to compute next: entries of one temperature within the budget, or one that is whole."""

@@ -98,6 +98,7 @@ class Engine:
             tokenizer=tokenizer_digest(tokenizer),
             max_length=getattr(inner.config.get_text_config(), "max_position_embeddings", None),
         )
+        self._scorer(1.0)  # now, not when the first request waits
 
     def refused(self, rows: PaddedRows) -> dict[int, str]:
         """Which rows this model cannot score, and why."""

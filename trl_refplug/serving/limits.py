@@ -14,7 +14,7 @@ class Limits:
         body_bytes (`int`): Largest body of a request.
         rows (`int`): Most rows of a request.
         tokens (`int`): Most tokens of a request, with padding.
-        queue_tokens (`int`): Most tokens of all requests that wait.
+        queue_tokens (`int`): Tokens that may wait before no more requests are taken.
         head_seconds (`float`): How long a client may take to send the head of a request.
         body_seconds (`float`): How long it may take to send its body.
     """

@@ -76,7 +76,7 @@ def _load(path: str, adapter: str | None, dtype: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     chosen: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=chosen)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=chosen, trust_remote_code=False)
     if adapter:
         model = PeftModel.from_pretrained(model, adapter)
     return cast(nn.Module, model)
@@ -86,7 +86,7 @@ def _tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
         return None
 

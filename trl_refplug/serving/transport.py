@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ logger = logging.getLogger("trl_refplug")
 T = TypeVar("T")
 
 _KEEP_ALIVE = 60  # seconds; less than servers do, so that no request meets a connection that is being closed
-_PAUSE = 5.0  # longest between two attempts, in seconds, unless a server asks for more
+_PAUSE = 5.0  # longest between two attempts at a server, in seconds, unless it asks for more
 _LATER = (408, 429, 500, 502, 503, 504)
 _NOT_NEEDED = ("accept", "accept-encoding", "connection", "user-agent")  # 100 bytes in every request
 
@@ -41,11 +42,11 @@ class UnreachableError(RemoteError):
 
 
 class _AttemptError(Exception):
-    """One attempt has failed, and another may not. `after` is the earliest moment for it at that server."""
+    """One attempt has failed, and another may not. `pause` is how many seconds the server asks to be left alone."""
 
-    def __init__(self, reason: str, after: float = 0.0) -> None:
+    def __init__(self, reason: str, pause: float = 0.0) -> None:
         super().__init__(reason)
-        self.after = after
+        self.pause = pause
 
 
 @dataclass(eq=False)
@@ -53,7 +54,7 @@ class _Server:
     url: str
     in_flight: int = 0
     failures: int = 0  # since it last answered
-    not_before: float = 0.0
+    not_before: float = 0.0  # when to try again
 
     def __str__(self) -> str:
         return self.url
@@ -101,6 +102,7 @@ class Transport:
         self._timeout = httpx.Timeout(read_timeout, connect=connect_timeout)
         self._deadline = deadline
         self._lock = threading.Lock()
+        self._random = random.Random()  # the global stream is training's
         self._closing = threading.Event()
         self._client: httpx.Client | None = None
         self._process = 0
@@ -146,18 +148,18 @@ class Transport:
             nonlocal last
             last = self._pick(servers)
             try:
-                return self._attempt(last, method, path, parse, content, content_type, ends)
+                result = self._attempt(last, method, path, parse, content, content_type, ends)
+            except _AttemptError as error:
+                self._leave_alone(last, error.pause)
+                raise
             finally:
                 with self._lock:
                     last.in_flight -= 1
-
-        pause = tenacity.wait_random_exponential(multiplier=0.1, max=_PAUSE)
+            last.failures, last.not_before = 0, 0.0
+            return result
 
         def wait(state: tenacity.RetryCallState) -> float:
-            now = time.monotonic()
-            if any(server.failures == 0 and server.not_before <= now for server in servers):
-                return 0.0  # another server, which is not known to be in trouble
-            return max(pause(state), min(server.not_before for server in servers) - now)
+            return max(0.0, min(server.not_before for server in servers) - time.monotonic())
 
         def stop(state: tenacity.RetryCallState) -> bool:
             # A pause that would end after the deadline is not made
@@ -210,9 +212,15 @@ class Transport:
     def _pick(self, servers: Sequence[_Server]) -> _Server:
         now = time.monotonic()
         with self._lock:
-            best = min(servers, key=lambda s: (s.not_before > now, s.failures, s.in_flight))
+            best = min(servers, key=lambda s: (max(s.not_before - now, 0.0), s.in_flight))
             best.in_flight += 1
         return best
+
+    def _leave_alone(self, server: _Server, seconds: float) -> None:
+        with self._lock:
+            server.failures += 1
+            pause = self._random.uniform(0.5, 1.0) * min(0.1 * 2 ** min(server.failures, 10), _PAUSE)
+            server.not_before = time.monotonic() + max(pause, seconds)
 
     def _attempt(
         self,
@@ -245,13 +253,7 @@ class Transport:
         except (httpx.RequestError, DamagedAnswerError) as error:
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 raise _untrusted(server.url, error) from None
-            server.failures += 1
             raise _AttemptError(_described(error)) from error
-        except _AttemptError as error:
-            server.failures += 1
-            server.not_before = error.after
-            raise
-        server.failures, server.not_before = 0, 0.0
         self._count(request, response)
         return result
 
@@ -269,8 +271,8 @@ class Transport:
     @staticmethod
     def _later(response: httpx.Response) -> _AttemptError:
         seconds = response.headers.get("retry-after", "")
-        after = time.monotonic() + float(seconds) if seconds.isdigit() else 0.0
-        return _AttemptError(f"it answered {response.status_code}{_reason(response)}", after)
+        pause = float(seconds) if seconds.isdigit() else 0.0
+        return _AttemptError(f"it answered {response.status_code}{_reason(response)}", pause)
 
     def _count(self, request: httpx.Request, response: httpx.Response) -> None:
         sent, received = _size(request.headers, request.content), _size(response.headers, response.content)

@@ -49,10 +49,10 @@ class Catalogue:
 
     def rows(self, keys: NDArray[np.uint64]) -> list[NDArray[np.float32] | None]:
         """The rows with these keys, uint64 `[keys, 2]`: views of mapped files, `None` where there is no such row."""
-        places = self.index.find(keys)
+        found, shards, rows = (column.tolist() for column in self.index.find(keys))
+        opened = self.shards
         return [
-            self.shards[shard].row(row) if found else None
-            for found, shard, row in zip(*(column.tolist() for column in places), strict=True)
+            opened[shard].row(row) if there else None for there, shard, row in zip(found, shards, rows, strict=True)
         ]
 
     def _open(self, name: str) -> tuple[Manifest, Shard]:

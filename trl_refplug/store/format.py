@@ -142,7 +142,8 @@ class Shard:
 
     def row(self, number: int) -> NDArray[np.float32]:
         """Row `number`, float32 `[tokens]`, without a copy."""
-        return self.values[self.offsets[number] : self.offsets[number + 1]]
+        bounds = self.offsets.data  # a memoryview gives Python integers, in a fraction of the time of numpy's scalars
+        return self.values[bounds[number] : bounds[number + 1]]
 
 
 def encode_shard(keys: Sequence[bytes], rows: Sequence[NDArray[np.float32]]) -> bytes:

@@ -74,16 +74,19 @@ class SortedIndex:
         return Places(at >= 0, places >> _ROW_BITS, places & ((1 << _ROW_BITS) - 1))
 
     def _find(self, high: Keys, low: Keys) -> NDArray[np.int64]:
-        answer = np.full(len(high), -1, np.int64)
-        at = np.searchsorted(self._high, high)
-        pending = np.arange(len(high))
-        # One round, unless keys share their first half: then one more for each that does.
+        if not len(self):
+            return np.full(len(high), -1, np.int64)
+        at = np.minimum(np.searchsorted(self._high, high), len(self) - 1)
+        same = self._high[at] == high
+        hit = same & (self._low[at] == low)
+        answer: NDArray[np.int64] = np.where(hit, at, -1)
+        # Only of keys that share their first half with another one: one more round for each of those.
+        pending = np.flatnonzero(same ^ hit)
         while pending.size:
-            inside = at[pending] < len(self)
-            pending = pending[inside]
-            pending = pending[self._high[at[pending]] == high[pending]]
-            hit = self._low[at[pending]] == low[pending]
-            answer[pending[hit]] = at[pending[hit]]
-            pending = pending[~hit]
             at[pending] += 1
+            pending = pending[at[pending] < len(self)]
+            pending = pending[self._high[at[pending]] == high[pending]]
+            found = self._low[at[pending]] == low[pending]
+            answer[pending[found]] = at[pending[found]]
+            pending = pending[~found]
         return answer

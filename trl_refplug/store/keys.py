@@ -178,7 +178,7 @@ def _integers(name: str, values: Ids) -> bytes:
 
 def as_key_array(keys: Sequence[bytes]) -> NDArray[np.uint64]:
     """`keys` as little-endian uint64 `[keys, 2]`, checked to be `KEY_BYTES` long each."""
-    for key in keys:
-        if len(key) != KEY_BYTES:
-            raise ValueError(f"a key has {KEY_BYTES} bytes, got one of {len(key)}: {key!r}")
+    if any(map(KEY_BYTES.__ne__, map(len, keys))):
+        wrong = next(key for key in keys if len(key) != KEY_BYTES)
+        raise ValueError(f"a key has {KEY_BYTES} bytes, got one of {len(wrong)}: {wrong!r}")
     return np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, 2)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from .catalogue import Catalogue
 from .folder import DAMAGED_SUFFIX, TEMPORARY_PREFIX, open_existing, reading
 from .format import SHARD_SUFFIX, DamagedFileError, Manifest, files_of, published_names
+from .journal import JOURNAL_SUFFIX
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class StoreSummary:
         manifests (`tuple[Manifest, ...]`): Of all shards, oldest first.
         damaged (`dict[str, str]`): Shards whose manifest cannot be used, or that are gone, and why.
         set_aside (`tuple[str, ...]`): Files of damaged shards that were taken out of the store.
+        journals (`tuple[str, ...]`): Files with the rows that writers have not published yet. Those of a writer that
+            was killed are published by the next one.
         leftovers (`tuple[str, ...]`): Files of writers that were killed before they published. Of no use to anyone,
             once no writer is at work.
     """
@@ -32,6 +35,7 @@ class StoreSummary:
     manifests: tuple[Manifest, ...]
     damaged: dict[str, str]
     set_aside: tuple[str, ...]
+    journals: tuple[str, ...]
     leftovers: tuple[str, ...]
 
     @property
@@ -116,6 +120,7 @@ def summarize(location: str | os.PathLike[str], cache_dir: str | os.PathLike[str
         manifests=tuple(manifests),
         damaged=damaged,
         set_aside=tuple(sorted(file for file in present if file.endswith(DAMAGED_SUFFIX))),
+        journals=tuple(sorted(file for file in present if file.endswith(JOURNAL_SUFFIX))),
         leftovers=tuple(sorted([*orphans, *temporary])),
     )
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
+from itertools import accumulate
 from types import TracebackType
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from ..errors import InvalidLogProbsError, StoreError, StoreWriteError
 from .catalogue import Catalogue
 from .folder import open_existing, open_folder, reading
 from .format import DamagedFileError, Manifest, encode_shard, files_of, new_name
+from .journal import Journal, abandoned
 from .keys import as_key_array
 
 
@@ -73,8 +75,8 @@ class LogProbStore:
             reference's identity. Package versions are added.
         publish_rows (`int`): Publish a shard as soon as this many rows are waiting, ...
         publish_bytes (`int`): ... or this many bytes of log-probs, ...
-        publish_seconds (`float`): ... or, looked at in every `put`, the oldest has waited this long. A killed process
-            loses what waits.
+        publish_seconds (`float`): ... or, looked at in every `put`, the oldest has waited this long. What waits is in
+            a journal, too: of a killed process, the next one that opens the store for writing publishes it.
         cache_dir (`str` or `os.PathLike`): Where copies of remote shards are kept, by default
             `~/.cache/trl-refplug/store`.
 
@@ -113,7 +115,10 @@ class LogProbStore:
                 self._folder.create()
             except OSError as error:
                 raise self._refused(error) from error
+        self._journal = Journal(self._folder.directory)
         self.refresh()
+        if mode == "a":
+            self._recover()
 
     def __len__(self) -> int:
         """Number of different rows, waiting ones included."""
@@ -147,10 +152,9 @@ class LogProbStore:
         rows = self._published.rows(as_key_array(keys))
         if self._waiting:
             rows = [self._waiting.get(key) if row is None else row for key, row in zip(keys, rows, strict=True)]
-        found = np.fromiter((row is not None for row in rows), bool, len(rows))
+        found = np.array([row is not None for row in rows], bool)
         pieces = [_NO_VALUES if row is None else row for row in rows]
-        offsets = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum([len(piece) for piece in pieces], out=offsets[1:])
+        offsets = np.array([0, *accumulate(map(len, pieces))], np.int64)
         return LogProbRows(found, offsets, np.concatenate([_NO_VALUES, *pieces]))
 
     def refresh(self) -> int:
@@ -192,6 +196,9 @@ class LogProbStore:
             [`InvalidLogProbsError`]: A row is not finite, not float32 or not 1-D. Nothing of this call is added.
             [`StoreWriteError`]: A shard could not be published. The rows still wait, for this process to read and for
                 the next `flush`.
+
+        When it returns, the rows survive this process; after the next `flush` they survive the machine, too, and
+        others see them.
         """
         if self.mode != "a":
             raise StoreError(f'the store {self.location!r} is open for reading; open it with mode="a"')
@@ -208,6 +215,7 @@ class LogProbStore:
             bad = next(key for key, row in zip(keys, rows, strict=True) if not np.isfinite(row).all())
             raise InvalidLogProbsError(f"row {bad.hex()}: log-probs must be finite")
         ends = np.cumsum([len(row) for row in rows]).tolist()
+        fresh: list[bytes] = []
         for i in np.flatnonzero(~self.contains(keys)).tolist():
             if keys[i] in self._waiting:  # the same row twice in one call
                 continue
@@ -215,10 +223,14 @@ class LogProbStore:
                 self._waiting_since = time.monotonic()
             row = self._waiting[keys[i]] = values[ends[i] - len(rows[i]) : ends[i]]
             self._waiting_bytes += row.nbytes
+            fresh.append(keys[i])
             if len(self._waiting) >= self._publish_limits[0] or self._waiting_bytes >= self._publish_limits[1]:
                 self.flush()
+                fresh.clear()
         if self._waiting and time.monotonic() - self._waiting_since >= self._publish_limits[2]:
             self.flush()
+        elif fresh:
+            self._journal.append(fresh, [self._waiting[key] for key in fresh])
 
     def flush(self) -> None:
         """
@@ -252,12 +264,14 @@ class LogProbStore:
             raise self._write_error(f"a shard reads back otherwise than it was written: {reason}") from reason
         self._waiting.clear()
         self._waiting_bytes = 0
+        self._journal.clear()
 
     def close(self) -> None:
         """Publish what waits and let go of all shards. May be called more than once."""
         if self._closed:
             return
         self.flush()
+        self._journal.close()
         self._closed = True
         self._published = Catalogue(self._folder)
 
@@ -270,6 +284,13 @@ class LogProbStore:
         self.close()
 
     # Behind both
+
+    def _recover(self) -> None:
+        """Publish what writers that are gone had put and not published."""
+        with abandoned(self._folder.directory) as rows:
+            if rows:
+                self.put([key for key, _ in rows], [row for _, row in rows])
+                self.flush()
 
     def _check_open(self) -> None:
         if self._closed:

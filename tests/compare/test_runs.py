@@ -1,0 +1,94 @@
+"""What a run is told by, and how two of them are compared."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trl_refplug.compare.apart import finished_run
+from trl_refplug.compare.contenders import Contender
+from trl_refplug.compare.report import agreement, as_markdown
+from trl_refplug.compare.run import REFERENCE, Job, Run
+from trl_refplug.demo.job import Step
+
+
+LABELS = np.array([[-100, 5, 6], [-100, -100, 7]])
+
+
+def made(folder: Path, losses: list[float], log_probs: list[float], labels: np.ndarray = LABELS, **facts: int) -> Run:
+    """A finished run of one batch, in `folder`."""
+    folder.mkdir()
+    steps = [Step(number, loss, 0.5, 1.0, 2.0, 0.5) for number, loss in enumerate(losses, 1)]
+    job = {"model": "m", "data": None, "steps": len(losses), "seed": 0, "threads": 2, **facts}
+    run = Run(Contender(folder.name), job, "reference", False, "cpu", steps, 3.0, 2**30, None, 5_000_000)
+    run.save(folder)
+    values = np.array(log_probs, np.float32).reshape(2, 2)
+    np.savez(folder / REFERENCE, labels_0=labels, log_probs_0=values)
+    return run
+
+
+def test_agreement_is_the_largest_difference(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    found = agreement(made(one, [0.7, 0.5], [-1, -2, 0, -3]), one, made(two, [0.7, 0.25], [-1, -2.5, 0, -3]), two)
+    assert (found.log_probs, found.loss) == (0.5, 0.25)
+    found = agreement(Run.load(one), one, Run.load(one), one)  # type: ignore[arg-type]
+    assert (found.log_probs, found.loss) == (0, 0)
+
+
+def test_other_rows_are_not_compared(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    runs = [made(one, [0.7], [0, 0, 0, 0]), made(two, [0.7], [0, 0, 0, 0], LABELS + 1)]
+    found = agreement(runs[0], one, runs[1], two)
+    assert found.log_probs is None
+    assert "| reference differs by | - | other rows |" in as_markdown(runs, [found])
+    assert "| on the wire | 5.0 MB | 5.0 MB |" in as_markdown(runs, [found])
+    assert "on disk" not in as_markdown(runs, [found])
+
+
+def test_a_finished_run_counts_for_the_same_job_only(tmp_path: Path) -> None:
+    run = made(tmp_path / "adapter", [0.7], [0, 0, 0, 0])
+    assert finished_run(run.facts, Contender("adapter"), tmp_path / "adapter") == run
+    assert finished_run({**run.facts, "seed": 1}, Contender("adapter"), tmp_path / "adapter") is None
+    assert finished_run(run.facts, Contender("adapter", '{"start": "base"}'), tmp_path / "adapter") is None
+    assert finished_run(run.facts, Contender("adapter"), tmp_path / "nowhere") is None
+    (tmp_path / "adapter" / "run.json").write_text("{")
+    assert finished_run(run.facts, Contender("adapter"), tmp_path / "adapter") is None
+
+
+def test_facts_of_a_job_change_with_its_files(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("{}")
+    job = Job(str(tmp_path), str(data), 1, 0, 256)
+    before = job.facts()
+    assert json.loads(json.dumps(before)) == before == job.facts()  # as they come back from disk
+    data.write_text("{ }")
+    assert job.facts() != before
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "options"),
+    [
+        ("adapter", "adapter", {}),
+        ("frozen={}", "frozen", {}),
+        (
+            'ema={"alpha": 0.5, "average": "exact"}',
+            "ema (alpha=0.5, average=exact)",
+            {"alpha": 0.5, "average": "exact"},
+        ),
+        ('cached={"path": "a=b"}', "cached (path=a=b)", {"path": "a=b"}),
+    ],
+)
+def test_contender(text: str, label: str, options: dict[str, object]) -> None:
+    contender = Contender.parse(text)
+    assert (contender.label, contender.options) == (label, options)
+
+
+def test_folders_tell_options_apart_and_not_their_order() -> None:
+    one, same, other = (
+        Contender("ema", kwargs)
+        for kwargs in ('{"alpha": 1, "sync_steps": 2}', '{"sync_steps": 2, "alpha": 1}', '{"alpha": 1}')
+    )
+    assert one.folder == same.folder != other.folder
+    assert Contender("a/b").folder == "a_b"

@@ -1,0 +1,83 @@
+"""
+Writes docs/commands.md from the commands themselves; the tests compare the two.
+
+    python -m tests.docs.commands
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from trl_refplug.arguments import ReferenceArguments
+from trl_refplug.cli.main import app
+from trl_refplug.cli.train import COMMAND_SETTINGS
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "commands.md"
+HEAD = """\
+# Commands
+
+<!-- Written by `python -m tests.docs.commands`. -->
+
+`trl-refplug COMMAND --help` shows the same. Errors are a message and exit status 2; `TRL_REFPLUG_TRACEBACK=1` shows
+the traceback as well.
+"""
+REFERENCE_FLAGS = """
+## Reference flags
+
+The training commands take every flag of TRL's own (`--help` lists them all), and these, which are fields of the
+`RefPlug*Config` classes too:
+"""
+
+
+def commands(command: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command that does something, with the words it is called by."""
+    command = command or typer.main.get_command(app)
+    for name, below in getattr(command, "commands", {}).items():
+        yield from commands(below, (*path, name))
+    if not hasattr(command, "commands"):
+        yield path, command
+
+
+def page() -> str:
+    """The whole page."""
+    return "\n".join([HEAD, *(_section(path, command) for path, command in commands()), REFERENCE_FLAGS, _flags(), ""])
+
+
+def _section(path: tuple[str, ...], command: Any) -> str:
+    name = f"trl-refplug {' '.join(path)}"
+    arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
+    options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
+    usage = [name, *(argument.name.upper() for argument in arguments)]
+    if options:
+        usage.append("[OPTIONS]")
+    if command.add_help_option is COMMAND_SETTINGS["add_help_option"]:  # passes everything on to TRL
+        usage.append("[METHOD] [TRL'S FLAGS]" if path == ("precompute",) else "[TRL'S FLAGS]")
+    lines = [f"## {name}", "", "```text", " ".join(usage), "```", "", inspect.cleandoc(command.help)]
+    if arguments or options:
+        lines += ["", "| | default | |", "|---|---|---|"]
+    lines += [f"| `{argument.name.upper()}` | | {argument.help} |" for argument in arguments]
+    lines += [f"| `{option.opts[0]}` | {_default(option.default)} | {option.help} |" for option in options]
+    return "\n".join([*lines, ""])
+
+
+def _default(value: Any) -> str:
+    return "" if value is None or value is False else f"`{getattr(value, 'value', value)}`"
+
+
+def _flags() -> str:
+    rows = [
+        f"| `--{field.name}` | {_default(field.default)} | {field.metadata['help']} |"
+        for field in dataclasses.fields(ReferenceArguments)
+    ]
+    return "\n".join(["| | default | |", "|---|---|---|", *rows])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,115 @@
+"""What is put and not published yet survives the process that put it."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from store_writers import files_of, fill, right_rows
+
+from trl_refplug.store import LogProbStore, journal, summarize
+
+
+def left_behind(path: Path, journals: dict[str, bytes]) -> None:
+    """A store directory with the journals of writers that are gone."""
+    path.mkdir()
+    for name, data in journals.items():
+        (path / name).write_bytes(data)
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> tuple[str, bytes]:
+    """The journal of a writer that has put rows 0 to 5, two at a time, and published none."""
+    with LogProbStore(tmp_path / "written", mode="a") as store:
+        for first in (0, 2, 4):
+            fill(store, range(first, first + 2))
+        (file,) = files_of(tmp_path / "written", ".journal")
+        return file.name, file.read_bytes()
+
+
+def test_whole(tmp_path: Path, written: tuple[str, bytes]) -> None:
+    left_behind(tmp_path / "store", dict([written]))
+    with LogProbStore(tmp_path / "store", mode="a") as store:
+        assert right_rows(store, range(9)) == set(range(6))
+        assert summarize(tmp_path / "store").rows == 6  # published at once, for others to see
+        assert not (tmp_path / "store" / written[0]).exists()
+    assert not files_of(tmp_path / "store", ".journal")
+
+
+def test_cut_or_flipped_anywhere(tmp_path: Path, written: tuple[str, bytes]) -> None:
+    name, data = written
+    flipped = [data[:i] + bytes([data[i] ^ 64]) + data[i + 1 :] for i in range(23, len(data), 5)]
+    for number, damaged in enumerate([*(data[:i] for i in range(0, len(data), 3)), *flipped]):
+        path = tmp_path / f"store-{number}"
+        left_behind(path, {name: damaged})
+        with LogProbStore(path, mode="a") as store:
+            found = right_rows(store, range(9))
+            assert found == set(range(len(found)))
+            assert len(store) == len(found) < 6
+            assert not (path / name).exists()
+
+
+def test_of_two_writers_with_rows_in_common(tmp_path: Path, written: tuple[str, bytes]) -> None:
+    _, data = written
+    left_behind(tmp_path / "store", {"a.journal": data, "b.journal": data})
+    with LogProbStore(tmp_path / "store", mode="a") as store:
+        assert right_rows(store, range(9)) == set(range(6))
+    assert summarize(tmp_path / "store").rows == 6
+
+
+def test_of_another_version(tmp_path: Path, written: tuple[str, bytes]) -> None:
+    name, data = written
+    newer = data.replace(b"journal 1", b"journal 2")
+    left_behind(tmp_path / "store", {name: newer})
+    with LogProbStore(tmp_path / "store", mode="a") as store:
+        assert len(store) == 0
+    assert (tmp_path / "store" / name).read_bytes() == newer
+
+
+def test_of_a_writer_at_work(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    with LogProbStore(path, mode="a") as writer:
+        fill(writer, range(5))
+        with LogProbStore(path, mode="a") as other, LogProbStore(path) as reader:
+            assert len(other) == len(reader) == 0
+        assert len(summarize(path).journals) == 1
+        writer.flush()
+        fill(writer, range(5, 7))
+        assert summarize(path).rows == 5
+    assert not files_of(path, ".journal")
+    assert summarize(path).rows == 7
+
+
+def test_readers_change_nothing(tmp_path: Path, written: tuple[str, bytes]) -> None:
+    name, data = written
+    left_behind(tmp_path / "store", {name: data})
+    with LogProbStore(tmp_path / "store") as store:
+        assert len(store) == 0
+    assert (tmp_path / "store" / name).read_bytes() == data
+
+
+def test_where_files_cannot_be_locked(
+    tmp_path: Path, written: tuple[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only age tells a journal that was left behind from one in use."""
+
+    def refused(*_: object) -> None:
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(journal.fcntl, "flock", refused)
+    name, data = written
+    left_behind(tmp_path / "store", {name: data})
+    with LogProbStore(tmp_path / "store", mode="a") as store:
+        assert len(store) == 0
+    an_hour_ago = time.time() - 3600
+    os.utime(tmp_path / "store" / name, (an_hour_ago, an_hour_ago))
+    with LogProbStore(tmp_path / "store", mode="a") as store:
+        assert right_rows(store, range(9)) == set(range(6))
+
+
+def test_nothing_waits_nothing_is_written(tmp_path: Path) -> None:
+    with LogProbStore(tmp_path / "store", mode="a", publish_rows=2) as store:
+        fill(store, range(4))
+        assert not files_of(tmp_path / "store", ".journal")
