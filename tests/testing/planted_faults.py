@@ -325,7 +325,7 @@ def planted_in_log_probs(effect: Any) -> Any:
 @caught_by("effects", "random_streams")
 @planted_in_log_probs(lambda self, batch: torch.rand(1))
 class DrawsFromTorch(Sound):
-    # Asked ahead of time, it would draw at another time after a resume.
+    # Asked ahead of time, it would draw at another time after a resume
     capabilities = replace(Sound.capabilities, overlap=False)
     submit = ReferenceProvider.submit
 
@@ -500,6 +500,9 @@ class FailsAtTheEnd(Sound):
 class FollowsThePolicy(Sound):
     """Scores with the policy itself, which is trained."""
 
+    capabilities = replace(Sound.capabilities, overlap=False)
+    submit = ReferenceProvider.submit
+
     def logits(self, batch):
         return self.model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **batch.extras
@@ -549,7 +552,7 @@ class SavesTheStart(SoundMoving):
         torch.save(self.start, directory / "reference.pt")
 
 
-@caught_by("runs", "submit")
+@caught_by("runs", "submit", "resumes")  # where the run goes on, the first batch is not asked ahead of time
 class SubmitForgetsZeros(Sound):
     def submit(self, batch):
         return self.pool.submit(
