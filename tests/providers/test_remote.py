@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+import trustme
 from peft import LoraConfig, PeftModel, get_peft_model
 from starlette.responses import PlainTextResponse
 from transformers import AutoModelForCausalLM
@@ -326,6 +327,19 @@ class TestOptions:
             repr(provider.options),
         ):
             assert "s3cret" not in text
+
+    def test_certificates_are_verified(self, tmp_path, monkeypatch):
+        authority = trustme.CA()
+        authority.cert_pem.write_to_path(tmp_path / "authority.pem")
+        authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "server.pem")
+        files = {"ssl_certfile": tmp_path / "server.pem", "ssl_keyfile": tmp_path / "server.pem"}
+        with serving(engine(), **files) as url:
+            started = time.monotonic()
+            with pytest.raises(RemoteError, match=r"cannot be verified.*SSL_CERT_FILE"):
+                build("dpo", tmp_path, tiny.model(), args=remote(url))
+            assert time.monotonic() - started < 5  # no use to try again
+            monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
+            used(tmp_path, url).log_probs(random_batch(0))
 
     @pytest.mark.parametrize("key", [None, "wrong"])
     def test_wrong_key(self, key, tmp_path, monkeypatch):
