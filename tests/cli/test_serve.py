@@ -42,25 +42,20 @@ def test_help_imports_nothing_heavy():
 def test_serves_a_base_and_its_adapter(path, tmp_path):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(path), LoraConfig(r=2, target_modules="all-linear"))
     model.save_pretrained(tmp_path)
-    key = {"THE_KEY": "k1"}
-    flags = ("--port", "0", "--scoring", "exact", "--api-key-env", "THE_KEY")
-    with (
-        ServerProcess(str(tmp_path), *flags, **key) as adapter_alone,
-        ServerProcess(path, "--adapter", str(tmp_path), *flags, **key) as both,
-    ):
-        for server in (adapter_alone, both):
-            url = server.wait()
-            assert httpx.get(f"{url}/v1/identity").status_code == 401
-            facts = httpx.get(f"{url}/v1/identity", headers={"authorization": "Bearer k1"}).json()
-            assert facts["digest"] == digest_model(model, adapter="default")
-            assert (facts["model"], facts["adapter"], facts["scoring"]) == (path, str(tmp_path), "exact")
+    flags = ("--adapter", str(tmp_path), "--port", "0", "--scoring", "exact", "--api-key-env", "THE_KEY")
+    with ServerProcess(path, *flags, THE_KEY="k1") as server:
+        url = server.wait()
+        assert httpx.get(f"{url}/v1/identity").status_code == 401
+        facts = httpx.get(f"{url}/v1/identity", headers={"authorization": "Bearer k1"}).json()
+    assert facts["digest"] == digest_model(model, adapter="default")
+    assert (facts["model"], facts["adapter"], facts["scoring"]) == (path, str(tmp_path), "exact")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["no/such-model"], "Cannot serve 'no/such-model'"),
-        (["/no/such/directory"], "Cannot serve '/no/such/directory'"),
+        (["/no/such/directory"], "Cannot serve '/no/such/directory': there is no such directory"),
         (["m", "--api-key-env", "NO_SUCH_KEY"], "NO_SUCH_KEY: there is no such environment variable"),
         (["m", "--host", "192.0.2.1"], "Cannot listen on 192.0.2.1"),
         (["m", "--host", "no.such.host.invalid"], "Cannot listen on no.such.host.invalid"),

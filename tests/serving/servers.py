@@ -40,18 +40,19 @@ def serving(
     limits: Limits | None = None,
     port: int = 0,
     around: Callable[[Any], Any] = lambda app: app,
+    **ssl: Any,
 ) -> Iterator[str]:
     """The URL at which an engine is served; `around` wraps the application."""
     limits = limits or Limits()
     ready = threading.Event()
     with listen("127.0.0.1", port) as listener:
         app = around(make_app(served, key=key, limits=limits))
-        server = Server(app, limits=limits, ready=ready.set)
+        server = Server(app, limits=limits, ready=ready.set, **ssl)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         assert ready.wait(30)
         try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+            yield f"{'https' if ssl else 'http'}://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join(30)

@@ -4,6 +4,7 @@ import random
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import numpy as np
@@ -113,6 +114,21 @@ class TestReplicas:
                 trainer = build("dpo", tmp_path, path, args=remote([goes, stays]))
             trainer.train()
             assert_same(finished(trainer), frozen)
+
+    def test_none_is_there_at_the_start_and_then_one_is(self):
+        ports = free_port(), free_port()
+        urls = [f"http://127.0.0.1:{port}" for port in ports]
+        with ThreadPoolExecutor(1) as pool, transport(*urls, connect_timeout=0.3) as to:
+            connecting = pool.submit(RefPlugClient, to)
+            time.sleep(1)
+            assert not connecting.done()
+            with serving(engine(), port=ports[1]):
+                connecting.result(20).score(PaddedRows.flush_left(rows()), 1.0)
+
+    def test_none_is_ever_there(self):
+        urls = [f"http://127.0.0.1:{free_port()}" for _ in range(2)]
+        with transport(*urls, connect_timeout=0.3, deadline=1) as to, pytest.raises(RemoteError, match="reached"):
+            RefPlugClient(to)
 
     def test_one_that_is_not_there_at_the_start_is_used_later(self, path):
         port = free_port()

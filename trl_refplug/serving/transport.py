@@ -186,18 +186,27 @@ class Transport:
 
     def each(self, method: str, path: str, parse: Callable[[httpx.Response], T]) -> dict[str, T]:
         """
-        Ask every server. Those that cannot be reached now are left out, unless none can.
+        Ask every server, until one has answered. Those that cannot be reached by then are left out.
 
         Returns:
             `dict[str, T]`: What they answered, by URL; at least one.
+
+        Raises:
+            RemoteError: None could be reached before the deadline, or one refuses.
         """
+        if len(self._servers) == 1:
+            return {url: self.send(method, path, parse) for url in self.urls}
+        ends = time.monotonic() + self._deadline
         found: dict[str, T] = {}
-        for server in self._servers if len(self._servers) > 1 else []:
-            try:
-                found[server.url] = self.send(method, path, parse, url=server.url, deadline=self._timeout.connect)
-            except UnreachableError as error:
-                logger.warning("%s It is tried again when it is needed.", error)
-        return found or {self._servers[0].url: self.send(method, path, parse)}
+        while not found:
+            for url in self.urls:
+                try:
+                    found[url] = self.send(method, path, parse, url=url, deadline=self._timeout.connect)
+                except UnreachableError as error:
+                    if time.monotonic() >= ends:
+                        raise
+                    logger.warning("%s It is tried again when it is needed.", error)
+        return found
 
     def close(self) -> None:
         """End waiting and retries, and close all connections. May be called more than once."""
