@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import os
 import time
 
@@ -126,6 +127,17 @@ class TestSameTraining:
         with serving(engine(seed=5, scoring="exact")) as url:
             ours = train("dpo", tmp_path, tiny.model(), args=remote(url, starts_as_policy=False))
         assert_same(ours, frozen)
+
+    def test_mixed_precision_of_the_trainer_is_not_the_servers(self, tmp_path, packed):
+        path = tiny.saved(tmp_path)
+        identities = []
+        for precision in ({}, {"bf16": True}):
+            ours = train("dpo", tmp_path, path, args={**remote(packed), **precision})
+            assert abs(ours.logs[0]["loss"] - math.log(2)) < 0.01
+            identities.append(ours.trainer.ref_model.provider.identity().digest)
+        frozen = train("dpo", tmp_path, path, args={"ref_provider": "frozen"})
+        assert identities[0] == frozen.trainer.ref_model.provider.identity().digest
+        assert identities[1] != identities[0]  # a store must not take one for the other
 
     @pytest.mark.parametrize("fill", ["ahead", "lazy"])
     def test_source_of_cached(self, fill, tmp_path, packed):

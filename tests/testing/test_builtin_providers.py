@@ -10,7 +10,11 @@ from ..serving.servers import serving
 
 
 LORA = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
-TRAINED = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+
+
+def with_trained_adapter(model):
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    return get_peft_model(model, config)
 
 
 class TestFrozen(ReferenceProviderTests):
@@ -50,11 +54,11 @@ class TestTrainedAdapter(ReferenceProviderTests):
 
     @pytest.fixture
     def policy(self):
-        return get_peft_model(tiny_policy(), TRAINED)
+        return with_trained_adapter(tiny_policy())
 
     @pytest.fixture
     def image_policy(self):
-        return get_peft_model(tiny_image_policy(), TRAINED)
+        return with_trained_adapter(tiny_image_policy())
 
     @pytest.fixture
     def other_options(self):

@@ -16,18 +16,21 @@ ROOT = Path(__file__).parents[2]
 RANKS = "test_two_ranks"
 
 
-def failures(area, junit):
-    """The tests of the kit that failed, by provider, and all that ran."""
+def failures(area, junit, *, whole):
+    """The tests of the kit that failed, by provider, and all that ran: those naming the fault, or the `whole` kit."""
     faults = planted_faults.FAULTS[area]
     file = "tests/testing/planted_faults.py"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "-W", "ignore"]
-    command += [f"--junitxml={junit}", *(f"{file}::Test{fault.__name__}" for fault in faults)]
-    # Two processes for each fault would take an hour: only what concerns them starts any.
-    command += [
-        f"--deselect={file}::Test{fault.__name__}::{RANKS}"
-        for fault, tests in faults.items()
-        if RANKS not in tests and fault is not planted_faults.NoFault
-    ]
+    command += [f"--junitxml={junit}"]
+    for fault, tests in faults.items():
+        name = f"{file}::Test{fault.__name__}"
+        if whole or not tests:  # without a fault, the whole kit passes
+            command.append(name)
+            # Two processes for each fault would take an hour: only what concerns them starts any.
+            if RANKS not in tests and fault is not planted_faults.NoFault:
+                command.append(f"--deselect={name}::{RANKS}")
+        else:
+            command += [f"{name}::{test}" for test in sorted(tests)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550)
     assert done.returncode in (0, 1), done.stdout[-3000:] + done.stderr[-3000:]
@@ -42,9 +45,10 @@ def failures(area, junit):
     return failed, ran, "\n\n".join(messages)
 
 
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["named", "whole"])
 @pytest.mark.parametrize("area", planted_faults.FAULTS)
-def test_each_fault_is_caught_by_the_tests_that_name_it(area, tmp_path):
-    failed, ran, messages = failures(area, tmp_path / "report.xml")
+def test_each_fault_is_caught_by_the_tests_that_name_it_alone(area, whole, tmp_path):
+    failed, ran, messages = failures(area, tmp_path / "report.xml", whole=whole)
     faults = {fault.__name__: tests for fault, tests in planted_faults.FAULTS[area].items()}
     assert ran.keys() == faults.keys()
     wrong = {

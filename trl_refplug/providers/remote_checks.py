@@ -61,8 +61,12 @@ def connect(
         )
     known = known_row(facts.vocab_size)
     client.score(PaddedRows.flush_left([known]), context.temperature)
+    digest = facts.digest
+    if _mixed_precision(context) != "no":
+        # The same weights in the trainer's process would compute under autocast, and say something else
+        digest = xxhash.xxh3_128_hexdigest(f"{digest} computed in {facts.dtype}".encode())
     details = {"model": facts.model, "adapter": facts.adapter, "dtype": facts.dtype, "protocol": "refplug"}
-    return client, ReferenceIdentity("remote", facts.digest, details)
+    return client, ReferenceIdentity("remote", digest, details)
 
 
 def connect_vllm(
