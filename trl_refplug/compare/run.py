@@ -175,17 +175,19 @@ def run(
 
     watched.save(folder / REFERENCE)
     provider = trainer.ref_model.provider
+    reference, path, counters = str(provider.identity()), provider.metadata().get("path"), provider.counters()
+    provider.close()  # what it keeps on disk is complete then, and nothing else is there
     finished = Run(
         contender=contender,
         facts=facts,
-        reference=str(provider.identity()),
+        reference=reference,
         moving=provider.capabilities.moving,
         device=trainer.accelerator.device.type,
         steps=recorder.steps,
         seconds_before=seconds_before,
         peak_memory=peak_memory(),
-        disk_bytes=_disk_bytes(provider.metadata().get("path")),
-        wire_bytes=watched.wire_bytes(provider.counters()),
+        disk_bytes=_disk_bytes(path),
+        wire_bytes=watched.wire_bytes(counters),
     )
     finished.save(folder)
     return finished
