@@ -45,9 +45,14 @@ def http_protocol(head_seconds: float) -> type[asyncio.Protocol]:
             self._forget_deadline()
             super().connection_lost(exc)
 
+        def shutdown(self) -> None:
+            super().shutdown()
+            if self.transport.is_closing() and not self.transport.get_write_buffer_size():
+                self.transport.abort()  # closing TLS would wait for an idle client's goodbye
+
         def _expect_head(self) -> None:
             if self._head_deadline is None:
-                self._head_deadline = self.loop.call_later(head_seconds, self.transport.close)
+                self._head_deadline = self.loop.call_later(head_seconds, self.transport.abort)
 
         def _forget_deadline(self) -> None:
             if self._head_deadline is not None:
