@@ -1,4 +1,4 @@
-"""`adapter` never holds a second copy of the model, not even while the trainer is being built."""
+"""Providers without a model of their own never hold a second copy, not even while the trainer is being built."""
 
 import gc
 
@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 from .. import tiny
+from ..serving.servers import ServerProcess
 from .runs import ONLINE, build
 
 
@@ -75,3 +76,24 @@ def test_a_step_holds_none_either(tmp_path):
     batch = {"input_ids": ids, "attention_mask": ids, "labels": ids, "fused_lm_head": True}
     trainer.ref_model(**batch)
     assert peak_bytes(lambda: trainer.ref_model(**batch)) < 0.5 * size
+
+
+def test_no_copy_of_a_model_that_is_served_elsewhere(tmp_path):
+    model = AutoModelForCausalLM.from_config(tiny.model("llama", hidden_size=256, intermediate_size=512).config)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+
+    def construct_and_ask(**args):
+        trainer = build("dpo", tmp_path, model, args=args)
+        ids = torch.ones(1, 4, dtype=torch.long)
+        trainer.ref_model(input_ids=ids, attention_mask=ids, labels=ids, fused_lm_head=True)
+        return trainer
+
+    with ServerProcess(str(tmp_path / "model"), "--port", "0") as server:
+        remote = {"ref_provider": "remote", "ref_provider_kwargs": {"url": server.wait()}, "ref_check": "off"}
+        construct_and_ask(**remote)  # imports and caches
+        served = peak_bytes(lambda: construct_and_ask(**remote))
+    frozen = peak_bytes(lambda: construct_and_ask(ref_provider="frozen", ref_check="off"))
+    assert served < 1.2 * size  # the policy's copy that `build` makes
+    assert frozen > 1.9 * size
