@@ -43,21 +43,16 @@ from trl_refplug.provider import (
 
 
 if TYPE_CHECKING:
-    from trl_refplug.arguments import (
-        ReferenceArguments,
-        RefPlugDPOConfig,
-        RefPlugGRPOConfig,
-        RefPlugKTOConfig,
-        RefPlugRLOOConfig,
-    )
+    from trl_refplug.arguments import ReferenceArguments
+    from trl_refplug.configs import RefPlugDPOConfig, RefPlugGRPOConfig, RefPlugKTOConfig, RefPlugRLOOConfig
     from trl_refplug.trainers import RefPlugDPOTrainer, RefPlugGRPOTrainer, RefPlugKTOTrainer, RefPlugRLOOTrainer, plug
 
 
 __version__ = "0.1.0"
 
 _IMPORTED_LATE = {
-    "trl_refplug.arguments": (
-        "ReferenceArguments",
+    "trl_refplug.arguments": ("ReferenceArguments",),
+    "trl_refplug.configs": (
         "RefPlugDPOConfig",
         "RefPlugGRPOConfig",
         "RefPlugKTOConfig",

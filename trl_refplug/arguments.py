@@ -1,4 +1,4 @@
-"""The flags that select a reference, alone and mixed into the four trainer configurations of TRL."""
+"""The flags that select a reference. Imports no TRL, so that showing them is instant."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-from trl import DPOConfig, GRPOConfig, KTOConfig, RLOOConfig
 
 from .errors import ConfigurationError, OptionsError, did_you_mean
 
@@ -103,31 +101,3 @@ def _parse_json(text: str) -> Any:
             f"`ref_provider_kwargs` is not valid JSON ({error.msg} at column {error.colno}): {text}\n"
             'Write it as, for example, \'{"model": "Qwen/Qwen3-0.6B"}\'.'
         ) from None
-
-
-@dataclass
-class RefPlugDPOConfig(ReferenceArguments, DPOConfig):  # type: ignore[misc]
-    """[`~trl.DPOConfig`] with the flags of [`ReferenceArguments`]."""
-
-    _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "ref_provider_kwargs"]
-
-
-@dataclass
-class RefPlugKTOConfig(ReferenceArguments, KTOConfig):  # type: ignore[misc]
-    """[`~trl.KTOConfig`] with the flags of [`ReferenceArguments`]."""
-
-    _VALID_DICT_FIELDS = [*KTOConfig._VALID_DICT_FIELDS, "ref_provider_kwargs"]
-
-
-@dataclass
-class RefPlugGRPOConfig(ReferenceArguments, GRPOConfig):  # type: ignore[misc]
-    """[`~trl.GRPOConfig`] with the flags of [`ReferenceArguments`]."""
-
-    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "ref_provider_kwargs"]
-
-
-@dataclass
-class RefPlugRLOOConfig(ReferenceArguments, RLOOConfig):  # type: ignore[misc]
-    """[`~trl.RLOOConfig`] with the flags of [`ReferenceArguments`]."""
-
-    _VALID_DICT_FIELDS = [*RLOOConfig._VALID_DICT_FIELDS, "ref_provider_kwargs"]

@@ -100,7 +100,15 @@ HEAVY = "{'torch', 'transformers', 'trl', 'peft', 'accelerate', 'datasets', 'num
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["compare", "--help"], ["plugins"], ["plugins", "--json"], ["--show-completion", "bash"]]
+    "arguments",
+    [
+        ["--help"],
+        ["dpo", "--help"],
+        ["compare", "--help"],
+        ["plugins"],
+        ["plugins", "--json"],
+        ["--show-completion", "bash"],
+    ],
 )
 def test_starts_fast(arguments: list[str]) -> None:
     code = f"""

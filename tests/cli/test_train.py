@@ -1,6 +1,7 @@
 """`trl-refplug dpo|kto|grpo|rloo`: TRL's scripts, with the reference from a provider."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from tests import tiny
 from tests.cli.processes import run_here
+from trl_refplug.arguments import ReferenceArguments
 from trl_refplug.cli import train as command
 from trl_refplug.cli.main import app
 from trl_refplug.errors import RefPlugError, SeamError
@@ -210,8 +212,18 @@ def test_single_file_has_no_evaluation_split(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_help_is_trls_with_the_reference_flags(method: str) -> None:
+def test_help_shows_the_reference_flags_and_where_the_others_are(method: str) -> None:
     outcome = CliRunner().invoke(app, [method, "--help"])
+    assert outcome.exit_code == 0
+    assert outcome.stdout.startswith(f"usage: trl-refplug {method} ")
+    for flag in fields(ReferenceArguments):
+        assert f"--{flag.name} " in outcome.stdout
+    assert f"trl-refplug {method} --help-all" in outcome.stdout
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_help_all_is_trls_with_the_reference_flags(method: str) -> None:
+    outcome = CliRunner().invoke(app, [method, "--help-all"])
     assert outcome.exit_code == 0
     assert outcome.stdout.startswith(f"usage: trl-refplug {method} ")
     for flag in (

@@ -31,7 +31,7 @@ the traceback as well.
 REFERENCE_FLAGS = """
 ## Reference flags
 
-The training commands take every flag of TRL's own (`--help` lists them all), and these, which are fields of the
+The training commands take every flag of TRL's own (`--help-all` lists them), and these, which are fields of the
 `RefPlug*Config` classes too:
 """
 

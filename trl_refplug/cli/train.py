@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 from subprocess import CalledProcessError
 from typing import Any, NoReturn
@@ -22,7 +23,8 @@ from trl_refplug.cli.tasks import Precompute, Task, decode
 from trl_refplug.errors import ConfigurationError, RefPlugError, SeamError, did_you_mean
 
 
-# Everything on the command line goes to TRL's parser as it is, `--help` included.
+# Everything on the command line goes to TRL's parser as it is. Its `--help` has a thousand lines, and takes seconds to
+# import: ours shows what is added, and `--help-all` is TRL's.
 COMMAND_SETTINGS: dict[str, Any] = {
     "add_help_option": False,
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
@@ -32,22 +34,22 @@ LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "cs
 
 
 def dpo(context: typer.Context) -> None:
-    """Train with DPO: TRL's `trl dpo` and the reference flags (`--help` lists all)."""
+    """Train with DPO: TRL's `trl dpo` and the reference flags (`--help-all` lists all)."""
     _launch("dpo", context.args)
 
 
 def kto(context: typer.Context) -> None:
-    """Train with KTO: TRL's `trl kto` and the reference flags (`--help` lists all)."""
+    """Train with KTO: TRL's `trl kto` and the reference flags (`--help-all` lists all)."""
     _launch("kto", context.args)
 
 
 def grpo(context: typer.Context) -> None:
-    """Train with GRPO: TRL's `trl grpo` and the reference flags (`--help` lists all)."""
+    """Train with GRPO: TRL's `trl grpo` and the reference flags (`--help-all` lists all)."""
     _launch("grpo", context.args)
 
 
 def rloo(context: typer.Context) -> None:
-    """Train with RLOO: TRL's `trl rloo` and the reference flags (`--help` lists all)."""
+    """Train with RLOO: TRL's `trl rloo` and the reference flags (`--help-all` lists all)."""
     _launch("rloo", context.args)
 
 
@@ -80,10 +82,13 @@ def launch_task(task: Task, command: Sequence[str], *, usage: str) -> None:
 
 def _launch(method: str, arguments: Sequence[str], task: Task | None = None) -> None:
     """Check what can be checked at once, then start this file in every process as `accelerate launch` does."""
+    if arguments[:1] in (["--help"], ["-h"]):
+        print(_help(method))
+        return
     from accelerate.commands.launch import launch_command, launch_command_parser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-    arguments = list(arguments)
+    arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
     parser = _parser(method)
     *parsed, from_config, from_cli = _parse(parser, arguments)
     if task is not None:
@@ -102,6 +107,28 @@ def _launch(method: str, arguments: Sequence[str], task: Task | None = None) -> 
     if launch_args.training_script != __file__:
         raise ConfigurationError(f"Unexpected argument {launch_args.training_script!r}: it belongs to no flag.")
     _run(launch_command, launch_args)
+
+
+def _help(method: str) -> str:
+    """The reference flags, and where all others are."""
+    from argparse import ArgumentParser
+
+    from trl_refplug.arguments import ReferenceArguments
+
+    command = f"trl-refplug {method}"
+    parser = ArgumentParser(
+        prog=command,
+        usage=f"{command} [--config FILE.yaml] [TRL's flags] [reference flags] [flags of `accelerate launch`]",
+        description=f"Trains as `trl {method}` does, with the reference's log-probs from the provider that is selected.",
+        epilog=f"All flags of TRL's own, with their defaults: {command} --help-all. Providers and their options: "
+        "trl-refplug plugins.",
+        add_help=False,
+    )
+    group = parser.add_argument_group("reference flags")
+    for flag in fields(ReferenceArguments):
+        default = "" if flag.default is None else f" (default: {flag.default})"
+        group.add_argument(f"--{flag.name}", help=flag.metadata["help"].replace("%", "%%") + default)
+    return parser.format_help().rstrip()
 
 
 def _parse(parser: Any, arguments: list[str]) -> tuple[Any, ...]:
