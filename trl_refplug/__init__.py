@@ -35,6 +35,7 @@ from trl_refplug.hookspecs import API_VERSION, hookimpl
 from trl_refplug.provider import (
     Capabilities,
     NoOptions,
+    PlannedRows,
     ReferenceBatch,
     ReferenceContext,
     ReferenceIdentity,
@@ -76,6 +77,7 @@ __all__ = [
     "MissingRowError",
     "NoOptions",
     "OptionsError",
+    "PlannedRows",
     "PluginError",
     "RefPlugDPOConfig",
     "RefPlugDPOTrainer",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import ConfigurationError, OptionsError, did_you_mean
+from trl_refplug.errors import ConfigurationError, OptionsError, did_you_mean
 
 
 _CHECKS = ("error", "warn", "off")

@@ -13,7 +13,7 @@ from trl_refplug.cli.train import launch_task
 
 
 if TYPE_CHECKING:
-    from ..store import Manifest, StoreSummary
+    from trl_refplug.store import Manifest, StoreSummary
 
 app = typer.Typer(name="store", help="Look after log-prob stores.", no_args_is_help=True)
 
@@ -35,7 +35,7 @@ def main() -> None:
 @app.command()
 def info(location: Location, as_json: AsJson = False) -> None:
     """Say what is in a store and where it comes from. Reads the manifests only."""
-    from ..store import summarize
+    from trl_refplug.store import summarize
 
     summary = _or_exit(summarize, location)
     if as_json:
@@ -79,7 +79,7 @@ def verify(
     A store has no tokens, so to score rows again takes the training command that asks for them:
     `trl-refplug store verify ref-store -- dpo --model_name_or_path ...`. Exits with 2 if they differ.
     """
-    from ..store import verify as verify_store
+    from trl_refplug.store import verify as verify_store
 
     report = _or_exit(verify_store, location, tolerance)
     if as_json:
@@ -117,14 +117,14 @@ def export(
     `ref_chosen_logps` and `ref_rejected_logps` (KTO: `ref_logps`, `ref_KL_logps`), reduced as the command's trainer
     does. A row that is not in the store is an error: fill it with `trl-refplug precompute` first.
     """
-    from ..store import summarize
+    from trl_refplug.store import summarize
 
     _or_exit(summarize, location)
     launch_task(Export(location, output, split), command, usage="trl-refplug store export PATH OUTPUT --")
 
 
 def _or_exit(action: Any, *arguments: Any) -> Any:
-    from ..errors import StoreError
+    from trl_refplug.errors import StoreError
 
     try:
         return action(*arguments)

@@ -119,7 +119,7 @@ def _help(method: str) -> str:
     parser = ArgumentParser(
         prog=command,
         usage=f"{command} [--config FILE.yaml] [TRL's flags] [reference flags] [flags of `accelerate launch`]",
-        description=f"Trains as `trl {method}` does, with the reference's log-probs from the provider that is selected.",
+        description=f"Trains as `trl {method}` does, with the reference's log-probs from the selected provider.",
         epilog=f"All flags of TRL's own, with their defaults: {command} --help-all. Providers and their options: "
         "trl-refplug plugins.",
         add_help=False,

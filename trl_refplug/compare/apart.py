@@ -13,8 +13,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .contenders import Contender
-from .run import Job, Run
+from trl_refplug.compare.contenders import Contender
+from trl_refplug.compare.run import Job, Run
 
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _received(receiving: Connection, on_phase: Callable[[str], None], on_step: C
 
 def _work(sending: Connection, job: Job, contender: Contender, folder: Path) -> None:
     """What the new process does."""
-    from .run import run
+    from trl_refplug.compare.run import run
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it ends this process, by this:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an orderly end, which leaves no semaphores behind

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from .report import shown_bytes
-from .run import Run
+from trl_refplug.compare.report import shown_bytes
+from trl_refplug.compare.run import Run
 
 
 # Okabe and Ito's colours: told apart with any kind of colour vision.

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .run import FIRST_BATCHES, LAST_STEPS, REFERENCE, Run
+from trl_refplug.compare.run import FIRST_BATCHES, LAST_STEPS, REFERENCE, Run
 
 
 if TYPE_CHECKING:

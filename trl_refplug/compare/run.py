@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from .contenders import Contender
+from trl_refplug.compare.contenders import Contender
 
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .run import SAMPLE_TOKENS, DemoResult
+from trl_refplug.demo.run import SAMPLE_TOKENS, DemoResult
 
 
 LAST_STEPS = 5  # a single step has two pairs: too few to tell where the curves ended

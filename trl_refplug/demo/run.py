@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from .data import load_pairs
-from .job import JobSettings, Step, StepRecorder, make_trainer, peak_memory, silence
+from trl_refplug.demo.data import load_pairs
+from trl_refplug.demo.job import JobSettings, Step, StepRecorder, make_trainer, peak_memory, silence
 
 
 SAMPLED_PROMPTS = 4

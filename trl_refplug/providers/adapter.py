@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import ConfigurationError, ImpureReferenceError, did_you_mean
-from ..provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
+from trl_refplug.errors import ConfigurationError, ImpureReferenceError, did_you_mean
+from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
 
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ..scoring import Scorer
+    from trl_refplug.scoring import Scorer
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ class AdapterProvider(ReferenceProvider):
         return self._reference_adapter
 
     def pin(self, context: ReferenceContext) -> None:
-        from ..identity import combine_digests, digest_tensors
-        from .peft_policy import is_peft, policy_adapter
-        from .purity import check_policy
+        from trl_refplug.identity import combine_digests, digest_tensors
+        from trl_refplug.providers.peft_policy import is_peft, policy_adapter
+        from trl_refplug.providers.purity import check_policy
 
         policy: Any = context.policy
         self._is_new = not is_peft(policy)
@@ -101,8 +101,8 @@ class AdapterProvider(ReferenceProvider):
         )
 
     def setup(self, context: ReferenceContext) -> None:
-        from ..identity import combine_digests, digest_tensors
-        from .peft_policy import (
+        from trl_refplug.identity import combine_digests, digest_tensors
+        from trl_refplug.providers.peft_policy import (
             add_reference_adapter,
             base_model_of,
             freeze_adapter,
@@ -110,7 +110,7 @@ class AdapterProvider(ReferenceProvider):
             policy_adapter,
             starts_as_identity,
         )
-        from .purity import check_policy, rewritten_tensors
+        from trl_refplug.providers.purity import check_policy, rewritten_tensors
 
         policy = peft_model_of(context.policy)
         if self._is_new:
@@ -147,8 +147,8 @@ class AdapterProvider(ReferenceProvider):
         return self._identity
 
     def log_probs(self, batch: ReferenceBatch) -> Tensor:
-        from .peft_policy import reference_active
-        from .scorers import trainer_scorer
+        from trl_refplug.providers.peft_policy import reference_active
+        from trl_refplug.providers.scorers import trainer_scorer
 
         assert self._context is not None, "log_probs() before setup()"
         policy = self._context.policy
@@ -161,8 +161,8 @@ class AdapterProvider(ReferenceProvider):
     @contextmanager
     def bulk_scorer(self) -> Iterator[Scorer]:
         """A packed scorer of the reference; the policy is borrowed while the context lasts."""
-        from .peft_policy import reference_active
-        from .scorers import trainer_scorer
+        from trl_refplug.providers.peft_policy import reference_active
+        from trl_refplug.providers.scorers import trainer_scorer
 
         assert self._context is not None, "setup() comes first"
         policy = self._context.policy
@@ -177,7 +177,7 @@ class AdapterProvider(ReferenceProvider):
                 f"ref_provider='adapter': the policy has no adapter {name!r}; it has {known}."
                 f"{did_you_mean(name, known)}"
             )
-        from .peft_policy import policy_adapter
+        from trl_refplug.providers.peft_policy import policy_adapter
 
         if name == policy_adapter(policy):
             raise ConfigurationError(

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import ConfigurationError
-from ..identity import adapter_attributes, adapter_tensor_name, strip_wrappers
-from .low_rank import LowRank, weighted_sum
-from .peft_policy import (
+from trl_refplug.errors import ConfigurationError
+from trl_refplug.identity import adapter_attributes, adapter_tensor_name, strip_wrappers
+from trl_refplug.providers.low_rank import LowRank, weighted_sum
+from trl_refplug.providers.peft_policy import (
     REFERENCE_ADAPTER,
     adapter_parameters,
     add_adapter,
@@ -23,14 +23,14 @@ from .peft_policy import (
     peft_model_of,
     policy_adapter,
 )
-from .shards import Part, fill, full_shape, gathered, is_sharded, reshard
-from .tensor_files import TensorReader, write_tensors
+from trl_refplug.providers.shards import Part, fill, full_shape, gathered, is_sharded, reshard
+from trl_refplug.providers.tensor_files import TensorReader, write_tensors
 
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .ema import EmaOptions
+    from trl_refplug.providers.ema import EmaOptions
 
 
 logger = logging.getLogger("trl_refplug")

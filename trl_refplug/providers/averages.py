@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from ..errors import ConfigurationError, did_you_mean
-from ..identity import strip_wrappers
-from .shards import full_shape, is_sharded, local, named_parameters, part_of, refresh
-from .tensor_files import TensorReader, write_tensors
+from trl_refplug.errors import ConfigurationError, did_you_mean
+from trl_refplug.identity import strip_wrappers
+from trl_refplug.providers.shards import full_shape, is_sharded, local, named_parameters, part_of, refresh
+from trl_refplug.providers.tensor_files import TensorReader, write_tensors
 
 
 if TYPE_CHECKING:

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MissingRowError, ReferenceMismatchError
-from ..provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
+from trl_refplug.errors import MissingRowError, ReferenceMismatchError
+from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
 
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..scoring import Scorer
+    from trl_refplug.scoring import Scorer
 
 
 class BorrowedPolicy(ReferenceProvider):
@@ -30,7 +30,7 @@ class BorrowedPolicy(ReferenceProvider):
         return True
 
     def pin(self, context: ReferenceContext) -> None:
-        from ..identity import combine_digests, digest_tensors
+        from trl_refplug.identity import combine_digests, digest_tensors
 
         self._tensors = digest_tensors(context.policy)
         digest = combine_digests(context.policy, self._tensors)
@@ -44,7 +44,7 @@ class BorrowedPolicy(ReferenceProvider):
         return self._identity
 
     def log_probs(self, batch: ReferenceBatch) -> Tensor:
-        from .scorers import trainer_scorer
+        from trl_refplug.providers.scorers import trainer_scorer
 
         context = self._usable()
         return trainer_scorer(context.policy, context, "exact").log_probs(batch)
@@ -52,13 +52,13 @@ class BorrowedPolicy(ReferenceProvider):
     @contextmanager
     def bulk_scorer(self) -> Iterator[Scorer]:
         """A packed scorer of the reference; the policy is borrowed while the context lasts."""
-        from .scorers import trainer_scorer
+        from trl_refplug.providers.scorers import trainer_scorer
 
         context = self._usable()
         yield trainer_scorer(context.policy, context, "packed")
 
     def _usable(self) -> ReferenceContext:
-        from ..identity import digest_tensors
+        from trl_refplug.identity import digest_tensors
 
         context = self._context
         assert context is not None, "setup() comes first"

@@ -10,16 +10,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import ConfigurationError, MissingRowError, StoreError
-from ..provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
+from trl_refplug.errors import ConfigurationError, MissingRowError, StoreError
+from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
 
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ..store import LogProbStore
-    from .filling import RowBlock, SampleCheck
-    from .row_keys import BatchRows, RowKeys
+    from trl_refplug.providers.filling import RowBlock, SampleCheck
+    from trl_refplug.providers.row_keys import BatchRows, RowKeys
+    from trl_refplug.store import LogProbStore
 
 
 logger = logging.getLogger("trl_refplug")
@@ -115,11 +115,11 @@ class CachedProvider(ReferenceProvider):
         return self._source
 
     def pin(self, context: ReferenceContext) -> nn.Module | None:
-        from ..options import parse_options
-        from .borrowed import BorrowedPolicy
-        from .frozen import FrozenOptions, FrozenProvider
-        from .named_model import NamedModel
-        from .peft_policy import is_peft
+        from trl_refplug.options import parse_options
+        from trl_refplug.providers.borrowed import BorrowedPolicy
+        from trl_refplug.providers.frozen import FrozenOptions, FrozenProvider
+        from trl_refplug.providers.named_model import NamedModel
+        from trl_refplug.providers.peft_policy import is_peft
 
         if self._given is not None:
             self._source, self._given = FrozenProvider(model=self._given), None
@@ -148,7 +148,7 @@ class CachedProvider(ReferenceProvider):
         return self._source.pin(context) if self._owns_source else None
 
     def setup(self, context: ReferenceContext) -> None:
-        from .row_keys import ModelFacts
+        from trl_refplug.providers.row_keys import ModelFacts
 
         self._context = context
         source = self._scored_by
@@ -214,7 +214,7 @@ class CachedProvider(ReferenceProvider):
         return getattr(self._scored_by.options, "scoring", "exact") == "packed"
 
     def _open(self, path: str) -> LogProbStore:
-        from ..store import LogProbStore
+        from trl_refplug.store import LogProbStore
 
         if self.options.fill == "never":
             return LogProbStore(path, mode="r")
@@ -222,9 +222,9 @@ class CachedProvider(ReferenceProvider):
         return LogProbStore(path, mode="a", provenance={"reference": reference, "scoring": asdict(self._keys.exact)})
 
     def _row_keys(self, context: ReferenceContext) -> RowKeys:
-        from ..store import ScoringFacts
-        from ..tolerances import AUTOCAST_DTYPES
-        from .row_keys import RowKeys
+        from trl_refplug.providers.row_keys import RowKeys
+        from trl_refplug.store import ScoringFacts
+        from trl_refplug.tolerances import AUTOCAST_DTYPES
 
         autocast = AUTOCAST_DTYPES.get(str(context.accelerator.mixed_precision))
 
@@ -244,8 +244,8 @@ class CachedProvider(ReferenceProvider):
 
     def _prepare(self, context: ReferenceContext) -> None:
         """Look up all that training will ask for, score what is missing, and verify some of the rest."""
-        from .borrowed import BorrowedPolicy
-        from .filling import check_sample, fill, survey
+        from trl_refplug.providers.borrowed import BorrowedPolicy
+        from trl_refplug.providers.filling import check_sample, fill, survey
 
         if context.planned("train") is None:
             if self.options.fill == "never":
@@ -287,7 +287,7 @@ class CachedProvider(ReferenceProvider):
 
     def _meet(self, context: ReferenceContext) -> None:
         """Ranks wait for each other, and read what all of them have published."""
-        from .filling import survey
+        from trl_refplug.providers.filling import survey
 
         context.accelerator.wait_for_everyone()
         self._store.close()
@@ -308,7 +308,7 @@ class CachedProvider(ReferenceProvider):
                 yield from map(self._keys.of, context.planned(split) or ())
 
     def _score(self, batch: ReferenceBatch, rows: BatchRows, missing: list[int]) -> Tensor:
-        from .row_keys import select
+        from trl_refplug.providers.row_keys import select
 
         first = rows.rows[missing[0]].input_ids
         what = f"Row {missing[0]} of the batch, {self._shown(first)}, is not in the store {self._store.location!r}"
@@ -342,7 +342,7 @@ class CachedProvider(ReferenceProvider):
     def _tolerance(self, context: ReferenceContext) -> Any:
         import torch
 
-        from ..tolerances import tolerance_for
+        from trl_refplug.tolerances import tolerance_for
 
         return tolerance_for(str(context.accelerator.mixed_precision), getattr(torch, self._model_facts.dtype))
 

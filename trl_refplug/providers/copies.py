@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import ConfigurationError
-from ..scoring import stay_in_evaluation_mode
+from trl_refplug.errors import ConfigurationError
+from trl_refplug.scoring import stay_in_evaluation_mode
 
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from .frozen import FrozenOptions
+    from trl_refplug.providers.frozen import FrozenOptions
 
 
 def snapshot(policy: nn.Module, dtype: str | None = None) -> nn.Module:

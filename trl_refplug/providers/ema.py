@@ -7,16 +7,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import ConfigurationError, ReferenceMismatchError
-from ..provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
+from trl_refplug.errors import ConfigurationError, ReferenceMismatchError
+from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
 
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from ..scoring import Scorer
-    from .averages import MovingAverage
+    from trl_refplug.providers.averages import MovingAverage
+    from trl_refplug.scoring import Scorer
 
 
 _STATE = "ema.json"
@@ -110,15 +110,15 @@ class EmaProvider(ReferenceProvider):
     @property
     def reference_adapter(self) -> str | None:
         """Name of the policy's adapter that is the reference, for PEFT."""
-        from .peft_policy import REFERENCE_ADAPTER
+        from trl_refplug.providers.peft_policy import REFERENCE_ADAPTER
 
         return REFERENCE_ADAPTER if self._is_peft else None
 
     def pin(self, context: ReferenceContext) -> nn.Module | None:
-        from ..identity import digest_model
-        from .copies import snapshot
-        from .peft_policy import is_peft
-        from .purity import check_policy
+        from trl_refplug.identity import digest_model
+        from trl_refplug.providers.copies import snapshot
+        from trl_refplug.providers.peft_policy import is_peft
+        from trl_refplug.providers.purity import check_policy
 
         self._is_peft = context.peft_config is not None or is_peft(context.policy)
         if self._is_peft:
@@ -148,8 +148,8 @@ class EmaProvider(ReferenceProvider):
             self._setup_model(context, dtype, device)
 
     def _setup_model(self, context: ReferenceContext, dtype: torch.dtype, device: torch.device | None) -> None:
-        from ..scoring import stay_in_evaluation_mode
-        from .averages import ModelAverage
+        from trl_refplug.providers.averages import ModelAverage
+        from trl_refplug.scoring import stay_in_evaluation_mode
 
         self._module = context.reference_model
         assert self._module is not None, "the seam places what pin() returned"
@@ -159,10 +159,16 @@ class EmaProvider(ReferenceProvider):
         self._average = average
 
     def _setup_adapter(self, context: ReferenceContext, dtype: torch.dtype, device: torch.device | None) -> None:
-        from ..identity import combine_digests, digest_tensors
-        from .adapter_average import AdapterAverage
-        from .peft_policy import base_model_of, peft_model_of, policy_adapter, save_without, starts_as_identity
-        from .purity import check_policy
+        from trl_refplug.identity import combine_digests, digest_tensors
+        from trl_refplug.providers.adapter_average import AdapterAverage
+        from trl_refplug.providers.peft_policy import (
+            base_model_of,
+            peft_model_of,
+            policy_adapter,
+            save_without,
+            starts_as_identity,
+        )
+        from trl_refplug.providers.purity import check_policy
 
         policy = peft_model_of(context.policy)
         check_policy(policy, "ema")
@@ -192,7 +198,7 @@ class EmaProvider(ReferenceProvider):
         return {name: options[name] for name in names}
 
     def log_probs(self, batch: ReferenceBatch) -> Tensor:
-        from .peft_policy import reference_active
+        from trl_refplug.providers.peft_policy import reference_active
 
         assert self._context is not None, "log_probs() before setup()"
         policy = self._context.policy
@@ -207,7 +213,7 @@ class EmaProvider(ReferenceProvider):
         return log_probs
 
     def _score(self, model: nn.Module, mode: Literal["exact", "packed"], batch: ReferenceBatch) -> Tensor:
-        from .scorers import trainer_scorer
+        from trl_refplug.providers.scorers import trainer_scorer
 
         assert self._context is not None
         if (model, mode) not in self._scorers:  # FSDP and DeepSpeed put another policy in its place as training starts

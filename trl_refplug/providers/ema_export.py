@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigurationError
-from ..provider import STATE_DIRECTORY
+from trl_refplug.errors import ConfigurationError
+from trl_refplug.provider import STATE_DIRECTORY
 
 
 _BESIDE_A_MODEL = (
@@ -37,7 +37,7 @@ def export_reference(checkpoint: Path, out: Path) -> str:
         ConfigurationError: `out` is in use, or the model's class is not one of transformers.
         ReferenceMismatchError: The checkpoint has no such reference, or is damaged.
     """
-    from .ema import read_state
+    from trl_refplug.providers.ema import read_state
 
     directory = checkpoint / STATE_DIRECTORY
     state = read_state(directory)
@@ -58,8 +58,8 @@ def _model(directory: Path, architecture: str) -> Any:
     import torch
     import transformers
 
-    from ..identity import strip_wrappers
-    from .tensor_files import TensorReader
+    from trl_refplug.identity import strip_wrappers
+    from trl_refplug.providers.tensor_files import TensorReader
 
     model_class = getattr(transformers, architecture, None)
     if model_class is None:

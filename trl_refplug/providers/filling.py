@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from ..errors import ReferenceMismatchError, UnsupportedInputError
-from ..provider import ReferenceProvider
-from ..scoring import Row
-from ..scoring.exact import pad_rows
-from ..store import KEY_BYTES, LogProbStore
-from ..tolerances import Tolerance
-from .row_keys import BatchRows, RowKeys, TailScoredRows, Values
+from trl_refplug.errors import ReferenceMismatchError, UnsupportedInputError
+from trl_refplug.provider import ReferenceProvider
+from trl_refplug.providers.row_keys import BatchRows, RowKeys, TailScoredRows, Values
+from trl_refplug.scoring import Row
+from trl_refplug.scoring.exact import pad_rows
+from trl_refplug.store import KEY_BYTES, LogProbStore
+from trl_refplug.tolerances import Tolerance
 
 
 logger = logging.getLogger("trl_refplug")

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import ConfigurationError
-from ..provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
+from trl_refplug.errors import ConfigurationError
+from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
 
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from ..scoring import Scorer, ScoringThread
+    from trl_refplug.scoring import Scorer, ScoringThread
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ class FrozenProvider(ReferenceProvider):
         return self._module
 
     def pin(self, context: ReferenceContext) -> nn.Module:
-        from ..identity import digest_model
-        from .copies import load_model, snapshot
+        from trl_refplug.identity import digest_model
+        from trl_refplug.providers.copies import load_model, snapshot
 
         if self._given is not None:
             module, name = self._given, "ref_model"
@@ -116,8 +116,8 @@ class FrozenProvider(ReferenceProvider):
 
     def _use(self, module: nn.Module, context: ReferenceContext) -> None:
         """Score with `module`, which is placed."""
-        from ..scoring import ScoringThread, stay_in_evaluation_mode
-        from .scorers import trainer_scorer
+        from trl_refplug.providers.scorers import trainer_scorer
+        from trl_refplug.scoring import ScoringThread, stay_in_evaluation_mode
 
         self._module = module
         stay_in_evaluation_mode(self._module)  # a model passed as `ref_model=` may still be in train mode

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ReferenceMismatchError
-from ..provider import ReferenceBatch, ReferenceContext, ReferenceIdentity
-from .frozen import FrozenProvider
+from trl_refplug.errors import ReferenceMismatchError
+from trl_refplug.provider import ReferenceBatch, ReferenceContext, ReferenceIdentity
+from trl_refplug.providers.frozen import FrozenProvider
 
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ..scoring import Scorer
+    from trl_refplug.scoring import Scorer
 
 
 class NamedModel(FrozenProvider):
@@ -28,9 +28,9 @@ class NamedModel(FrozenProvider):
     """
 
     def pin(self, context: ReferenceContext) -> nn.Module | None:  # type: ignore[override]
-        from ..model_files import fingerprint, recall, remember
-        from .copies import loading
-        from .row_keys import ModelFacts
+        from trl_refplug.model_files import fingerprint, recall, remember
+        from trl_refplug.providers.copies import loading
+        from trl_refplug.providers.row_keys import ModelFacts
 
         assert self.options.model is not None
         self._loading = loading(self.options, context.policy, context.args)
@@ -73,10 +73,10 @@ class NamedModel(FrozenProvider):
             yield scorer
 
     def _load(self) -> None:
-        from ..identity import digest_model
-        from ..model_files import forget
-        from ..random_state import rng_kept
-        from .copies import load_named
+        from trl_refplug.identity import digest_model
+        from trl_refplug.model_files import forget
+        from trl_refplug.providers.copies import load_named
+        from trl_refplug.random_state import rng_kept
 
         if not self.idle:
             return

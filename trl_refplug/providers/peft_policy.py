@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import ConfigurationError
-from ..identity import adapter_attributes, adapter_tensor_name
-from ..scoring import evaluation_mode
+from trl_refplug.errors import ConfigurationError
+from trl_refplug.identity import adapter_attributes, adapter_tensor_name
+from trl_refplug.scoring import evaluation_mode
 
 
 if TYPE_CHECKING:

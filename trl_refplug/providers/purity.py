@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import ImpureReferenceError
-from ..identity import adapter_attributes, adapter_tensor_name, digest_tensors
+from trl_refplug.errors import ImpureReferenceError
+from trl_refplug.identity import adapter_attributes, adapter_tensor_name, digest_tensors
 
 
 def check_policy(policy: Any, provider: str = "adapter") -> None:

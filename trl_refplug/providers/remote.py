@@ -12,8 +12,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from ..errors import ConfigurationError, UnsupportedInputError
-from ..provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
+from trl_refplug.errors import ConfigurationError, UnsupportedInputError
+from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
 
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ..serving.bulk import BulkScorer
-    from ..serving.client import ScoringClient
-    from ..serving.rows import PaddedRows
+    from trl_refplug.serving.bulk import BulkScorer
+    from trl_refplug.serving.client import ScoringClient
+    from trl_refplug.serving.rows import PaddedRows
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class RemoteProvider(ReferenceProvider):
         return self.options.starts_as_policy
 
     def pin(self, context: ReferenceContext) -> None:
-        from ..serving.transport import Transport
-        from . import remote_checks
+        from trl_refplug.providers import remote_checks
+        from trl_refplug.serving.transport import Transport
 
         options = self.options
         transport = Transport(
@@ -115,7 +115,7 @@ class RemoteProvider(ReferenceProvider):
         self._client, self._identity = connect(transport, context, options)
 
     def setup(self, context: ReferenceContext) -> None:
-        from .remote_checks import check_tokenizer
+        from trl_refplug.providers.remote_checks import check_tokenizer
 
         check_tokenizer(self._asked, context.processing_class)
 
@@ -127,7 +127,7 @@ class RemoteProvider(ReferenceProvider):
         return self._score(self._rows(batch), batch.input_ids.device)
 
     def submit(self, batch: ReferenceBatch) -> Future[Tensor]:
-        from ..serving.background import in_background
+        from trl_refplug.serving.background import in_background
 
         rows, device = self._rows(batch), batch.input_ids.device
         return in_background(lambda: self._score(rows, device))
@@ -135,7 +135,7 @@ class RemoteProvider(ReferenceProvider):
     @contextmanager
     def bulk_scorer(self) -> Iterator[BulkScorer]:
         """Scores streams of rows with several requests in flight."""
-        from ..serving.bulk import BulkScorer
+        from trl_refplug.serving.bulk import BulkScorer
 
         yield BulkScorer(self._asked, self._temperature)
 
@@ -162,7 +162,7 @@ class RemoteProvider(ReferenceProvider):
         return self._client
 
     def _rows(self, batch: ReferenceBatch) -> PaddedRows:
-        from ..serving.rows import PaddedRows
+        from trl_refplug.serving.rows import PaddedRows
 
         try:
             return PaddedRows.of(batch)

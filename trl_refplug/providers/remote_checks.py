@@ -8,25 +8,25 @@ import numpy as np
 import torch
 import xxhash
 
-from ..errors import ConfigurationError, ReferenceMismatchError
-from ..identity import digest_model
-from ..provider import ReferenceContext, ReferenceIdentity
-from ..scoring import Row, evaluation_mode
-from ..scoring.execution import causal_lm
-from ..scoring.safety import absolute_positions, batch_length_limit
-from ..serving.client import RefPlugClient, ScoringClient
-from ..serving.facts import tokenizer_digest
-from ..serving.rows import PaddedRows
-from ..serving.transport import Transport
-from ..serving.vllm import VllmClient
-from ..tolerances import TOLERANCES, Tolerance, tolerance_for
-from .peft_policy import is_peft
+from trl_refplug.errors import ConfigurationError, ReferenceMismatchError
+from trl_refplug.identity import digest_model
+from trl_refplug.provider import ReferenceContext, ReferenceIdentity
+from trl_refplug.providers.peft_policy import is_peft
+from trl_refplug.scoring import Row, evaluation_mode
+from trl_refplug.scoring.execution import causal_lm
+from trl_refplug.scoring.safety import absolute_positions, batch_length_limit
+from trl_refplug.serving.client import RefPlugClient, ScoringClient
+from trl_refplug.serving.facts import tokenizer_digest
+from trl_refplug.serving.rows import PaddedRows
+from trl_refplug.serving.transport import Transport
+from trl_refplug.serving.vllm import VllmClient
+from trl_refplug.tolerances import TOLERANCES, Tolerance, tolerance_for
 
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from .remote import RemoteOptions
+    from trl_refplug.providers.remote import RemoteOptions
 
 _KNOWN_TOKENS = 24
 

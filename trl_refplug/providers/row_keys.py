@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..errors import UnsupportedInputError
-from ..provider import PlannedRows, ReferenceBatch
-from ..scoring import Row
-from ..scoring.execution import causal_lm
-from ..scoring.rows import IGNORED, Ints, rows_of
-from ..scoring.safety import absolute_positions, batch_length_limit
-from ..store import LogProbStore, RowKey, ScoringFacts, tail_scored_keys
+from trl_refplug.errors import UnsupportedInputError
+from trl_refplug.provider import PlannedRows, ReferenceBatch
+from trl_refplug.scoring import Row
+from trl_refplug.scoring.execution import causal_lm
+from trl_refplug.scoring.rows import IGNORED, Ints, rows_of
+from trl_refplug.scoring.safety import absolute_positions, batch_length_limit
+from trl_refplug.store import LogProbStore, RowKey, ScoringFacts, tail_scored_keys
 
 
 Values = NDArray[np.float32]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from ..scoring import Scorer
+from trl_refplug.scoring import Scorer
 
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..provider import ReferenceContext
+    from trl_refplug.provider import ReferenceContext
 
 
 def trainer_scorer(model: nn.Module, context: ReferenceContext, mode: Literal["exact", "packed"]) -> Scorer:

@@ -107,7 +107,7 @@ def named_parameters(model: nn.Module) -> dict[str, Tensor]:
     """
     The parameters by the name they have in the model itself, tied ones once, sharded wherever FSDP2 shards them.
     """
-    from ..identity import strip_wrappers
+    from trl_refplug.identity import strip_wrappers
 
     reshard(model)
     return {strip_wrappers(name): parameter for name, parameter in model.named_parameters()}

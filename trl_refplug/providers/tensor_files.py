@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..errors import ReferenceMismatchError
-from .shards import Part
+from trl_refplug.errors import ReferenceMismatchError
+from trl_refplug.providers.shards import Part
 
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ with LogProbStore("ref-store", mode="a", provenance={"identity": identity.to_dic
 `docs/store.md` specifies the files and what is guaranteed about them.
 """
 
-from .format import FORMAT_VERSION, Manifest
-from .keys import KEY_BYTES, RowKey, ScoringFacts, tail_scored_keys
-from .maintenance import Conflict, StoreSummary, VerifyReport, summarize, verify
-from .store import LogProbRows, LogProbStore, StoreWarning
+from trl_refplug.store.format import FORMAT_VERSION, Manifest
+from trl_refplug.store.keys import KEY_BYTES, RowKey, ScoringFacts, tail_scored_keys
+from trl_refplug.store.maintenance import Conflict, StoreSummary, VerifyReport, summarize, verify
+from trl_refplug.store.store import LogProbRows, LogProbStore, StoreWarning
 
 
 __all__ = [

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .folder import Folder
-from .format import DamagedFileError, Manifest, Shard, files_of, open_shard, published_names
-from .index import SortedIndex
+from trl_refplug.store.folder import Folder
+from trl_refplug.store.format import DamagedFileError, Manifest, Shard, files_of, open_shard, published_names
+from trl_refplug.store.index import SortedIndex
 
 
 class Catalogue:

@@ -18,7 +18,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import xxhash
 
-from ..errors import StoreError
+from trl_refplug.errors import StoreError
 
 
 DAMAGED_SUFFIX = ".damaged"

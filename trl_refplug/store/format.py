@@ -22,8 +22,8 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-from ..errors import StoreVersionError
-from .keys import KEY_BYTES
+from trl_refplug.errors import StoreVersionError
+from trl_refplug.store.keys import KEY_BYTES
 
 
 FORMAT_VERSION = 1

@@ -20,8 +20,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from .folder import TEMPORARY_PREFIX
-from .keys import KEY_BYTES
+from trl_refplug.store.folder import TEMPORARY_PREFIX
+from trl_refplug.store.keys import KEY_BYTES
 
 
 try:

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .catalogue import Catalogue
-from .folder import DAMAGED_SUFFIX, TEMPORARY_PREFIX, open_existing, reading
-from .format import SHARD_SUFFIX, DamagedFileError, Manifest, files_of, published_names
-from .journal import JOURNAL_SUFFIX
+from trl_refplug.store.catalogue import Catalogue
+from trl_refplug.store.folder import DAMAGED_SUFFIX, TEMPORARY_PREFIX, open_existing, reading
+from trl_refplug.store.format import SHARD_SUFFIX, DamagedFileError, Manifest, files_of, published_names
+from trl_refplug.store.journal import JOURNAL_SUFFIX
 
 
 @dataclass(frozen=True)

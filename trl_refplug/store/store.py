@@ -18,12 +18,12 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ..errors import InvalidLogProbsError, StoreError, StoreWriteError
-from .catalogue import Catalogue
-from .folder import open_existing, open_folder, reading
-from .format import DamagedFileError, Manifest, encode_shard, files_of, new_name
-from .journal import Journal, abandoned
-from .keys import as_key_array
+from trl_refplug.errors import InvalidLogProbsError, StoreError, StoreWriteError
+from trl_refplug.store.catalogue import Catalogue
+from trl_refplug.store.folder import open_existing, open_folder, reading
+from trl_refplug.store.format import DamagedFileError, Manifest, encode_shard, files_of, new_name
+from trl_refplug.store.journal import Journal, abandoned
+from trl_refplug.store.keys import as_key_array
 
 
 _PROVENANCE_PACKAGES = ("trl-refplug", "torch", "transformers", "trl", "peft", "numpy", "pyarrow")

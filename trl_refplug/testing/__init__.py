@@ -18,9 +18,15 @@ class TestUniform(ReferenceProviderTests):
 ```
 """
 
-from .bench import Attached, Bench
-from .kit import ReferenceProviderTests
-from .samples import plain_log_probs, preference_data, tiny_image_policy, tiny_policy, tiny_tokenizer
+from trl_refplug.testing.bench import Attached, Bench
+from trl_refplug.testing.kit import ReferenceProviderTests
+from trl_refplug.testing.samples import (
+    plain_log_probs,
+    preference_data,
+    tiny_image_policy,
+    tiny_policy,
+    tiny_tokenizer,
+)
 
 
 __all__ = [

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidLogProbsError
-from ..options import parse_options
-from ..provider import Capabilities, ReferenceBatch, ReferenceProvider
-from .samples import copy_of, make_batch, preference_data, sample_rows, scored
+from trl_refplug.errors import InvalidLogProbsError
+from trl_refplug.options import parse_options
+from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceProvider
+from trl_refplug.testing.samples import copy_of, make_batch, preference_data, sample_rows, scored
 
 
 Reference: TypeAlias = "str | type[ReferenceProvider] | tuple[str | type[ReferenceProvider], Mapping[str, Any]]"
@@ -125,7 +125,7 @@ class Bench:
 
     @property
     def provider_class(self) -> type[ReferenceProvider]:
-        from ..plugins import plugin_manager
+        from trl_refplug.plugins import plugin_manager
 
         chosen = self.reference[0] if isinstance(self.reference, tuple) else self.reference
         return plugin_manager().provider_class(chosen) if isinstance(chosen, str) else chosen
@@ -154,7 +154,7 @@ class Bench:
 
     def attach(self, *, dataset: Any = None, **args: Any) -> Attached:
         """A DPO trainer with the provider; `args` are for its configuration."""
-        from .. import RefPlugDPOConfig, RefPlugDPOTrainer
+        from trl_refplug import RefPlugDPOConfig, RefPlugDPOTrainer
 
         trainer = RefPlugDPOTrainer(
             model=copy.deepcopy(self.policy),
@@ -168,7 +168,7 @@ class Bench:
 
     def attach_online(self, temperature: float) -> Attached:
         """A GRPO trainer with the provider, which divides logits by `temperature`."""
-        from .. import RefPlugGRPOConfig, RefPlugGRPOTrainer
+        from trl_refplug import RefPlugGRPOConfig, RefPlugGRPOTrainer
 
         args = dict(num_generations=2, max_completion_length=4, beta=0.1, temperature=temperature)
         trainer = RefPlugGRPOTrainer(

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from .bench import Attached, Bench, require
-from .samples import copy_of
-from .setting import Setting
+from trl_refplug.testing.bench import Attached, Bench, require
+from trl_refplug.testing.samples import copy_of
+from trl_refplug.testing.setting import Setting
 
 
 class SideEffectTests(Setting):
@@ -80,7 +80,7 @@ class SideEffectTests(Setting):
         require(not changed, f"{len(changed)} of the policy's weights were changed ({_some(changed)}).")
 
     def test_active_adapter(self, attached: Attached) -> None:
-        from ..trainers.policy import is_peft
+        from trl_refplug.trainers.policy import is_peft
 
         if not is_peft(attached.policy):
             pytest.skip("the policy has no adapter; give a `peft_config` if yours may")

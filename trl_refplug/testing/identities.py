@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from ..errors import ReferenceMismatchError
-from ..provider import ReferenceIdentity
-from .bench import Attached, Bench, require
-from .setting import Setting
+from trl_refplug.errors import ReferenceMismatchError
+from trl_refplug.provider import ReferenceIdentity
+from trl_refplug.testing.bench import Attached, Bench, require
+from trl_refplug.testing.setting import Setting
 
 
 class IdentityTests(Setting):

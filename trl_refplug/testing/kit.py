@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .answers import AnswerTests
-from .effects import SideEffectTests
-from .identities import IdentityTests
-from .life import LifeTests
-from .runs import OverlapTests, RankTests, TrainingTests
+from trl_refplug.testing.answers import AnswerTests
+from trl_refplug.testing.effects import SideEffectTests
+from trl_refplug.testing.identities import IdentityTests
+from trl_refplug.testing.life import LifeTests
+from trl_refplug.testing.runs import OverlapTests, RankTests, TrainingTests
 
 
 class ReferenceProviderTests(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import OptionsError
-from ..options import describe_options, parse_options
-from ..provider import ReferenceProvider
-from .bench import Attached, Bench, require
-from .setting import Setting
+from trl_refplug.errors import OptionsError
+from trl_refplug.options import describe_options, parse_options
+from trl_refplug.provider import ReferenceProvider
+from trl_refplug.testing.bench import Attached, Bench, require
+from trl_refplug.testing.setting import Setting
 
 
 class LifeTests(Setting):

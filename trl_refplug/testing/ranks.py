@@ -9,7 +9,7 @@ import pytest
 
 
 if TYPE_CHECKING:
-    from .bench import Bench
+    from trl_refplug.testing.bench import Bench
 
 
 def on_two_ranks(bench: Bench) -> dict[int, tuple[str, list[list[float]]]]:

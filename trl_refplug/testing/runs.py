@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from .bench import Attached, Bench, require
-from .ranks import on_two_ranks
-from .samples import copy_of, make_batch
-from .setting import Setting
+from trl_refplug.testing.bench import Attached, Bench, require
+from trl_refplug.testing.ranks import on_two_ranks
+from trl_refplug.testing.samples import copy_of, make_batch
+from trl_refplug.testing.setting import Setting
 
 
 class TrainingTests(Setting):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ..provider import ReferenceBatch
+from trl_refplug.provider import ReferenceBatch
 
 
 if TYPE_CHECKING:

@@ -2,9 +2,9 @@
 
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer
 
-from .plugged import plug
-from .seam import Seam
-from .stand_in import ReferenceModel
+from trl_refplug.trainers.plugged import plug
+from trl_refplug.trainers.seam import Seam
+from trl_refplug.trainers.stand_in import ReferenceModel
 
 
 RefPlugDPOTrainer = plug(DPOTrainer)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ReferenceMismatchError
-from ..provider import ReferenceBatch, ReferenceIdentity
-from ..tolerances import Tolerance, tolerance_for
-from .policy import policy_log_probs
+from trl_refplug.errors import ReferenceMismatchError
+from trl_refplug.provider import ReferenceBatch, ReferenceIdentity
+from trl_refplug.tolerances import Tolerance, tolerance_for
+from trl_refplug.trainers.policy import policy_log_probs
 
 
 logger = logging.getLogger("trl_refplug")

@@ -8,8 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..errors import ReferenceMismatchError
-from ..provider import STATE_DIRECTORY, ReferenceIdentity, ReferenceProvider
+from trl_refplug.errors import ReferenceMismatchError
+from trl_refplug.provider import STATE_DIRECTORY, ReferenceIdentity, ReferenceProvider
 
 
 logger = logging.getLogger("trl_refplug")

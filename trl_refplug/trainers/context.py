@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RefPlugError
-from ..provider import PlannedRows, ReferenceBatch, ReferenceProvider
+from trl_refplug.errors import RefPlugError
+from trl_refplug.provider import PlannedRows, ReferenceBatch, ReferenceProvider
 
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
-    from .session import ReferenceSession
+    from trl_refplug.trainers.session import ReferenceSession
 
 
 class TrainerContext:
@@ -65,17 +65,17 @@ class TrainerContext:
         return self._session.create_nested(name, options, self.policy)
 
     def place(self, module: nn.Module, device: str | None = None) -> nn.Module:
-        from .placement import place
+        from trl_refplug.trainers.placement import place
 
         return place(module, self._built("devices"), temperature=self.temperature, device=device)
 
     def planned(self, split: str) -> Iterator[ReferenceBatch] | None:
-        from .requests import planned
+        from trl_refplug.trainers.requests import planned
 
         return planned(self._built("planned batches"), self._session.seam, split)
 
     def planned_rows(self, split: str) -> Iterator[PlannedRows] | None:
-        from .planned import planned_rows
+        from trl_refplug.trainers.planned import planned_rows
 
         return planned_rows(self._built("planned rows"), self._session.seam, split)
 

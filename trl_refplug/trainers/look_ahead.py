@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..provider import ReferenceBatch, ReferenceProvider
-from ..scoring import Autocast
-from .ranks import on_all_ranks
-from .requests import predicted_requests
+from trl_refplug.provider import ReferenceBatch, ReferenceProvider
+from trl_refplug.scoring import Autocast
+from trl_refplug.trainers.ranks import on_all_ranks
+from trl_refplug.trainers.requests import predicted_requests
 
 
 logger = logging.getLogger("trl_refplug")

@@ -9,7 +9,7 @@ from torch import nn
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
-from ..errors import ConfigurationError
+from trl_refplug.errors import ConfigurationError
 
 
 def place(module: Any, trainer: Any, *, temperature: float, device: str | None) -> nn.Module:

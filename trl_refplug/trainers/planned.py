@@ -17,9 +17,9 @@ import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from ..provider import PlannedRows
-from .requests import indexed_datasets, planned_batches
-from .seam import Seam
+from trl_refplug.provider import PlannedRows
+from trl_refplug.trainers.requests import indexed_datasets, planned_batches
+from trl_refplug.trainers.seam import Seam
 
 
 _BLOCK_ROWS = 1024

@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..errors import ConfigurationError
-from ..provider import ReferenceProvider
-from ..providers.peft_policy import REFERENCE_ADAPTER
-from . import policy as policies
-from .checkpoint import write_to_checkpoint
-from .seam import Seam, flags_masked, seam_error
-from .session import ReferenceSession, open_session
+from trl_refplug.errors import ConfigurationError
+from trl_refplug.provider import ReferenceProvider
+from trl_refplug.providers.peft_policy import REFERENCE_ADAPTER
+from trl_refplug.trainers import policy as policies
+from trl_refplug.trainers.checkpoint import write_to_checkpoint
+from trl_refplug.trainers.seam import Seam, flags_masked, seam_error
+from trl_refplug.trainers.session import ReferenceSession, open_session
 
 
 T = TypeVar("T")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..provider import ReferenceBatch, ReferenceProvider
-from ..providers.peft_policy import REFERENCE_ADAPTER
-from ..scoring import evaluation_mode, exact_log_probs
+from trl_refplug.provider import ReferenceBatch, ReferenceProvider
+from trl_refplug.providers.peft_policy import REFERENCE_ADAPTER
+from trl_refplug.scoring import evaluation_mode, exact_log_probs
 
 
 def is_peft(model: Any) -> bool:

@@ -6,9 +6,9 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from ..errors import ReferenceMismatchError
-from ..plugins import plugin_manager
-from ..provider import ReferenceProvider
+from trl_refplug.errors import ReferenceMismatchError
+from trl_refplug.plugins import plugin_manager
+from trl_refplug.provider import ReferenceProvider
 
 
 def agree(accelerator: Any, provider: ReferenceProvider, name: str) -> None:

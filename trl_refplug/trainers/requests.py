@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..provider import ReferenceBatch
-from .seam import Seam
+from trl_refplug.provider import ReferenceBatch
+from trl_refplug.trainers.seam import Seam
 
 
 ROW_WISE = frozenset({"token_type_ids", "mm_token_type_ids", "position_ids"})

@@ -19,7 +19,7 @@ from typing import Any
 import trl
 from trl.trainer.utils import get_config_model_id
 
-from ..errors import ConfigurationError, SeamError
+from trl_refplug.errors import ConfigurationError, SeamError
 
 
 SUPPORTED = ">=1.15"

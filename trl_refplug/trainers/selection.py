@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from ..arguments import ReferenceArguments
-from ..errors import ConfigurationError
-from ..options import parse_options
-from ..plugins import plugin_manager
-from ..provider import ReferenceProvider
+from trl_refplug.arguments import ReferenceArguments
+from trl_refplug.errors import ConfigurationError
+from trl_refplug.options import parse_options
+from trl_refplug.plugins import plugin_manager
+from trl_refplug.provider import ReferenceProvider
 
 
 # What TRL's own flags mean, in the order in which they are looked at.

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from trl.trainer.utils import FusedCausalLMOutput
 
-from ..errors import InvalidLogProbsError, UnsupportedInputError
-from ..plugins import plugin_manager
-from ..provider import ReferenceBatch, ReferenceProvider
-from .look_ahead import LookAhead
-from .requests import ROW_WISE
-from .seam import seam_error
+from trl_refplug.errors import InvalidLogProbsError, UnsupportedInputError
+from trl_refplug.plugins import plugin_manager
+from trl_refplug.provider import ReferenceBatch, ReferenceProvider
+from trl_refplug.trainers.look_ahead import LookAhead
+from trl_refplug.trainers.requests import ROW_WISE
+from trl_refplug.trainers.seam import seam_error
 
 
 class ReferenceModel(nn.Module):

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from ..errors import ConfigurationError
-from .requests import indexed_datasets
+from trl_refplug.errors import ConfigurationError
+from trl_refplug.trainers.requests import indexed_datasets
 
 
 _AT_ONCE = 16  # rows
