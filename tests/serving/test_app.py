@@ -76,8 +76,8 @@ class TestScoring:
     def test_answers_are_the_models(self, served, url):
         wanted = rows(20)
         body = body_of(served, wanted)
-        status, headers, answer = ask(url, body=body)
-        assert (status, headers["content-type"]) == (200, wire.CONTENT_TYPE)
+        status, _, answer = ask(url, body=body)
+        assert status == 200
         request = wire.ScoringRequest(PaddedRows.flush_left(wanted), served.facts.digest)
         decoded = wire.decode_answer(answer, request, body)
         assert decoded.identity == served.facts.digest

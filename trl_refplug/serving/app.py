@@ -96,7 +96,7 @@ def make_app(engine: Engine, *, key: str | None = None, limits: Limits | None = 
         except Exception as error:  # the model's; it is in the log
             raise HTTPException(500, f"the model failed: {type(error).__name__}") from None
         answer = wire.ScoringAnswer(engine.facts.digest, _checked(answers, refused, len(wanted.rows)), refused)
-        return Response(wire.encode_answer(answer, body), media_type=wire.CONTENT_TYPE)
+        return Response(wire.encode_answer(answer, body))  # no content type: it would be a tenth of a small answer
 
     app = Starlette(
         routes=[

@@ -67,7 +67,7 @@ class RefPlugClient:
             except wire.WireError as error:
                 raise DamagedAnswerError(str(error)) from None
 
-        answer = self.transport.send("POST", "/v1/score", parse, content=body, content_type=wire.CONTENT_TYPE)
+        answer = self.transport.send("POST", "/v1/score", parse, content=body)
         if answer.identity != self.facts.digest:
             raise ReferenceMismatchError(
                 f"A reference server answered for {answer.identity}, and this run's reference is {self.facts.digest}."

@@ -37,8 +37,6 @@ from trl_refplug.serving.rows import PaddedRows, Values
 PROTOCOL = 1
 """Version of the format. The server names it; a client that speaks another does not go on."""
 
-CONTENT_TYPE = "application/x-refplug"
-
 _CHECKSUM = struct.Struct("<Q")
 _ID_BYTES = (2, 4)
 
