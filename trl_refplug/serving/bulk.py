@@ -36,27 +36,29 @@ class BulkScorer:
         self._client = client
         self._temperature = temperature
 
-    def score_rows(self, rows: Iterable[Row]) -> Iterator[tuple[int, Tensor]]:
+    def score_passes(self, rows: Iterable[Row]) -> Iterator[list[tuple[int, Tensor]]]:
         """
         Yields:
-            `tuple[int, Tensor]`: The index of a row and its log-probabilities: float32 `[seq - 1]` on the CPU, entry
-            `t` for `labels[t + 1]`, 0 where that is -100. Every row once, in any order.
+            `list[tuple[int, Tensor]]`: Of the rows of one request, the index and the log-probabilities: float32
+            `[seq - 1]` on the CPU, entry `t` for `labels[t + 1]`, 0 where that is -100. Every row once, in any order.
         """
         pending: deque[tuple[list[tuple[int, Row]], Future[Sequence[Values]]]] = deque()
         for request in _requests(rows):
             padded = PaddedRows.flush_left([row for _, row in request])
             pending.append((request, in_background(partial(self._client.score, padded, self._temperature))))
             if len(pending) == _IN_FLIGHT:
-                yield from _answers(*pending.popleft())
+                yield _answers(*pending.popleft())
         while pending:
-            yield from _answers(*pending.popleft())
+            yield _answers(*pending.popleft())
 
 
-def _answers(request: list[tuple[int, Row]], future: Future[Sequence[Values]]) -> Iterator[tuple[int, Tensor]]:
+def _answers(request: list[tuple[int, Row]], future: Future[Sequence[Values]]) -> list[tuple[int, Tensor]]:
+    answers = []
     for (index, row), values in zip(request, future.result(), strict=True):
         answer = torch.zeros(max(len(row) - 1, 0))
         answer[torch.from_numpy(row.scored() - 1)] = torch.from_numpy(values)
-        yield index, answer
+        answers.append((index, answer))
+    return answers
 
 
 def _requests(rows: Iterable[Row]) -> Iterator[list[tuple[int, Row]]]:
