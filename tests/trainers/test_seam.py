@@ -277,3 +277,12 @@ def test_config_values_end_in_json(tmp_path):
 def test_the_signature_names_the_arguments_that_are_added():
     assert inspect.signature(trainer_class("dpo")).parameters["reference"].default is None
     assert {"reference", "ref_model", "reward_funcs"} <= inspect.signature(trainer_class("grpo")).parameters.keys()
+
+
+def test_a_provider_that_returns_the_policy_is_refused(tmp_path):
+    class Same(Uniform):
+        def pin(self, context):
+            return context.policy
+
+    with pytest.raises(ConfigurationError, match=r"Same\.pin\(\) returned the policy itself"):
+        build("dpo", tmp_path, tiny.model(), reference=Same())

@@ -86,7 +86,9 @@ def check(
     rows: Annotated[int, typer.Option(min=1, help="Pairs to score, from the start of the file.")] = 16,
     max_length: Annotated[int, typer.Option(min=2, help="Rows are cut to this many tokens, as in training.")] = 1024,
     dtype: Annotated[str, typer.Option(help="What the policy is loaded in: float32, bfloat16, float16.")] = "float32",
-    lora: Annotated[bool, typer.Option("--lora", help="Train a new LoRA adapter, as `--use_peft` does.")] = False,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Put a new LoRA adapter on the policy, as `--use_peft` does.")
+    ] = False,
     tolerance: Annotated[
         float | None,
         typer.Option(min=0, help="Largest difference per token, in nats, that is rounding. Default: by --dtype."),

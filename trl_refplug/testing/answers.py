@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -129,7 +130,7 @@ class AnswerTests(Setting):
         with torch.no_grad():
             for parameter in bench.policy.parameters():
                 parameter.fill_(float("nan"))
-            expected = self.expected_log_probs(bench.policy, copy_of(broken.batch), 1.0)
+            expected = self._truth(bench, broken.batch, 1.0)
         if expected[scored(broken.batch)].isfinite().all():
             pytest.skip("the reference does not depend on the policy's weights")
         try:
@@ -182,8 +183,12 @@ class AnswerTests(Setting):
 
     def _expected_rows(self, bench: Bench, batch: ReferenceBatch, temperature: float = 1.0) -> list[Tensor]:
         """The truth, at the scored positions of each row."""
-        expected = self.expected_log_probs(bench.policy, copy_of(batch), temperature)
+        expected = self._truth(bench, batch, temperature)
         return [values[chosen] for values, chosen in zip(expected, scored(batch), strict=True)]
+
+    def _truth(self, bench: Bench, batch: ReferenceBatch, temperature: float) -> Tensor:
+        # In evaluation mode, so that authors may call the policy as it is.
+        return self.expected_log_probs(copy.deepcopy(bench.policy).eval(), copy_of(batch), temperature)
 
     def _needs_values(self, bench: Bench) -> None:
         """Skip what can only be wrong again where the plain values are wrong."""

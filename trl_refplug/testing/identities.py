@@ -93,11 +93,11 @@ def _require_told_apart(one: Attached, other: Attached, *, different: str, same:
     differ = one.differs(one.ask_rows(one.batch), other.ask_rows(other.batch))
     identities = one.provider.identity(), other.provider.identity()
     told_apart = identities[0].digest != identities[1].digest
-    shown = " and ".join(map(str, identities))
+    shown = " and ".join(f"{identity.digest!r} of {identity}" for identity in identities)
     if differ:
-        require(told_apart, f"{different}\nIdentities: {shown}.")
+        require(told_apart, f"{different}\nDigests (details do not count): {shown}.")
     elif not one.provider.capabilities.moving:  # one that moves may differ later
-        require(not told_apart, f"{same}\nIdentities: {shown}.")
+        require(not told_apart, f"{same}\nDigests (details do not count): {shown}.")
 
 
 def _reloaded(policy: Any, directory: Path) -> Any:

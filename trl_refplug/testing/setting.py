@@ -66,7 +66,7 @@ class Setting:
         The truth: what the reference should answer, computed without the provider.
 
         Args:
-            policy (`nn.Module`): The policy as it is passed to the trainer.
+            policy (`nn.Module`): A copy of the policy as it is passed to the trainer, in evaluation mode.
             batch ([`ReferenceBatch`]): Rows to score.
             temperature (`float`): What logits are divided by.
 

@@ -93,9 +93,15 @@ class ReferenceSession:
     def _pin(provider: ReferenceProvider, context: TrainerContext, policy: nn.Module) -> nn.Module | None:
         context.pinned_policy = policy
         try:
-            return provider.pin(context)
+            module = provider.pin(context)
         finally:
             context.pinned_policy = None
+        if module is policy:
+            raise ConfigurationError(
+                f"{type(provider).__name__}.pin() returned the policy itself, which is about to be trained. Return a "
+                "copy of it (`copy.deepcopy(context.policy)`), or None to have no model placed."
+            )
+        return module
 
     # While TRL constructs
 
