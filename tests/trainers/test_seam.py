@@ -286,3 +286,13 @@ def test_a_provider_that_returns_the_policy_is_refused(tmp_path):
 
     with pytest.raises(ConfigurationError, match=r"Same\.pin\(\) returned the policy itself"):
         build("dpo", tmp_path, tiny.model(), reference=Same())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_policy_as_its_own_reference_model_is_refused(kind, tmp_path):
+    model = tiny.model()
+    args = config(kind, tmp_path)
+    with pytest.raises(ConfigurationError, match="the same object"):
+        trainer_class(kind)(
+            model=model, ref_model=model, args=args, **({"reward_funcs": tiny.length_reward} if kind in ONLINE else {})
+        )

@@ -231,6 +231,11 @@ def open_session(
                 flags.ref_provider if reference is None else type(reference).__name__,
             )
         return None
+    if ref_model is not None and ref_model is model:
+        raise ConfigurationError(
+            "`model` and `ref_model` are the same object, which is about to be trained. Leave `ref_model` out: a "
+            "copy of the policy is the reference then."
+        )
     passes_ref_model = ref_model is not None and not seam.online
     if reference is not None:
         if flags.ref_provider != "auto" or ref_model is not None:
