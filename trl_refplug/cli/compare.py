@@ -123,21 +123,13 @@ def _run_all(
     console: Console, job: Job, contenders: list[Contender], folders: dict[str, Path]
 ) -> tuple[list[Run], dict[str, str]]:
     """The finished runs, and why others are none."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
+    from trl_refplug.cli.progress import step_progress
     from trl_refplug.compare.apart import RunFailedError, finished_run, run_apart
 
     facts = job.facts()
     runs: list[Run] = []
     failures: dict[str, str] = {}
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[shown]}"),
-    )
-    with Progress(*columns, console=console, refresh_per_second=4) as progress:
+    with step_progress(console) as progress:
         tasks = [
             progress.add_task(contender.label, total=job.steps, start=False, shown="") for contender in contenders
         ]
@@ -159,11 +151,13 @@ def _run_all(
 
 
 def _shown(progress: Progress, task: TaskID) -> tuple[Callable[[str], None], Callable[[Step], None]]:
+    from trl_refplug.cli.progress import told
+
     def on_phase(phase: str) -> None:
         progress.update(task, shown=phase)
 
     def on_step(step: Step) -> None:
-        progress.update(task, completed=step.step, shown=f"loss {step.loss:.3f}  margin {step.margin:.2f}")
+        progress.update(task, completed=step.step, shown=told(step))
 
     return on_phase, on_step
 

@@ -100,23 +100,15 @@ def _demo(
 
 
 def _train(console: Console, settings: JobSettings, scratch: Path) -> DemoResult:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
+    from trl_refplug.cli.progress import step_progress, told
     from trl_refplug.demo.job import Step
     from trl_refplug.demo.run import run
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[shown]}"),
-    )
-    with Progress(*columns, console=console, refresh_per_second=4) as progress:
+    with step_progress(console) as progress:
         task = progress.add_task("", total=settings.steps, shown="")
 
         def on_step(step: Step) -> None:
-            progress.update(task, completed=step.step, shown=f"loss {step.loss:.3f}  margin {step.margin:.2f}")
+            progress.update(task, completed=step.step, shown=told(step))
 
         return run(settings, scratch, lambda phase: progress.update(task, description=phase), on_step)
 
