@@ -82,3 +82,28 @@ def test_authors_are_told_what_is_missing(tmp_path):
     # What a test says is a sentence, without a traceback through the kit
     assert "override expected_log_probs() to say what it is." in done.stdout
     assert "answers.py" not in done.stdout
+
+
+CALLS_THE_POLICY = """
+import pytest
+from trl_refplug.testing import ReferenceProviderTests
+
+class TestCallsThePolicy(ReferenceProviderTests):
+    @pytest.fixture
+    def reference(self):
+        return "frozen"
+
+    def expected_log_probs(self, policy, batch, temperature):
+        logits = policy(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits / temperature
+        return logits.log_softmax(-1)[:, :-1].gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
+"""
+
+
+def test_the_truth_may_be_asked_of_the_policy_as_it_is(tmp_path):
+    """Its dropout is off, though trainers get it in train mode."""
+    assert tiny_policy().training
+    (tmp_path / "test_author.py").write_text(CALLS_THE_POLICY)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-k", "test_values"]
+    command += ["--rootdir", str(tmp_path), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:]
