@@ -166,15 +166,16 @@ class ScarceMemory(LlamaDecoderLayer):
         return super().forward(hidden_states, *args, **kwargs)
 
 
+@pytest.mark.parametrize("choose", [None, lambda passes: len(passes) // 2], ids=["in-order", "chosen"])
 @pytest.mark.parametrize("mode", ["exact", "packed"])
-def test_out_of_memory_halves_the_budget_and_loses_nothing(mode):
+def test_out_of_memory_halves_the_budget_and_loses_nothing(mode, choose):
     model = tiny("llama")
     rows = [Row.completion(list(range(5, 15)), [20 + index] * (3 + index % 5)) for index in range(24)]
     expected = dict(Scorer(model).score_rows(rows))
     scorer = Scorer(model, mode=mode, token_budget=200)
     list(scorer.score_rows(rows[:1]))
     model.model.layers[1].__class__ = ScarceMemory
-    answers = list(scorer.score_rows(rows))
+    answers = [answer for answers in scorer.score_passes(rows, choose) for answer in answers]
     assert sorted(index for index, _ in answers) == list(range(24))
     for index, answer in answers:
         torch.testing.assert_close(answer, expected[index], rtol=0, atol=TOLERANCE)

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from store_writers import files_of, fill, right_rows
+from store_writers import files_of, fill, key_of, right_rows
 
 from trl_refplug.store import LogProbStore, journal, summarize
 
@@ -73,21 +73,61 @@ def test_of_a_writer_at_work(tmp_path: Path) -> None:
     with LogProbStore(path, mode="a") as writer:
         fill(writer, range(5))
         with LogProbStore(path, mode="a") as other, LogProbStore(path) as reader:
-            assert len(other) == len(reader) == 0
+            assert right_rows(other, range(9)) == set(range(5))  # other writers need not score them
+            assert len(other) == 5
+            assert other.contains([key_of(number) for number in (1, 7)]).tolist() == [True, False]
+            assert right_rows(reader, range(9)) == set(range(5))
+            fill(other, range(3, 6))
+            fill(writer, range(6, 8))
+            assert right_rows(other, range(9)) == set(range(6))
+            other.refresh()
+            assert right_rows(other, range(9)) == set(range(8))
+            assert len(other) == 8
+            assert other.other_writers == [writer.writer]
+        assert summarize(path).rows == 1  # the other one left to the writer what it had put
         assert len(summarize(path).journals) == 1
         writer.flush()
-        fill(writer, range(5, 7))
-        assert summarize(path).rows == 5
+        fill(writer, range(8, 9))
+        assert summarize(path).rows == 8
     assert not files_of(path, ".journal")
-    assert summarize(path).rows == 7
+    assert summarize(path).rows == 9
+
+
+def test_a_writer_at_work_is_killed(tmp_path: Path, written: tuple[str, bytes]) -> None:
+    """What another one has seen in its journal, and therefore not scored, that one publishes when it is done."""
+    name, data = written
+    with LogProbStore(tmp_path / "store", mode="a") as other:
+        (tmp_path / "store" / name).write_bytes(data)
+        other.refresh()
+        fill(other, range(9))
+        assert right_rows(other, range(9)) == set(range(9))
+        other.flush()
+        assert summarize(tmp_path / "store").rows == 9
+        assert not (tmp_path / "store" / name).exists()
+        assert right_rows(other, range(9)) == set(range(9))
+
+
+def test_seen_while_it_is_written(tmp_path: Path, written: tuple[str, bytes]) -> None:
+    """Whatever part of a journal is there at a moment, what is seen is right, and the rest is seen later."""
+    name, data = written
+    with LogProbStore(tmp_path / "store", mode="a") as other:
+        for end in range(0, len(data) + 1, 3):
+            (tmp_path / "store" / name).write_bytes(data[:end])
+            other.refresh()
+            found = right_rows(other, range(9))
+            assert found == set(range(len(found)))
+        (tmp_path / "store" / name).write_bytes(data)
+        other.refresh()
+        assert right_rows(other, range(9)) == set(range(6))
 
 
 def test_readers_change_nothing(tmp_path: Path, written: tuple[str, bytes]) -> None:
     name, data = written
     left_behind(tmp_path / "store", {name: data})
     with LogProbStore(tmp_path / "store") as store:
-        assert len(store) == 0
+        assert right_rows(store, range(9)) == set(range(6))
     assert (tmp_path / "store" / name).read_bytes() == data
+    assert summarize(tmp_path / "store").rows == 0
 
 
 def test_where_files_cannot_be_locked(
@@ -101,8 +141,8 @@ def test_where_files_cannot_be_locked(
     monkeypatch.setattr(journal.fcntl, "flock", refused)
     name, data = written
     left_behind(tmp_path / "store", {name: data})
-    with LogProbStore(tmp_path / "store", mode="a") as store:
-        assert len(store) == 0
+    with LogProbStore(tmp_path / "store", mode="a"):
+        assert summarize(tmp_path / "store").rows == 0
     an_hour_ago = time.time() - 3600
     os.utime(tmp_path / "store" / name, (an_hour_ago, an_hour_ago))
     with LogProbStore(tmp_path / "store", mode="a") as store:

@@ -325,7 +325,8 @@ class CachedProvider(ReferenceProvider):
             return "fill='never' scores nothing: use fill='ahead' or 'lazy', or another path."
         return (
             "A model that is sharded over ranks (FSDP, DeepSpeed) cannot score rows one rank at a time: fill the "
-            "store first, in a run without sharding."
+            "store first, in a run without sharding, or name a source that is not in this process: "
+            '{"source": "remote", "source_kwargs": {"url": ...}}.'
         )
 
     @contextmanager

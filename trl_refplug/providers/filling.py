@@ -20,8 +20,10 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from trl_refplug.errors import ReferenceMismatchError, UnsupportedInputError
 from trl_refplug.provider import ReferenceProvider
 from trl_refplug.providers.row_keys import BatchRows, RowKeys, TailScoredRows, Values
+from trl_refplug.providers.sharing import SharedWork
 from trl_refplug.scoring import Row
 from trl_refplug.scoring.exact import pad_rows
+from trl_refplug.scoring.order import ChooseNext, chosen
 from trl_refplug.store import KEY_BYTES, LogProbStore
 from trl_refplug.tolerances import Tolerance
 
@@ -153,44 +155,58 @@ def fill(
         for rows in blocks:
             if not pending:
                 return
-            for index, key in enumerate(rows.keys(keys.packed)):
+            keys_here = rows.keys(keys.packed)
+            there = store.contains(keys_here)  # by now: others fill it, too
+            for index, key in enumerate(keys_here):
                 if key not in pending:
+                    continue
+                pending.discard(key)
+                if there[index]:
+                    bar.update()
                     continue
                 if rows.padding_offset(index):
                     raise UnsupportedInputError(
                         "fill='ahead' cannot score rows that are padded on the left for a model with absolute "
                         "positions: their log-probs depend on the padding. Pad on the right, or use fill='lazy'."
                     )
-                pending.discard(key)
                 sent[next(numbers)] = (
                     key if bulk else rows.keys(keys.exact, [index])[0],
                     rows.scored_positions(index),
                 )
                 yield rows.row(index)
 
+    def leave_out(number: int) -> None:
+        del sent[number]
+        bar.update()
+
     bulk = hasattr(source, "bulk_scorer")
+    shared = SharedWork(store, lambda number: sent[number][0], leave_out)
     started = time.perf_counter()
+    scored_rows = scored_tokens = 0
     scorer: Any
     bar = tqdm(total=len(found.mine), desc="Reference log-probs", unit="row", disable=not progress)
-    with bar, source.bulk_scorer() if bulk else nullcontext() as scorer:
-        passes = scorer.score_passes(missing_rows()) if bulk else _batched(source, missing_rows())
-        for answers in passes:
+    with bar, source.bulk_scorer() if bulk else nullcontext(_BatchScorer(source)) as scorer:
+        for answers in scorer.score_passes(missing_rows(), shared.choose):
             done = [sent.pop(number) for number, _ in answers]
             # Pass by pass, so that a killed process loses no more than the one it is in.
             store.put(
                 [key for key, _ in done],
                 [values.numpy()[scored - 1] for (_, scored), (_, values) in zip(done, answers, strict=True)],
             )
-            bar.update(len(answers))
+            scored_rows += len(done)
+            scored_tokens += sum(len(scored) for _, scored in done)
+            bar.update(len(done))
     store.flush()
     seconds = time.perf_counter() - started
     line = (
-        f"Scored {len(found.mine):,} rows ({found.tokens:,} log-probs) into {store.location} in {seconds:,.1f} s, "
-        f"{len(found.mine) / seconds:,.0f} rows/s; {found.rows - len(found.missing):,} of {found.rows:,} were there."
+        f"Scored {scored_rows:,} rows ({scored_tokens:,} log-probs) into {store.location} in {seconds:,.1f} s, "
+        f"{scored_rows / seconds:,.0f} rows/s; {found.rows - len(found.missing):,} of {found.rows:,} were there"
     )
-    logger.info(line)
+    if others := len(found.mine) - scored_rows:
+        line += f", {others:,} were scored by other processes meanwhile"
+    logger.info("%s.", line)
     if progress:
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(f"{line}.", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -234,13 +250,21 @@ def check_sample(
     return check
 
 
-def _batched(source: ReferenceProvider, rows: Iterator[Row]) -> Iterator[list[tuple[int, Tensor]]]:
-    """`score_passes` for a source that only answers batches."""
-    first = 0
-    while window := list(islice(rows, 16 * _EXACT_BATCH)):
-        order = sorted(range(len(window)), key=lambda index: len(window[index]))
-        for start in range(0, len(order), _EXACT_BATCH):
-            chosen = order[start : start + _EXACT_BATCH]
-            answer = source.log_probs(pad_rows([window[index] for index in chosen], torch.device("cpu"))).cpu().float()
-            yield [(first + i, line[: len(window[i]) - 1]) for i, line in zip(chosen, answer, strict=True)]
-        first += len(window)
+class _BatchScorer:
+    """The bulk scorer of a source that only answers batches."""
+
+    def __init__(self, source: ReferenceProvider) -> None:
+        self._source = source
+
+    def score_passes(self, rows: Iterator[Row], choose: ChooseNext) -> Iterator[list[tuple[int, Tensor]]]:
+        first = 0
+        while window := list(islice(rows, 16 * _EXACT_BATCH)):
+            order = sorted(range(first, first + len(window)), key=lambda index: len(window[index - first]))
+            batches = [order[start : start + _EXACT_BATCH] for start in range(0, len(order), _EXACT_BATCH)]
+            for batch in chosen(batches, lambda batch: batch, choose):
+                padded = pad_rows([window[index - first] for index in batch], torch.device("cpu"))
+                answer = self._source.log_probs(padded).cpu().float()
+                yield [
+                    (index, line[: len(window[index - first]) - 1]) for index, line in zip(batch, answer, strict=True)
+                ]
+            first += len(window)

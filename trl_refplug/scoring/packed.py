@@ -4,7 +4,6 @@ Packed scoring: from rows, or a batch, to forward passes over packs and back.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -21,6 +20,7 @@ from trl_refplug.scoring.execution import causal_lm, evaluation_mode, run_pack
 from trl_refplug.scoring.head import Head
 from trl_refplug.scoring.layout import Pack, plan
 from trl_refplug.scoring.operations import count_operations
+from trl_refplug.scoring.order import ChooseNext, chosen
 from trl_refplug.scoring.rows import IGNORED, Ints, Row, rows_of
 from trl_refplug.scoring.stats import ScoreStats
 
@@ -81,9 +81,9 @@ class PackedPass:
         packs = plan(rows, self.budget, self._cost)
         return [rows[index] for index in packs[0].rows[:size]] if packs else []
 
-    def run(self, rows: Sequence[Row]) -> Iterator[list[tuple[int, Tensor]]]:
+    def run(self, rows: Sequence[Row], choose: ChooseNext | None = None) -> Iterator[list[tuple[int, Tensor]]]:
         """
-        Score rows, forward pass by forward pass.
+        Score rows, forward pass by forward pass, in the order that `choose` wants.
 
         In lockstep with other ranks, that is exactly one forward pass, even when there is nothing to score.
 
@@ -91,12 +91,11 @@ class PackedPass:
             `list[tuple[int, Tensor]]`: Of one forward pass, the index of every row and the values of its scored
             positions, in order. Rows without one are left out.
         """
-        packs = deque(plan(rows, None if self.lockstep else self.budget, self._cost))
+        packs = plan(rows, None if self.lockstep else self.budget, self._cost)
         if self.lockstep and not packs:
             idle = plan([Row(np.zeros(2, np.int64), np.array([IGNORED, 0]))], None, self._cost)[0]
             packs.append(replace(idle, rows=(), answers=()))
-        while packs:
-            pack = packs.popleft()
+        for pack in chosen(packs, lambda pack: pack.rows, choose):
             try:
                 with evaluation_mode(self._model):
                     scored = run_pack(self._model, pack, self._head)
@@ -105,7 +104,7 @@ class PackedPass:
                 if self.lockstep or alone or not should_reduce_batch_size(error):
                     raise
                 self.budget = max(1, min(self.budget, len(pack.tokens)) // 2)
-                packs = deque(self._replan(rows, [pack, *packs]))
+                packs[:] = self._replan(rows, [pack, *packs])
                 continue
             self.dtype = scored.dtype
             self._count(pack)

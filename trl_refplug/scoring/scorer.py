@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Literal
@@ -21,6 +21,7 @@ from trl_refplug.scoring.attention import UnsafeError
 from trl_refplug.scoring.exact import ensure_fused_head, exact_log_probs, pad_rows
 from trl_refplug.scoring.execution import causal_lm, evaluation_mode
 from trl_refplug.scoring.head import Head
+from trl_refplug.scoring.order import ChooseNext, chosen
 from trl_refplug.scoring.packed import PackedPass, place
 from trl_refplug.scoring.precision import disagreement
 from trl_refplug.scoring.rows import IGNORED, Ints, Row
@@ -144,8 +145,16 @@ class Scorer:
         """
         return chain.from_iterable(self.score_passes(rows))
 
-    def score_passes(self, rows: Iterable[Row]) -> Iterator[list[tuple[int, Tensor]]]:
-        """[`score_rows`] with the answers of one forward pass together, as soon as it is done."""
+    def score_passes(
+        self, rows: Iterable[Row], choose: ChooseNext | None = None
+    ) -> Iterator[list[tuple[int, Tensor]]]:
+        """
+        [`score_rows`] with the answers of one forward pass together, as soon as it is done.
+
+        Args:
+            choose ([`ChooseNext`], *optional*): Asked before every forward pass which of those planned is next. The
+                rows of those it leaves out are not answered.
+        """
         if self._packed.lockstep:
             raise UnsupportedInputError(
                 "Found a model distributed over ranks (FSDP, DeepSpeed ZeRO-3 or DDP), expected one that a rank can "
@@ -154,7 +163,7 @@ class Scorer:
         for first, window in _windows(rows, WINDOW * self._packed.budget):
             self.stats.rows += len(window)
             self.stats.padded_tokens += sum(map(len, window))
-            passes = self._score_window(window)
+            passes = self._score_window(window, _renumbered(choose, first.__add__))
             while True:
                 with self._timed():  # not the caller's work in between
                     scored = next(passes, None)
@@ -167,30 +176,39 @@ class Scorer:
                     answers.append((first + index, answer))
                 yield answers
 
-    def _score_window(self, rows: list[Row]) -> Iterator[list[tuple[int, Tensor]]]:
+    def _score_window(self, rows: list[Row], choose: ChooseNext | None) -> Iterator[list[tuple[int, Tensor]]]:
         """The scored values of each row, by its index, forward pass by forward pass."""
         pending = [index for index, row in enumerate(rows) if len(row.scored())]
         if len(pending) < len(rows):
             yield [(index, torch.zeros(0)) for index in sorted(set(range(len(rows))) - set(pending))]
         packed = self._packable(rows, pending) if self.mode == "packed" else []
-        for scored in self._packed.run([rows[index] for index in packed]) if packed else ():
+        to_pack = [rows[index] for index in packed]
+        for scored in self._packed.run(to_pack, _renumbered(choose, packed.__getitem__)) if packed else ():
             yield [(packed[number], values) for number, values in scored]
-        pending = sorted(set(pending) - set(packed), key=lambda index: len(rows[index]))
-        while pending:
-            longest = len(rows[pending[-1]])
-            together = pending[-max(1, self._packed.budget // longest) :]
+        batches = self._padded(rows, set(pending) - set(packed))
+        for together in chosen(batches, lambda batch: batch, choose):
             try:
                 log_probs = self._exact(pad_rows([rows[index] for index in together], self._device))
             except RuntimeError as error:
                 if len(together) == 1 or not should_reduce_batch_size(error):
                     raise
-                self._packed.budget = longest * len(together) // 2
+                self._packed.budget = len(rows[together[0]]) * len(together) // 2
+                batches[:] = self._padded(rows, chain(together, *batches))
                 continue
-            del pending[-len(together) :]
             yield [
                 (index, values[torch.from_numpy(rows[index].scored() - 1).to(values.device)])
                 for index, values in zip(together, log_probs, strict=True)
             ]
+
+    def _padded(self, rows: list[Row], indices: Iterable[int]) -> list[list[int]]:
+        """Batches of rows of similar length for the exact call, the longest first, none larger than the budget."""
+        batches = []
+        order = sorted(indices, key=lambda index: (-len(rows[index]), index))
+        while order:
+            together = max(1, self._packed.budget // len(rows[order[0]]))
+            batches.append(order[:together])
+            order = order[together:]
+        return batches
 
     def _packable(self, rows: list[Row], pending: list[int]) -> list[int]:
         """Which of the pending rows to pack."""
@@ -257,6 +275,11 @@ class Scorer:
             yield
         finally:
             self.stats.seconds += time.perf_counter() - start
+
+
+def _renumbered(choose: ChooseNext | None, number: Callable[[int], int]) -> ChooseNext | None:
+    """`choose` for passes whose indices are not yet what it knows them by."""
+    return choose and (lambda passes: choose([list(map(number, indices)) for indices in passes]))
 
 
 def _windows(rows: Iterable[Row], tokens: int) -> Iterator[tuple[int, list[Row]]]:

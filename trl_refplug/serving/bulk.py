@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trl_refplug.scoring import Row
+from trl_refplug.scoring.order import ChooseNext, chosen
 from trl_refplug.serving.background import in_background
 from trl_refplug.serving.client import ScoringClient
 from trl_refplug.serving.rows import PaddedRows, Values
@@ -36,14 +37,20 @@ class BulkScorer:
         self._client = client
         self._temperature = temperature
 
-    def score_passes(self, rows: Iterable[Row]) -> Iterator[list[tuple[int, Tensor]]]:
+    def score_passes(
+        self, rows: Iterable[Row], choose: ChooseNext | None = None
+    ) -> Iterator[list[tuple[int, Tensor]]]:
         """
+        Args:
+            choose ([`ChooseNext`], *optional*): Asked before every request which of those planned is next. The rows of
+                those it leaves out are not answered.
+
         Yields:
             `list[tuple[int, Tensor]]`: Of the rows of one request, the index and the log-probabilities: float32
             `[seq - 1]` on the CPU, entry `t` for `labels[t + 1]`, 0 where that is -100. Every row once, in any order.
         """
         pending: deque[tuple[list[tuple[int, Row]], Future[Sequence[Values]]]] = deque()
-        for request in _requests(rows):
+        for request in _requests(rows, choose):
             padded = PaddedRows.flush_left([row for _, row in request])
             pending.append((request, in_background(partial(self._client.score, padded, self._temperature))))
             if len(pending) == _IN_FLIGHT:
@@ -61,24 +68,26 @@ def _answers(request: list[tuple[int, Row]], future: Future[Sequence[Values]]) -
     return answers
 
 
-def _requests(rows: Iterable[Row]) -> Iterator[list[tuple[int, Row]]]:
+def _requests(rows: Iterable[Row], choose: ChooseNext | None) -> Iterator[list[tuple[int, Row]]]:
     window: list[tuple[int, Row]] = []
     size = 0
     for item in enumerate(rows):
         window.append(item)
         size += len(item[1])
         if size >= _WINDOW:
-            yield from _cut(window)
+            yield from chosen(_cut(window), _indices, choose)
             window, size = [], 0
-    yield from _cut(window)
+    yield from chosen(_cut(window), _indices, choose)
 
 
-def _cut(window: list[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
-    request: list[tuple[int, Row]] = []
+def _cut(window: list[tuple[int, Row]]) -> list[list[tuple[int, Row]]]:
+    requests: list[list[tuple[int, Row]]] = []
     for item in sorted(window, key=lambda item: len(item[1])):
-        if request and (len(request) + 1) * len(item[1]) > _REQUEST_TOKENS:
-            yield request
-            request = []
-        request.append(item)
-    if request:
-        yield request
+        if not requests or (len(requests[-1]) + 1) * len(item[1]) > _REQUEST_TOKENS:
+            requests.append([])
+        requests[-1].append(item)
+    return requests
+
+
+def _indices(request: list[tuple[int, Row]]) -> list[int]:
+    return [index for index, _ in request]

@@ -1,8 +1,8 @@
 """
 Rows that were put and are not published yet, on disk: what a killed process leaves behind for the next one.
 
-A journal belongs to one writer, which appends to it and empties it whenever it publishes. Nobody reads it but a writer
-that opens the store when the first one is gone.
+A journal belongs to one writer, which appends to it and empties it whenever it publishes. Other writers read it to
+know what they need not score; one that opens the store when the first is gone publishes what is in it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import socket
 import struct
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +51,11 @@ class Journal:
         self._path = directory / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:16]}{JOURNAL_SUFFIX}"
         self._file: int | None = None
         self._usable = True
+
+    @property
+    def name(self) -> str:
+        """Its file's, which tells its writer from all others."""
+        return self._path.name
 
     def append(self, keys: Sequence[bytes], rows: Sequence[NDArray[np.float32]]) -> None:
         """Add rows. When it returns they survive this process, though not the machine."""
@@ -93,6 +98,42 @@ class Journal:
             with contextlib.suppress(OSError):
                 self._path.unlink()
         self._usable = False
+
+
+class OtherJournals:
+    """
+    What the journals of other writers had when they were last looked at. Only a hint at what is going to be published,
+    but each row was checked, so it may be used.
+
+    Args:
+        directory (`Path`): A local directory.
+        own (`str`): Name of the journal that is left out.
+    """
+
+    def __init__(self, directory: Path, own: str) -> None:
+        self.rows: dict[bytes, NDArray[np.float32]] = {}
+        self.names: list[str] = []
+        self._directory = directory
+        self._own = own
+        self._seen: dict[str, tuple[int, int]] = {}
+
+    def look(self) -> None:
+        """Add the rows that are there now. Those that are not in a journal any more stay."""
+        with contextlib.suppress(OSError):
+            names = (path.name for path in self._directory.glob(f"*{JOURNAL_SUFFIX}"))
+            self.names = sorted(name for name in names if name != self._own)
+        for name in self.names:
+            with contextlib.suppress(OSError):  # its writer has just closed it
+                found = os.stat(self._directory / name)
+                if (state := (found.st_size, found.st_mtime_ns)) != self._seen.get(name):
+                    self._seen[name] = state
+                    data = (self._directory / name).read_bytes()
+                    self.rows.update(_read(data) if data.startswith(_HEADER) else ())
+
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """Let go of rows."""
+        for key in keys:
+            self.rows.pop(key, None)
 
 
 @contextlib.contextmanager

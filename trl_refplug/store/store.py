@@ -22,7 +22,7 @@ from trl_refplug.errors import InvalidLogProbsError, StoreError, StoreWriteError
 from trl_refplug.store.catalogue import Catalogue
 from trl_refplug.store.folder import open_existing, open_folder, reading
 from trl_refplug.store.format import DamagedFileError, Manifest, encode_shard, files_of, new_name
-from trl_refplug.store.journal import Journal, abandoned
+from trl_refplug.store.journal import Journal, OtherJournals, abandoned
 from trl_refplug.store.keys import as_key_array
 
 
@@ -116,14 +116,27 @@ class LogProbStore:
             except OSError as error:
                 raise self._refused(error) from error
         self._journal = Journal(self._folder.directory)
-        self.refresh()
+        self._others = OtherJournals(self._folder.directory, self._journal.name)
         if mode == "a":
-            self._recover()
+            self._refresh_published()
+            self._recover()  # before rows in journals count as there, as the journals may be nobody's any more
+        self.refresh()
 
     def __len__(self) -> int:
         """Number of different rows, waiting ones included."""
-        waiting_and_published = self._published.index.find(as_key_array(list(self._waiting))).found
-        return len(self._published.index) + len(self._waiting) - int(waiting_and_published.sum())
+        unpublished = list(self._waiting.keys() | self._others.rows.keys())
+        published = self._published.index.find(as_key_array(unpublished)).found
+        return len(self._published.index) + len(unpublished) - int(published.sum())
+
+    @property
+    def writer(self) -> str:
+        """A name that no other writer has."""
+        return self._journal.name
+
+    @property
+    def other_writers(self) -> list[str]:
+        """Names of those that had put rows at the last `refresh`, as far as they are seen from here."""
+        return list(self._others.names)
 
     @property
     def manifests(self) -> list[Manifest]:
@@ -141,31 +154,33 @@ class LogProbStore:
         """Which of these keys the store has: bool `[keys]`."""
         self._check_open()
         found = self._published.index.find(as_key_array(keys)).found
-        if self._waiting:
+        if self._waiting or self._others.rows:
             for i in np.flatnonzero(~found).tolist():
-                found[i] = keys[i] in self._waiting
+                found[i] = keys[i] in self._waiting or keys[i] in self._others.rows
         return found
 
     def lookup(self, keys: Sequence[bytes]) -> LogProbRows:
         """The rows with these keys, from memory-mapped shards. A key may be asked for more than once."""
         self._check_open()
         rows = self._published.rows(as_key_array(keys))
-        if self._waiting:
-            rows = [self._waiting.get(key) if row is None else row for key, row in zip(keys, rows, strict=True)]
+        for unpublished in (self._waiting, self._others.rows):
+            if unpublished:
+                rows = [unpublished.get(key) if row is None else row for key, row in zip(keys, rows, strict=True)]
         found = np.array([row is not None for row in rows], bool)
         pieces = [_NO_VALUES if row is None else row for row in rows]
         offsets = np.array([0, *accumulate(map(len, pieces))], np.int64)
         return LogProbRows(found, offsets, np.concatenate([_NO_VALUES, *pieces]))
 
     def refresh(self) -> int:
-        """Take in what others have published since. Returns the number of rows that are new."""
+        """
+        Take in what others have published since, and what they have put where this process sees it: in the same
+        directory or, of a remote store, on the same machine. Returns the number of rows that are new.
+        """
         self._check_open()
-        before = len(self._published.index)
-        with reading(self.location):
-            damaged = self._published.refresh()
-        for name, reason in damaged.items():
-            self._leave_out(name, reason)
-        return len(self._published.index) - before
+        before = len(self)
+        self._others.look()  # first: what is published in between is seen twice rather than not at all
+        self._refresh_published()
+        return len(self) - before
 
     # Writing
 
@@ -198,7 +213,7 @@ class LogProbStore:
                 the next `flush`.
 
         When it returns, the rows survive this process; after the next `flush` they survive the machine, too, and
-        others see them.
+        others see them. Rows that another writer has put already are that writer's to publish.
         """
         if self.mode != "a":
             raise StoreError(f'the store {self.location!r} is open for reading; open it with mode="a"')
@@ -225,22 +240,46 @@ class LogProbStore:
             self._waiting_bytes += row.nbytes
             fresh.append(keys[i])
             if len(self._waiting) >= self._publish_limits[0] or self._waiting_bytes >= self._publish_limits[1]:
-                self.flush()
+                self._publish()
                 fresh.clear()
         if self._waiting and time.monotonic() - self._waiting_since >= self._publish_limits[2]:
-            self.flush()
+            self._publish()
         elif fresh:
             self._journal.append(fresh, [self._waiting[key] for key in fresh])
 
     def flush(self) -> None:
         """
         Publish the rows that wait, as one shard, less those that others have published in the meantime. When it
-        returns they survive this machine.
+        returns they survive this machine. Rows of writers that were killed are published, too.
 
         Raises:
             [`StoreWriteError`]: That failed. The rows still wait.
         """
         self._check_open()
+        self._publish()
+        if self.mode == "a" and self._others.names:  # what was left to a writer that is gone by now
+            self._recover()
+
+    def close(self) -> None:
+        """[`flush`], and let go of all shards. May be called more than once."""
+        if self._closed:
+            return
+        self.flush()
+        self._journal.close()
+        self._closed = True
+        self._published = Catalogue(self._folder)
+
+    def __enter__(self) -> LogProbStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Behind both
+
+    def _publish(self) -> None:
         if self._waiting:
             self._leave_to_others()
         if not self._waiting:
@@ -269,24 +308,14 @@ class LogProbStore:
         self._waiting_bytes = 0
         self._journal.clear()
 
-    def close(self) -> None:
-        """Publish what waits and let go of all shards. May be called more than once."""
-        if self._closed:
-            return
-        self.flush()
-        self._journal.close()
-        self._closed = True
-        self._published = Catalogue(self._folder)
-
-    def __enter__(self) -> LogProbStore:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    # Behind both
+    def _refresh_published(self) -> None:
+        with reading(self.location):
+            damaged = self._published.refresh()
+        for name, reason in damaged.items():
+            self._leave_out(name, reason)
+        if keys := list(self._others.rows):
+            published = self._published.index.find(as_key_array(keys)).found.tolist()
+            self._others.forget(key for key, there in zip(keys, published, strict=True) if there)
 
     def _leave_to_others(self) -> None:
         """Drop what waits and is published: of processes that score the same rows at once, the first one counts."""
@@ -305,8 +334,9 @@ class LogProbStore:
         """Publish what writers that are gone had put and not published."""
         with abandoned(self._folder.directory) as rows:
             if rows:
+                self._others.forget(key for key, _ in rows)
                 self.put([key for key, _ in rows], [row for _, row in rows])
-                self.flush()
+                self._publish()
 
     def _check_open(self) -> None:
         if self._closed:
