@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,6 +87,18 @@ def test_data_in_another_format_is_told(model, tmp_path):
         run("--model", model, "--data", str(data))
 
 
+@pytest.mark.parametrize("kind", ["file", "read-only"])
+def test_an_output_that_cannot_be_written_to_is_told(tmp_path, kind):
+    output = tmp_path / "file"
+    output.touch()
+    if kind == "read-only":
+        output = Path("/proc/self")
+        if not output.exists():
+            pytest.skip("no /proc")
+    with pytest.raises(ConfigurationError, match="--output .* cannot be written to"):
+        run("--model", "no/model", "--output", str(output))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -143,7 +156,11 @@ def test_it_goes_on_where_it_was_interrupted(model, tmp_path, sent):
 
     before = series(tmp_path)
     kept = len(before["runs"])
+    old = tmp_path / "old.json"
+    os.link(tmp_path / "score.json", old)
+    whole = old.read_bytes()
     result = run("--model", model, "--shape", "pairs", "--repeats", str(kept + 2), "--output", str(tmp_path))
+    assert old.read_bytes() == whole  # replaced, not written over: a process killed while it writes breaks nothing
     after = series(tmp_path)
     assert after["facts"] == before["facts"]
     assert after["runs"][:kept] == before["runs"]

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,6 +97,7 @@ def _score(
 
     try:
         output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
         raise ConfigurationError(f"--output {output} cannot be written to: {error}") from None
     finished = benchmark_runs.FinishedRuns(output / "score.json")
