@@ -95,7 +95,7 @@ def test_an_output_that_cannot_be_written_to_is_told(tmp_path, kind):
         output = Path("/proc/self")
         if not output.exists():
             pytest.skip("no /proc")
-    with pytest.raises(ConfigurationError, match="--output .* cannot be written to"):
+    with pytest.raises(ConfigurationError, match=r"--output .* cannot be written to"):
         run("--model", "no/model", "--output", str(output))
 
 
