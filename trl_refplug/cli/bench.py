@@ -4,11 +4,25 @@
 
 from __future__ import annotations
 
+import importlib.util
+import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trl_refplug.errors import ConfigurationError
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from trl_refplug.scoring.workloads import Pair
+
+
+SHAPES = ("pairs", "long-prompt", "grpo", "unshared")  # by default
 
 app = typer.Typer(help="Time the reference pass on your own model and data.", no_args_is_help=True)
 
@@ -39,42 +53,120 @@ def score(
     max_length: Annotated[int, typer.Option(min=2, help="Rows are cut to this many tokens.")] = 1024,
     token_budget: Annotated[int | None, typer.Option(min=1, help="Most tokens of a packed forward pass.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...")] = "float32",
-    output: Annotated[Path, typer.Option(help="Folder for score.md and score.png.")] = Path("."),
+    output: Annotated[Path, typer.Option(help="Folder for score.md, score.png and score.json.")] = Path("."),
 ) -> None:
     """
     Score rows TRL's way (data set order, padded batches of 8 pairs, its own fused call) and packed, in turns.
 
-    Prints a table and writes it to score.md, with a plot in score.png.
+    Prints a table and writes it to score.md, with a plot in score.png. Runs that have finished are kept in score.json:
+    interrupted or repeated, the command goes on from them.
     """
-    import random
+    try:
+        _score(model, data, rows, sample, shape or SHAPES, repeats, max_length, token_budget, dtype, output)
+    except KeyboardInterrupt:
+        _say(f"\nInterrupted. The runs that have finished are kept in {output}: the same command goes on from there.")
+        raise typer.Exit(130) from None
+
+
+def _score(
+    model: str,
+    data: Path | None,
+    rows: int,
+    sample: bool,
+    shapes: Sequence[str],
+    repeats: int,
+    max_length: int,
+    token_budget: int | None,
+    dtype: str,
+    output: Path,
+) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigurationError(
+            "The benchmark is drawn with matplotlib, which is missing: pip install 'trl-refplug[demo]'."
+        )
+    started = time.monotonic()
+    torch_dtype = _torch_dtype(dtype)
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from tqdm import tqdm  # type: ignore[import-untyped]
+    from transformers import AutoModelForCausalLM
 
-    from trl_refplug.errors import ConfigurationError
-    from trl_refplug.scoring import benchmark, workloads
+    from trl_refplug.identity import digest_model
+    from trl_refplug.scoring import benchmark_report, benchmark_runs, workloads
+    from trl_refplug.scoring.benchmark import Result, measure
 
-    torch_dtype = getattr(torch, dtype, None)
-    if not isinstance(torch_dtype, torch.dtype):
-        raise ConfigurationError(
-            f"Found --dtype {dtype}, expected a floating-point torch dtype: float32, bfloat16, ..."
-        )
-    shapes = shape or ["pairs", "long-prompt", "grpo", "unshared"]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise ConfigurationError(f"--output {output} cannot be written to: {error}") from None
+    finished = benchmark_runs.FinishedRuns(output / "score.json")
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype).eval()
+    digest = digest_model(loaded)
     if torch.cuda.is_available():
         loaded = loaded.to("cuda")
-    if data is None:
-        pairs = workloads.synthetic_pairs(rows, loaded.config.get_text_config().vocab_size)
-    else:
-        pairs = workloads.read_pairs(data, AutoTokenizer.from_pretrained(model), None if sample else rows)
-        if sample:
-            pairs = random.Random(0).sample(pairs, min(rows, len(pairs)))
-    output.mkdir(parents=True, exist_ok=True)
-    table = ""
-    results = []
-    for work in [workloads.workload(name, pairs, max_length) for name in shapes]:  # a wrong shape ends here
-        results.append(benchmark.measure(loaded, work, repeats, token_budget, lambda line: typer.echo(line, err=True)))
-        table = benchmark.as_markdown(results, Path(model).name, torch_dtype)
+    pairs = _pairs(model, loaded, data, rows, sample)
+
+    works = [workloads.workload(name, pairs, max_length) for name in shapes]
+    every = [finished.series(benchmark_runs.facts(loaded, digest, work, token_budget)) for work in works]
+
+    def write() -> str:
+        results = [
+            Result.of(loaded, work, series.runs) for work, series in zip(works, every, strict=True) if series.runs
+        ]
+        table = benchmark_report.as_markdown(results, Path(model).name, torch_dtype)
         (output / "score.md").write_text(table, encoding="utf-8")
-        benchmark.plot(results, output / "score.png")
-    typer.echo(table)
+        benchmark_report.plot(results, output / "score.png")
+        return table
+
+    measured = scored = 0
+    for work, series in zip(works, every, strict=True):
+        if series.runs:
+            to_go = max(0, repeats - len(series.runs))
+            _say(f"{work.shape}: {_runs(len(series.runs))} kept from before, {to_go} to go")
+        elif others := finished.others_differ_in(series.facts):
+            _say(f"{work.shape}: measured anew; the runs in {finished.path} differ in {', '.join(others)}")
+        for run in measure(loaded, work, token_budget, repeats, done=len(series.runs)):
+            finished.add(series, run)
+            measured += 1
+            scored += 2 * len(work.rows)
+            _say(f"{work.shape}, run {len(series.runs)} of {repeats}: {run}")
+            write()
+    typer.echo(write())
+    _say(
+        f"Measured {_runs(measured)} ({scored:,} rows) in {tqdm.format_interval(time.monotonic() - started)}. "
+        f"Written to {output}: score.md (this table), score.png, score.json (every run)"
+    )
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigurationError(
+            f"Found --dtype {name}, expected a floating-point torch dtype: float32, bfloat16, ..."
+        )
+    return dtype
+
+
+def _pairs(model: str, loaded: Any, data: Path | None, rows: int, sample: bool) -> list[Pair]:
+    import random
+
+    from transformers import AutoTokenizer
+
+    from trl_refplug.scoring.workloads import read_pairs, synthetic_pairs
+
+    if data is None:
+        return synthetic_pairs(rows, loaded.config.get_text_config().vocab_size)
+    pairs = read_pairs(data, AutoTokenizer.from_pretrained(model), None if sample else rows)
+    return random.Random(0).sample(pairs, min(rows, len(pairs))) if sample else pairs
+
+
+def _runs(count: int) -> str:
+    return f"{count} run{'' if count == 1 else 's'}"
+
+
+def _say(line: str) -> None:
+    """To the error stream: the output is the table."""
+    typer.echo(line, err=True)
