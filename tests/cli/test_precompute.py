@@ -1,13 +1,16 @@
 """`trl-refplug precompute`: a training command that scores and does not train."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests import tiny
 from tests.cli.processes import run_here
-from trl_refplug.cli import train as command
+from trl_refplug.cli import train
 from trl_refplug.cli.tasks import Precompute
 from trl_refplug.store import summarize
 
@@ -39,16 +42,32 @@ def test_fills_and_does_not_train(tmp_path: Path) -> None:
     # The training command finds every row, whatever only reduces or adapts.
     options = json.dumps({"path": str(tmp_path / "store"), "fill": "never"})
     training = [*flags(tmp_path, "--ref_provider", "cached", "--use_peft"), "--ref_provider_kwargs", options]
-    command.train("dpo", training)
+    train.train("dpo", training)
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
 def test_again_scores_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command.train("dpo", flags(tmp_path), Precompute())
+    train.train("dpo", flags(tmp_path), Precompute())
     shards = sorted((tmp_path / "store").iterdir())
-    command.train("dpo", flags(tmp_path), Precompute())
+    train.train("dpo", flags(tmp_path), Precompute())
     assert sorted((tmp_path / "store").iterdir()) == shards
     assert capsys.readouterr().out.count("All rows of this run are in") == 2
+
+
+def test_two_processes_of_one_launch(tmp_path: Path) -> None:
+    """Started by torchrun, as `accelerate launch` starts only one process on a machine without accelerators."""
+    data = tmp_path / "data.jsonl"
+    tiny.preference_data(150).to_json(data)  # ranks share a data set in blocks of 64 of its rows
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=localhost:0", train.__file__, Precompute().encode(), "dpo"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    arguments = [*command, *flags(tmp_path, "--ddp_backend", "gloo")]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("All rows of this run are in") == 1
+    summary = summarize(tmp_path / "store")
+    assert summary.rows == 300
+    assert len(summary.manifests) == 2  # each rank its part
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,7 @@ def main() -> None:
     results = [run(job) for job in jobs]
     Path(jobs[0]["out"], f"rank{os.environ['RANK']}.json").write_text(json.dumps(results))
     torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # its threads would now and then abort a process that ends with them
 
 
 if __name__ == "__main__":

@@ -295,6 +295,11 @@ def train(method: str, arguments: Sequence[str], task: Task | None = None) -> No
     with _our_classes(method), nullcontext() if task is None else _instead_of_training(method, task):
         _script(method).main(script_args, training_args, model_args, mixture)
 
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()  # its threads would now and then abort a process that ends with them
+
 
 def _load_as_file(script_args: Any, mixture: Any) -> None:
     """TRL's scripts load directories and hub ids by name; a file they take as the one member of a mixture."""
