@@ -70,16 +70,29 @@ def digest_model(model: nn.Module, adapter: str | None = None) -> str:
     return combine_digests(model, digest_tensors(model, adapter), adapter)
 
 
-def digest_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, str]:
-    """The digest of every tensor `digest_model` covers, by canonical name: to say *which* weights differ."""
-    if not _weights_on_first_rank_only():
-        return _digest_tensors_here(model, adapter)
-    digests = [_digest_tensors_here(model, adapter) if torch.distributed.get_rank() == 0 else {}]
+def digest_tensors(
+    model: nn.Module, adapter: str | None = None, dtypes: Mapping[str, torch.dtype] | None = None
+) -> dict[str, str]:
+    """
+    The digest of every tensor `digest_model` covers, by canonical name: to say *which* weights differ.
+
+    Args:
+        dtypes (`Mapping[str, torch.dtype]`, *optional*): What to cast tensors to first, by canonical name: FSDP
+            upcasts what it trains.
+    """
+    if not _weights_on_first_rank_only() or any(hasattr(tensor, "full_tensor") for tensor in model.parameters()):
+        return _digest_tensors_here(model, adapter, dtypes or {})
+    digests = [_digest_tensors_here(model, adapter, dtypes or {}) if torch.distributed.get_rank() == 0 else {}]
     torch.distributed.broadcast_object_list(digests, src=0)
     return digests[0]
 
 
-def _digest_tensors_here(model: nn.Module, adapter: str | None) -> dict[str, str]:
+def tensor_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """The dtype of every tensor `digest_model` covers, by canonical name."""
+    return {name: tensor.dtype for name, tensor in _canonical_tensors(model, None)}
+
+
+def _digest_tensors_here(model: nn.Module, adapter: str | None, dtypes: Mapping[str, torch.dtype]) -> dict[str, str]:
     tensors = dict(sorted(_canonical_tensors(model, adapter), key=itemgetter(0)))
     meta = [name for name, tensor in tensors.items() if tensor.is_meta]
     if meta:
@@ -88,11 +101,11 @@ def _digest_tensors_here(model: nn.Module, adapter: str | None) -> dict[str, str
     pending: list[Future[str]] = []
     with ThreadPoolExecutor(max_workers=workers) as pool:
         # Gathering a shard is collective, so this thread fetches tensors in order; only the hashing is spread.
-        for tensor in tensors.values():
+        for name, tensor in tensors.items():
             if len(pending) >= 2 * workers:  # of a model on an accelerator, only so much is on the host at once
                 pending[-2 * workers].result()
             with _gathered(tensor) as whole:
-                pending.append(pool.submit(_digest_tensor, whole.cpu()))
+                pending.append(pool.submit(_digest_tensor, whole.to("cpu", dtypes.get(name, whole.dtype))))
         return {name: future.result() for name, future in zip(tensors, pending, strict=True)}
 
 

@@ -216,8 +216,9 @@ class ReferenceProvider(ABC):
     2. `pin(context)`: the policy is exactly as it was passed in. Snapshot, load or digest the reference now; nothing
        seen later is guaranteed to be the start of training.
     3. `setup(context)`: TRL's trainer is built. Connect, check, borrow.
-    4. `log_probs(batch)` (or `submit`) for every batch; `on_step_end(step)` after every optimiser step if `moving`.
-    5. `save_state`/`load_state` with every checkpoint, `close` at the end.
+    4. `on_train_begin()`: the policy is where it is trained.
+    5. `log_probs(batch)` (or `submit`) for every batch; `on_step_end(step)` after every optimiser step if `moving`.
+    6. `save_state`/`load_state` with every checkpoint, `close` at the end.
 
     Example:
 
@@ -304,6 +305,12 @@ class ReferenceProvider(ABC):
         which they are needed.
         """
         raise NotImplementedError(f"{type(self).__name__} declares capabilities.overlap but has no submit()")
+
+    def on_train_begin(self) -> None:  # noqa: B027 (optional hook)
+        """
+        `train()` has wrapped and placed the policy (FSDP, DeepSpeed, DDP), and loaded the checkpoint it resumes from;
+        the first step comes next. Called on every rank, in every call of `train()`.
+        """
 
     def on_step_end(self, step: int) -> None:  # noqa: B027 (optional hook)
         """Called after optimiser step `step` (from 1). Only with `capabilities.moving`."""

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from trl_refplug.cli import train
+from trl_refplug.cli.tasks import Precompute
 from trl_refplug.identity import digest_model
+from trl_refplug.store import summarize
 
 from .. import tiny
 
@@ -23,6 +26,13 @@ pytestmark = [
     ),
 ]
 ROOT = Path(__file__).parents[2]
+ZERO_3 = {
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "zero_allow_untested_optimizer": True,
+}
 
 
 def run(tmp_path, *jobs):
@@ -86,6 +96,37 @@ def test_resume(tmp_path):
             del entry["num_tokens"]  # TRL starts counting anew
     assert resumed["logs"] == whole["logs"]
     assert resumed["reference"] == whole["reference"]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_policy_fills_a_store(tmp_path, lora, stage):
+    store = tmp_path / "store"
+    using = {"ref_provider": "cached", "ref_provider_kwargs": {"path": str(store)}}
+    never = {"ref_provider": "cached", "ref_provider_kwargs": {"path": str(store), "fill": "never"}}
+    job = {"stage": stage, "lora": lora}
+    frozen, filling, filled = run(tmp_path, job, {**job, "args": using}, {**job, "args": never})
+    assert summarize(store).rows == 24
+    for ours, theirs in zip(filling["logs"], frozen["logs"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+    assert filled["logs"] == filling["logs"]
+
+
+def test_precompute(tmp_path):
+    data, settings, store = (str(tmp_path / name) for name in ("data.jsonl", "zero.json", "store"))
+    tiny.preference_data().to_json(data)
+    Path(settings).write_text(json.dumps(ZERO_3))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=localhost:0", train.__file__, Precompute().encode(), "dpo", "--bf16", "false"]
+    command += ["--model_name_or_path", tiny.saved(tmp_path), "--dataset_name", data, "--deepspeed", settings]
+    command += ["--output_dir", str(tmp_path / "out"), "--report_to", "none", "--use_cpu"]
+    command += ["--ref_provider_kwargs", json.dumps({"path": store})]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "HF_DATASETS_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(f"All rows of this run are in {store}.") == 1
+    assert summarize(store).rows == 24
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
 EMA = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.3, "ref_model_sync_steps": 2, "max_steps": 4}

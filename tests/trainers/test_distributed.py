@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from trl_refplug.store import summarize
+
 from .. import tiny
 
 
@@ -65,6 +67,47 @@ def test_sharded_policies_equal_trl(tmp_path):
 def test_an_edited_sharded_policy_is_its_own_reference(tmp_path):
     (result,) = sharded(tmp_path, {"kind": "dpo", "edit": True})
     assert result["logs"][0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_sharded_policies_in_mixed_precision_equal_trl(tmp_path):
+    """FSDP2 casts what a model returns, so TRL's own log-probs are rounded to bfloat16, policy and reference alike."""
+    using = {"ref_provider": "cached", "ref_provider_kwargs": {"path": str(tmp_path / "store")}}
+    mixed = {"bf16": True, "model_init_kwargs": {"dtype": "bfloat16"}}  # whose weights FSDP2 upcasts
+    cases = [("dpo", "frozen", False), ("dpo", "adapter", True), ("grpo", "frozen", False)]
+    jobs = []
+    for kind, provider, lora in cases:
+        jobs.append({"kind": kind, "lora": lora, "args": {**mixed, "ref_provider": provider}})
+        jobs.append({"kind": kind, "lora": lora, "ours": False, "args": mixed})
+    filling, filled = ({"kind": "dpo", "args": {**mixed, **using}} for _ in range(2))
+    *results, filling, filled = sharded(tmp_path, *jobs, filling, filled)
+    for case, ours, theirs in zip(cases, results[::2], results[1::2], strict=True):
+        assert theirs["logs"]
+        assert ours == theirs, case
+    assert filled["logs"] == filling["logs"]
+    for ours, frozen in zip(filling["logs"], results[0]["logs"], strict=True):
+        assert ours["loss"] == pytest.approx(frozen["loss"], abs=0.05)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_sharded_policy_fills_a_store(lora, tmp_path):
+    """The ranks' parts differ in size, so one goes on while the other is done."""
+    store = tmp_path / "store"
+    using = {"ref_provider": "cached", "ref_provider_kwargs": {"path": str(store)}}
+    never = {"ref_provider": "cached", "ref_provider_kwargs": {"path": str(store), "fill": "never"}}
+    job = {"kind": "dpo", "rows": 150, "lora": lora}
+    frozen, filling, filled, again = sharded(
+        tmp_path,
+        {**job, "args": {"ref_provider": "frozen"}},
+        {**job, "args": using},
+        {**job, "args": never},
+        {**job, "args": using},
+    )
+    assert summarize(store).rows == 300
+    assert len(summarize(store).manifests) == 2  # each rank its part, and the last run nothing
+    for ours, theirs in zip(filling["logs"], frozen["logs"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert ours["num_tokens"] == theirs["num_tokens"]  # the same rows in the same order
+    assert filled["logs"] == filling["logs"] == again["logs"]
 
 
 def test_a_sharded_average_goes_on_after_resume(tmp_path):

@@ -11,7 +11,7 @@ import importlib
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
 from subprocess import CalledProcessError
@@ -263,11 +263,26 @@ class _DoneError(Exception):
     """Ends TRL's script where it would train."""
 
 
+def _stop_as_training_begins(error: type[Exception]) -> Any:
+    """A callback that ends a `train()` when the policy is sharded and what fills a store has filled it."""
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> NoReturn:
+            raise error
+
+    return Stop()
+
+
 @contextmanager
 def _instead_of_training(method: str, task: Task) -> Iterator[None]:
     import trl
 
     def run(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        if getattr(self.ref_model.provider, "fills_as_training_begins", False):
+            with suppress(_DoneError):
+                self.add_callback(_stop_as_training_begins(_DoneError))
+                trainer_class.train(self, *args, **kwargs)
         done = task.run(self)
         if self.is_world_process_zero():
             print(done)

@@ -30,9 +30,10 @@ class BorrowedPolicy(ReferenceProvider):
         return True
 
     def pin(self, context: ReferenceContext) -> None:
-        from trl_refplug.identity import combine_digests, digest_tensors
+        from trl_refplug.identity import combine_digests, digest_tensors, tensor_dtypes
 
         self._tensors = digest_tensors(context.policy)
+        self._dtypes = tensor_dtypes(context.policy)
         digest = combine_digests(context.policy, self._tensors)
         self._identity = ReferenceIdentity("policy", digest, {"dtype": str(getattr(context.policy, "dtype", ""))})
 
@@ -42,6 +43,11 @@ class BorrowedPolicy(ReferenceProvider):
 
     def identity(self) -> ReferenceIdentity:
         return self._identity
+
+    @property
+    def gone(self) -> bool:
+        """Whether the policy has moved, so that nobody can score with what it was."""
+        return self._context is None or self._context.policy_moved
 
     def log_probs(self, batch: ReferenceBatch) -> Tensor:
         from trl_refplug.providers.scorers import trainer_scorer
@@ -72,7 +78,7 @@ class BorrowedPolicy(ReferenceProvider):
         # Looked at before every use, and digested again only if something wrote to the weights since.
         state = [(tensor.data_ptr(), tensor._version) for tensor in policy.state_dict(keep_vars=True).values()]
         if state != self._unmoved:
-            found = digest_tensors(policy)
+            found = digest_tensors(policy, dtypes=self._dtypes)
             changed = [name for name, digest in self._tensors.items() if found.get(name) != digest]
             if changed:
                 raise ReferenceMismatchError(

@@ -156,15 +156,27 @@ class CachedProvider(ReferenceProvider):
             source.setup(context)
         self._model_facts = getattr(source, "model_facts", None) or ModelFacts.of(source.module or context.policy)
         self._keys = self._row_keys(context)
-        self._may_score = not (_sharded(context.accelerator) and source.capabilities.local_model)
+        # A model over which all ranks have a part is run by all of them at once, or not at all.
+        self._in_step = _sharded(context.accelerator) and source.capabilities.local_model
         self._store = self._open(self.options.path or default_path())
         if self.options.fill != "lazy":
-            self._prepare(context)
+            self._check_planned(context)
+            if not self.fills_as_training_begins:
+                self._prepare(context)
         elif context.planned("train") is None and hasattr(context.args, "num_generations"):
             logger.warning(
                 "ref_provider='cached' with a trainer that generates its completions: they are new in every step, so "
                 "the store never has them, and grows for nothing. Use the source itself as `ref_provider`."
             )
+
+    @property
+    def fills_as_training_begins(self) -> bool:
+        """Whether missing rows are scored not in `setup` but in `on_train_begin`: a policy is not sharded before."""
+        return self._in_step and self.options.fill == "ahead"
+
+    def on_train_begin(self) -> None:
+        if self.fills_as_training_begins:
+            self._prepare(self._context)
 
     def identity(self) -> ReferenceIdentity:
         source = self._scored_by.identity()
@@ -242,14 +254,11 @@ class CachedProvider(ReferenceProvider):
 
     # What is scored
 
-    def _prepare(self, context: ReferenceContext) -> None:
-        """Look up all that training will ask for, score what is missing, and verify some of the rest."""
+    def _check_planned(self, context: ReferenceContext) -> None:
+        """Refuse to fill ahead what is not known ahead."""
         from trl_refplug.providers.borrowed import BorrowedPolicy
-        from trl_refplug.providers.filling import check_sample, fill, survey
 
-        if context.planned("train") is None:
-            if self.options.fill == "never":
-                return  # each batch is looked up as it comes
+        if context.planned("train") is None and self.options.fill == "ahead":
             raise ConfigurationError(
                 "ref_provider='cached' (what `precompute_ref_log_probs=True` means): fill='ahead' is not supported "
                 "with IterableDataset, or with a trainer that generates its completions: it scores rows before "
@@ -261,27 +270,50 @@ class CachedProvider(ReferenceProvider):
                 "IterableDataset for evaluation in full fine-tuning: its rows are first seen when the policy, which "
                 'scores them, has moved. Evaluate on a Dataset, or name a source, such as {"source": "frozen"}.'
             )
+
+    def _prepare(self, context: ReferenceContext) -> None:
+        """Look up all that training will ask for, score what is missing, and verify some of the rest."""
+        from trl_refplug.providers.filling import check_sample, fill, survey
+
+        if context.planned("train") is None:
+            return  # fill='never': each batch is looked up as it comes
         accelerator = context.accelerator
         rank, ranks = accelerator.process_index, accelerator.num_processes
         sample = _VERIFIED_ROWS if self.options.verify is None else self.options.verify
         found = survey(self._store, self._planned(context), self._keys, verify=sample, rank=rank, ranks=ranks)
-        source_needed = bool(found.missing and self.options.fill != "never") or self.options.verify is not None
-        if self._may_score and (source_needed or self._source_at_hand):
+        missing = bool(found.missing)
+        if self.fills_as_training_begins:  # one rank may see more of the store than others, and all do the same
+            missing = self._any_rank(missing)
+            found.sample = found.sample[: self._least(len(found.sample))]
+        source_needed = (missing and self.options.fill != "never") or self.options.verify is not None
+        # As training begins it may be resumed, so that the policy is not its own reference any more.
+        may_score = not getattr(self._scored_by, "gone", False) and (
+            not self._in_step or self.fills_as_training_begins
+        )
+        if may_score and (source_needed or self._source_at_hand):
             with self._precision():
                 device, tolerance = accelerator.device, self._tolerance(context)
                 self.sample_check = check_sample(found, self._scored_by, device, tolerance)
-        if found.missing:
-            if self.options.fill == "never" or not self._may_score:
+        if missing:
+            if self.options.fill == "never":
                 assert found.first is not None
                 raise MissingRowError(
                     f"{len(found.missing):,} of the {found.rows:,} rows that training will ask for are not in the "
                     f"store {self._store.location!r}; the first is planned row {found.first.number}, "
                     f"{self._shown(found.first.row.input_ids)}. {self._why_not_scored()}"
                 )
-            if found.mine:
-                progress = accelerator.is_main_process and not context.args.disable_tqdm
+            if found.mine or self._in_step:
                 with self._precision():
-                    fill(self._store, self._planned(context), self._keys, found, self._scored_by, progress=progress)
+                    fill(
+                        self._store,
+                        self._planned(context),
+                        self._keys,
+                        found,
+                        self._scored_by,
+                        accelerator.device,
+                        progress=accelerator.is_main_process and not context.args.disable_tqdm,
+                        any_rank=self._any_rank if self._in_step else None,
+                    )
         if ranks > 1:
             self._meet(context)
 
@@ -299,6 +331,15 @@ class CachedProvider(ReferenceProvider):
                 f"{context.accelerator.process_index} sees it. Use a `path` that all nodes share."
             )
 
+    def _any_rank(self, holds: bool) -> bool:
+        return bool(-self._least(-int(holds)))
+
+    def _least(self, number: int) -> int:
+        """The smallest of all ranks' numbers. All ranks have to ask."""
+        from accelerate.utils import gather_object
+
+        return int(min(gather_object([number])))
+
     def _planned(self, context: ReferenceContext) -> Iterator[RowBlock]:
         for split in ("train", "eval"):
             plain = context.planned_rows(split)
@@ -312,7 +353,7 @@ class CachedProvider(ReferenceProvider):
 
         first = rows.rows[missing[0]].input_ids
         what = f"Row {missing[0]} of the batch, {self._shown(first)}, is not in the store {self._store.location!r}"
-        if self.options.fill == "never" or not self._may_score:
+        if self.options.fill == "never" or self._in_step:
             raise MissingRowError(f"{what}. {self._why_not_scored()}")
         try:
             with self._precision():
@@ -324,9 +365,9 @@ class CachedProvider(ReferenceProvider):
         if self.options.fill == "never":
             return "fill='never' scores nothing: use fill='ahead' or 'lazy', or another path."
         return (
-            "A model that is sharded over ranks (FSDP, DeepSpeed) cannot score rows one rank at a time: fill the "
-            "store first, in a run without sharding, or name a source that is not in this process: "
-            '{"source": "remote", "source_kwargs": {"url": ...}}.'
+            "A model that is sharded over ranks (FSDP, DeepSpeed) cannot score rows one rank at a time. Use "
+            "fill='ahead', which scores all rows of the run as training begins, or a source that is not in this "
+            'process: {"source": "remote", "source_kwargs": {"url": ...}}.'
         )
 
     @contextmanager

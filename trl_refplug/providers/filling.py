@@ -6,24 +6,23 @@ import heapq
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from trl_refplug.errors import ReferenceMismatchError, UnsupportedInputError
 from trl_refplug.provider import ReferenceProvider
+from trl_refplug.providers.batch_scorer import BatchScorer
 from trl_refplug.providers.row_keys import BatchRows, RowKeys, TailScoredRows, Values
 from trl_refplug.providers.sharing import SharedWork
 from trl_refplug.scoring import Row
 from trl_refplug.scoring.exact import pad_rows
-from trl_refplug.scoring.order import ChooseNext, chosen
 from trl_refplug.store import KEY_BYTES, LogProbStore
 from trl_refplug.tolerances import Tolerance
 
@@ -33,7 +32,6 @@ logger = logging.getLogger("trl_refplug")
 RowBlock = BatchRows | TailScoredRows
 _SHARE = 128  # rows in a row that one rank scores: neighbours have prompts in common
 _VERIFIED_AT_ONCE = 4  # rows of a sample
-_EXACT_BATCH = 16  # rows a call to a source that has no bulk scorer
 
 
 @dataclass(frozen=True)
@@ -137,11 +135,18 @@ def fill(
     keys: RowKeys,
     found: Survey,
     source: Any,
+    device: torch.device,
     *,
     progress: bool,
+    any_rank: Callable[[bool], bool] | None = None,
 ) -> None:
     """
     Score this rank's part of what is missing, and store it as it is scored.
+
+    Args:
+        device (`torch.device`): The trainer's.
+        any_rank (`Callable[[bool], bool]`, *optional*): Whether something holds on any rank. Given where the source is
+            sharded: then every rank makes as many forward passes as the others, on padded batches.
 
     Raises:
         StoreWriteError: Rows could not be published; what was published before is kept.
@@ -179,13 +184,14 @@ def fill(
         del sent[number]
         bar.update()
 
-    bulk = hasattr(source, "bulk_scorer")
+    bulk = any_rank is None and hasattr(source, "bulk_scorer")
+    batches = BatchScorer(source, device, any_rank)
     shared = SharedWork(store, lambda number: sent[number][0], leave_out)
     started = time.perf_counter()
     scored_rows = scored_tokens = 0
     scorer: Any
     bar = tqdm(total=len(found.mine), desc="Reference log-probs", unit="row", disable=not progress)
-    with bar, source.bulk_scorer() if bulk else nullcontext(_BatchScorer(source)) as scorer:
+    with bar, source.bulk_scorer() if bulk else nullcontext(batches) as scorer:
         for answers in scorer.score_passes(missing_rows(), shared.choose):
             done = [sent.pop(number) for number, _ in answers]
             # Pass by pass, so that a killed process loses no more than the one it is in.
@@ -248,23 +254,3 @@ def check_sample(
             "computes differently. Use another `path`; `trl-refplug store verify` checks the files."
         )
     return check
-
-
-class _BatchScorer:
-    """The bulk scorer of a source that only answers batches."""
-
-    def __init__(self, source: ReferenceProvider) -> None:
-        self._source = source
-
-    def score_passes(self, rows: Iterator[Row], choose: ChooseNext) -> Iterator[list[tuple[int, Tensor]]]:
-        first = 0
-        while window := list(islice(rows, 16 * _EXACT_BATCH)):
-            order = sorted(range(first, first + len(window)), key=lambda index: len(window[index - first]))
-            batches = [order[start : start + _EXACT_BATCH] for start in range(0, len(order), _EXACT_BATCH)]
-            for batch in chosen(batches, lambda batch: batch, choose):
-                padded = pad_rows([window[index - first] for index in batch], torch.device("cpu"))
-                answer = self._source.log_probs(padded).cpu().float()
-                yield [
-                    (index, line[: len(window[index - first]) - 1]) for index, line in zip(batch, answer, strict=True)
-                ]
-            first += len(window)

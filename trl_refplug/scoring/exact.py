@@ -38,7 +38,7 @@ def _has_fused_head(inner: nn.Module) -> bool:
 
 
 def exact_log_probs(model: nn.Module, batch: ReferenceBatch) -> Tensor:
-    """`[batch, seq - 1]` log-probabilities, from the same call, of the same shapes, that TRL makes."""
+    """float32 `[batch, seq - 1]` log-probabilities, from the same call, of the same shapes, that TRL makes."""
     with torch.no_grad():
         output = model(
             input_ids=batch.input_ids,
@@ -47,7 +47,7 @@ def exact_log_probs(model: nn.Module, batch: ReferenceBatch) -> Tensor:
             labels=batch.labels,
             fused_lm_head=True,
         )
-    log_probs: Tensor = output.log_probs
+    log_probs: Tensor = output.log_probs.float()  # FSDP2's mixed precision rounds all that a model returns
     virtual_tokens = log_probs.shape[1] - (batch.input_ids.shape[1] - 1)  # of a prompt-learning adapter
     return log_probs[:, virtual_tokens:]
 

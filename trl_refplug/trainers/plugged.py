@@ -13,6 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl_refplug.errors import ConfigurationError
 from trl_refplug.provider import ReferenceProvider
 from trl_refplug.providers.peft_policy import REFERENCE_ADAPTER
+from trl_refplug.random_state import rng_kept
 from trl_refplug.trainers import policy as policies
 from trl_refplug.trainers.checkpoint import write_to_checkpoint
 from trl_refplug.trainers.seam import Seam, flags_masked, seam_error
@@ -184,6 +185,11 @@ class _StepTimer(TrainerCallback):  # type: ignore[misc]
         self._steps = 0
         self._step_seconds = 0.0
         self._reference_seconds = 0.0
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        with rng_kept():
+            for provider in self.session.providers:
+                provider.on_train_begin()
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         assert self.session.stand_in is not None

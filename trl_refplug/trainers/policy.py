@@ -14,6 +14,13 @@ from trl_refplug.providers.peft_policy import REFERENCE_ADAPTER
 from trl_refplug.scoring import evaluation_mode, exact_log_probs
 
 
+def output_dtype(accelerator: Any) -> torch.dtype:
+    """What the policy's log-probs come in: FSDP2's mixed precision casts the outputs of a model, float32 ones too."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    dtype: torch.dtype | None = getattr(getattr(plugin, "mixed_precision_policy", None), "output_dtype", None)
+    return dtype or torch.float32
+
+
 def is_peft(model: Any) -> bool:
     """Whether `model` is a `PeftModel`."""
     from peft import PeftModel

@@ -26,6 +26,7 @@ class ReferenceModel(nn.Module):
         provider ([`ReferenceProvider`]): Who answers.
         first_call (`Callable`): Called once with the first batch and its log-probs, before they are used.
         look_ahead ([`LookAhead`], *optional*): Who may have asked already.
+        dtype (`torch.dtype`): What the policy's own log-probs come in.
 
     Attributes:
         calls (`int`): How often the trainer asked.
@@ -40,11 +41,13 @@ class ReferenceModel(nn.Module):
         provider: ReferenceProvider,
         first_call: Callable[[ReferenceBatch, Tensor], None],
         look_ahead: LookAhead | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.provider = provider  # no module itself: the trainer does not find, move, save or train what it holds
         self._first_call = first_call
         self._look_ahead = look_ahead
+        self._dtype = dtype
         self.calls = 0
         self.seconds = 0.0
 
@@ -79,7 +82,7 @@ class ReferenceModel(nn.Module):
         if self.calls == 1:
             self._first_call(batch, log_probs)
         plugin_manager().scored(identity=provider.identity(), batch=batch, log_probs=log_probs, seconds=seconds)
-        return FusedCausalLMOutput(log_probs=log_probs)
+        return FusedCausalLMOutput(log_probs=log_probs.to(self._dtype))
 
     def get_parameter(self, target: str) -> nn.Parameter:
         module = self.provider.module
