@@ -1,5 +1,6 @@
 """What every command has in common: it starts fast, and an error is a message."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -34,6 +35,13 @@ def test_help_and_version() -> None:
     assert completed.returncode == 0
     assert "plugins" in completed.stdout
     assert run_here("--version").stdout == f"trl-refplug {trl_refplug.__version__}\n"
+
+
+def test_every_command_is_in_a_panel() -> None:
+    panels = re.findall(r"─ (.+?) ─", run_here("--help").stdout)
+    assert len(panels) == 5
+    assert panels[:2] == ["Options", "Train"]
+    assert "Commands" not in panels  # where typer puts those without one
 
 
 def test_mistyped_command() -> None:

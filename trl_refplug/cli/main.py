@@ -14,6 +14,12 @@ from trl_refplug.cli import bench, check, compare, demo, ema, new_plugin, plugin
 from trl_refplug.errors import PluginError, RefPlugError
 
 
+# Panels of `--help`, in this order
+_TRAIN = "Train"
+_REFERENCES = "Reference stores, models and servers"
+_MEASURE = "Measure and compare"
+_PLUGINS = "Providers and plugins"
+
 app = typer.Typer(
     name="trl-refplug",
     help="Pluggable reference models for TRL.",
@@ -21,17 +27,18 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command("demo")(demo.demo)
-app.command("compare")(compare.compare)
-app.command("plugins")(plugins.plugins)
-app.command("check")(check.check)
-app.command("serve")(serve.serve)
-app.command("new-plugin")(new_plugin.new_plugin)
-app.add_typer(bench.app, name="bench")
-app.add_typer(ema.app, name="ema")
-app.add_typer(store.app, name="store")
-for _method in (train.dpo, train.kto, train.grpo, train.rloo, train.precompute):
-    app.command(_method.__name__, **train.COMMAND_SETTINGS)(_method)
+for _method in (train.dpo, train.kto, train.grpo, train.rloo):
+    app.command(_method.__name__, rich_help_panel=_TRAIN, **train.COMMAND_SETTINGS)(_method)
+app.command("demo", rich_help_panel=_TRAIN)(demo.demo)
+app.command("precompute", rich_help_panel=_REFERENCES, **train.COMMAND_SETTINGS)(train.precompute)
+app.add_typer(store.app, name="store", rich_help_panel=_REFERENCES)
+app.add_typer(ema.app, name="ema", rich_help_panel=_REFERENCES)
+app.command("serve", rich_help_panel=_REFERENCES)(serve.serve)
+app.command("compare", rich_help_panel=_MEASURE)(compare.compare)
+app.add_typer(bench.app, name="bench", rich_help_panel=_MEASURE)
+app.command("plugins", rich_help_panel=_PLUGINS)(plugins.plugins)
+app.command("check", rich_help_panel=_PLUGINS)(check.check)
+app.command("new-plugin", rich_help_panel=_PLUGINS)(new_plugin.new_plugin)
 
 
 def _print_version(asked: bool) -> None:
