@@ -65,6 +65,11 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def canonical_names(setting: str | None) -> set[str]:
+    """The canonical names in a comma-separated environment variable."""
+    return {canonical(word.strip()) for word in (setting or "").split(",") if word.strip()}
+
+
 def told(error: BaseException) -> str:
     """An exception as a sentence."""
     text = f"{type(error).__name__}: {error}".rstrip(": ")
