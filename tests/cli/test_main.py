@@ -79,6 +79,17 @@ def test_error_of_a_plugin_comes_with_the_plugins_traceback() -> None:
     assert "PluginError" not in completed.stderr
 
 
+def test_warning_is_one_line() -> None:
+    completed = run_command("""
+    import warnings
+    from trl_refplug import RefPlugWarning
+    warnings.warn("a plugin is broken", RefPlugWarning)
+    warnings.warn("not ours", UserWarning)""")
+    ours, theirs, *_ = completed.stderr.splitlines()
+    assert ours == "Warning: a plugin is broken"
+    assert theirs.endswith("UserWarning: not ours")
+
+
 def test_other_exceptions_are_not_hidden() -> None:
     completed = run_command("raise ValueError('a defect')")
     assert completed.returncode == 1

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from typing import Annotated
+import warnings
+from typing import Annotated, Any
 
 import typer
 
 import trl_refplug
 from trl_refplug.cli import bench, check, compare, demo, ema, new_plugin, plugins, serve, store, train
-from trl_refplug.errors import PluginError, RefPlugError
+from trl_refplug.errors import PluginError, RefPlugError, RefPlugWarning
 
+
+_python_format = warnings.formatwarning
 
 # Panels of `--help`, in this order
 _TRAIN = "Train"
@@ -58,6 +61,7 @@ def _options(
 
 def main() -> None:
     """Run the command line. A [`RefPlugError`] ends it with a message and exit code 2, Ctrl-C with 130."""
+    warnings.formatwarning = _formatted_warning
     try:
         app(prog_name="trl-refplug")
     except KeyboardInterrupt:
@@ -67,6 +71,13 @@ def main() -> None:
             raise
         _print_error(error)
         sys.exit(2)
+
+
+def _formatted_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
+    """Ours in one line: the place is in this package, and says nothing."""
+    if issubclass(category, RefPlugWarning):
+        return f"Warning: {message}\n"
+    return _python_format(message, category, *place, **more)
 
 
 def _print_error(error: RefPlugError) -> None:

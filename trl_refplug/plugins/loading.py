@@ -21,9 +21,10 @@ import pluggy
 
 import trl_refplug
 from trl_refplug import hookspecs, providers
-from trl_refplug.errors import PluginError, RefPlugError
+from trl_refplug.errors import PluginError
 from trl_refplug.plugins.checks import class_problems, hook_problems, incompatibility, registration_problem
-from trl_refplug.plugins.installed import PluginRecord, canonical, canonical_names, installed, told
+from trl_refplug.plugins.failures import told, told_with_remedy
+from trl_refplug.plugins.installed import PluginRecord, canonical, canonical_names, installed
 from trl_refplug.provider import ReferenceProvider
 
 
@@ -59,7 +60,9 @@ class RegisteredProvider:
             except KeyboardInterrupt:
                 raise
             except BaseException as error:
-                raise PluginError(f"{origin} cannot be imported: {told(error)}{extra_hint(self.name)}") from error
+                hint = extra_hint(self.name)
+                reason = told_with_remedy(error, self.plugin.distribution)
+                raise PluginError(f"{origin} cannot be imported: {told(error) + hint if hint else reason}") from error
         if problems := class_problems(target):
             raise PluginError(f"{origin} cannot be used: {' '.join(problems)}")
         return target  # type: ignore[no-any-return]
@@ -130,12 +133,14 @@ class LoadedPlugins:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit and panics of compiled modules are failures like any other
+            reason = told_with_remedy(error, record.distribution)
+            frames = error.__traceback__
             return replace(
                 record,
                 status="failed",
-                reason=str(error) if isinstance(error, RefPlugError) else told(error),
+                reason=reason,
                 exception=error,
-                traceback="".join(traceback.format_exception(type(error), error, error.__traceback__)),
+                traceback="".join(traceback.format_exception(type(error), error, frames)) if frames else "",
                 providers=tuple(targets),
             )
         return record

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NoReturn
 
 from trl_refplug.errors import PluginError, RefPlugWarning, UnknownProviderError, did_you_mean
-from trl_refplug.plugins.installed import PluginRecord, canonical, canonical_names, told
+from trl_refplug.plugins.failures import drop_frames, told
+from trl_refplug.plugins.installed import PluginRecord, canonical, canonical_names
 from trl_refplug.plugins.loading import BLOCK, LOAD, LoadedPlugins, RegisteredProvider, call_hook, extra_hint
 from trl_refplug.provider import ReferenceProvider
 
@@ -74,7 +75,7 @@ class PluginManager:
             message = f"No provider {name!r}, as the {record} {OUTCOMES[record.status]}. {record.reason} {LISTED}"
             if record.status == "blocked":
                 raise UnknownProviderError(message)
-            if record.exception is not None and record.exception.__traceback__ is None:
+            if record.traceback and record.exception is not None and record.exception.__traceback__ is None:
                 message += f"\n\n{record.traceback}"
             raise PluginError(message) from record.exception
         raise UnknownProviderError(
@@ -90,11 +91,11 @@ class PluginManager:
             if record.status in ("failed", "incompatible"):
                 self._warn_once(
                     f"The {record} {OUTCOMES[record.status]} and is not used. {record.reason} The provider in use "
-                    f"is another one; to silence this, uninstall {record.distribution} or name it in {BLOCK}."
+                    f"is another one; to silence this, name {record.distribution} in {BLOCK}."
                 )
             # The frames of a traceback keep the local variables of all callers alive, so maybe a whole policy. Now
             # that a provider is found and the process goes on, the text of a failure is enough.
-            _drop_frames(record.exception)
+            drop_frames(record.exception)
         known = {canonical(word) for record in self.records for word in (record.name, record.distribution)}
         for variable, setting in self._settings.items():
             for word in sorted(canonical_names(setting) - known):
@@ -153,11 +154,3 @@ class PluginManager:
 def plugin_manager() -> PluginManager:
     """The plugin manager of this process. The first call discovers and loads the plugins."""
     return PluginManager()
-
-
-def _drop_frames(error: BaseException | None) -> None:
-    """Forget the traceback of an exception, of its cause and of its context."""
-    while error is not None and error.__traceback__ is not None:
-        error.__traceback__ = None
-        _drop_frames(error.__cause__)
-        error = error.__context__

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trl_refplug.errors import InvalidLogProbsError
+from trl_refplug.errors import InvalidLogProbsError, RefPlugError
 from trl_refplug.options import parse_options
 from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceProvider
 from trl_refplug.testing.samples import copy_of, make_batch, preference_data, sample_rows, scored
@@ -128,7 +128,13 @@ class Bench:
         from trl_refplug.plugins import plugin_manager
 
         chosen = self.reference[0] if isinstance(self.reference, tuple) else self.reference
-        return plugin_manager().provider_class(chosen) if isinstance(chosen, str) else chosen
+        if not isinstance(chosen, str):
+            return chosen
+        try:
+            return plugin_manager().provider_class(chosen)
+        except RefPlugError as error:
+            problem = str(error)  # which says all: every test would repeat the traceback
+        pytest.fail(problem, pytrace=False)
 
     @property
     def options(self) -> Mapping[str, Any]:
