@@ -240,6 +240,50 @@ def test_selected_broken_plugin_shows_its_own_traceback(site: FakeSite) -> None:
     assert "the culprit" in "".join(traceback.format_exception(caught.value))
 
 
+@pytest.mark.parametrize("value", ["acme_gone", "acme_gone.plugin:plugin", "acme_mod.sub", "acme_mod:absent"])
+def test_stale_registration_is_one_line_without_traceback(site: FakeSite, value: str) -> None:
+    """The distribution's module, or the name in it, does not exist any more."""
+    site.install("acme-refs", "1.2", plugins={"acme": value}, modules={"acme_mod": registering("uniform")})
+    manager = PluginManager()
+    record = record_of(manager, "acme")
+    assert record.reason.endswith(" The registration is stale: reinstall acme-refs, or uninstall it.")
+    assert record.traceback == ""
+    with pytest.raises(PluginError) as caught:
+        manager.provider_class("acme")
+    assert "\n" not in str(caught.value)
+    assert "plugin 'acme' of acme-refs 1.2" in str(caught.value)
+    assert "importlib" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_module_that_is_there_is_not_stale(site: FakeSite) -> None:
+    """A syntax error is raised before any line of the plugin runs; the message has the place."""
+    site.install("acme-refs", plugins={"acme": "acme_mod"}, modules={"acme_mod": "def :"})
+    record = record_of(PluginManager(), "acme")
+    assert "(acme_mod.py, line 1). Upgrade or reinstall acme-refs" in record.reason
+    assert record.traceback == ""
+
+
+def test_stale_lazy_target_has_no_traceback(site: FakeSite) -> None:
+    site.install("acme-refs", plugins={"acme": "acme_mod"}, modules={"acme_mod": LAZY})
+    with pytest.raises(PluginError, match="The registration is stale: reinstall acme-refs") as caught:
+        PluginManager().provider_class("uniform")
+    assert isinstance(caught.value.__cause__, ModuleNotFoundError)
+    assert caught.value.__cause__.__traceback__ is None
+
+
+@pytest.mark.parametrize("source", ["import nowhere", "raise AttributeError", "{}['key']"])
+def test_traceback_begins_in_the_plugins_own_code(site: FakeSite, source: str) -> None:
+    modules = {"acme_mod": "import acme_inner", "acme_inner": f"def fail():\n    {source}\n\nfail()"}
+    site.install("acme-refs", plugins={"acme": "acme_mod"}, modules=modules)
+    record = record_of(PluginManager(), "acme")
+    assert "stale" not in record.reason
+    assert "report this to its authors" in record.reason
+    _, first, *_ = record.traceback.splitlines()
+    assert "acme_mod.py" in first
+    assert "importlib" not in record.traceback
+    assert source in record.traceback
+
+
 @pytest.mark.parametrize("last", ["    raise ValueError from None", "    cause = error\nraise ValueError from cause"])
 def test_broken_plugin_keeps_no_caller_alive(site: FakeSite, last: str) -> None:
     source = f"try:\n    import nowhere\nexcept ImportError as error:\n{last}"
@@ -259,6 +303,15 @@ def test_broken_plugin_keeps_no_caller_alive(site: FakeSite, last: str) -> None:
     gc.collect()
     assert record_of(manager, "acme").exception is not None
     assert policy() is None
+
+
+def test_stale_plugin_keeps_no_caller_alive(site: FakeSite) -> None:
+    """The exception that it failed with has another one, with frames, for its context."""
+    site.install("acme-refs", plugins={"acme": "acme_mod.sub"}, modules={"acme_mod": ""})
+    error = record_of(PluginManager(), "acme").exception
+    assert error is not None
+    assert error.__context__ is not None
+    assert error.__context__.__traceback__ is None
 
 
 def test_all_hook_problems_are_told_at_once(site: FakeSite) -> None:

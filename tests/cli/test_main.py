@@ -1,5 +1,6 @@
 """What every command has in common: it starts fast, and an error is a message."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -36,6 +37,13 @@ def test_help_and_version() -> None:
     assert run_here("--version").stdout == f"trl-refplug {trl_refplug.__version__}\n"
 
 
+def test_every_command_is_in_a_panel() -> None:
+    panels = re.findall(r"─ (.+?) ─", run_here("--help").stdout)
+    assert len(panels) == 5
+    assert panels[:2] == ["Options", "Train"]
+    assert "Commands" not in panels  # where typer puts those without one
+
+
 def test_mistyped_command() -> None:
     completed = run_here("pluginss")
     assert completed.returncode == 2
@@ -69,6 +77,17 @@ def test_error_of_a_plugin_comes_with_the_plugins_traceback() -> None:
     assert "ZeroDivisionError: division by zero" in completed.stderr
     assert completed.stderr.endswith("Error: broken\n")
     assert "PluginError" not in completed.stderr
+
+
+def test_warning_is_one_line() -> None:
+    completed = run_command("""
+    import warnings
+    from trl_refplug import RefPlugWarning
+    warnings.warn("a plugin is broken", RefPlugWarning)
+    warnings.warn("not ours", UserWarning)""")
+    ours, theirs, *_ = completed.stderr.splitlines()
+    assert ours == "Warning: a plugin is broken"
+    assert theirs.endswith("UserWarning: not ours")
 
 
 def test_other_exceptions_are_not_hidden() -> None:

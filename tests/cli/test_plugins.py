@@ -96,6 +96,10 @@ def test_table_at_80_columns(python: Path) -> None:
         "uniform uniform temperature scale: float = 1.0 offline",
     ):
         assert part in flat
+    # Raised in the plugin's own code: where, once, and not how it was reached
+    assert completed.stdout.count("Traceback") == 1
+    assert completed.stdout.count("import a_package_nobody_has") == 1
+    assert "importlib" not in completed.stdout
 
 
 def test_provider_that_cannot_be_imported_is_listed_with_its_reason(site: FakeSite) -> None:

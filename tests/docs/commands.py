@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,13 @@ def commands(command: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[
 
 
 def page() -> str:
-    """The whole page."""
-    return "\n".join([HEAD, *(_section(path, command) for path, command in commands()), REFERENCE_FLAGS, _flags(), ""])
+    """The whole page, with the commands in the panels that `--help` shows."""
+    top: Any = typer.main.get_command(app)
+    panels = defaultdict(list)
+    for path, command in commands(top):
+        panels[top.commands[path[0]].rich_help_panel].append(_section(path, command))
+    sections = [text for panel, sections in panels.items() for text in (f"## {panel}\n", *sections)]
+    return "\n".join([HEAD, *sections, REFERENCE_FLAGS, _flags(), ""])
 
 
 def _section(path: tuple[str, ...], command: Any) -> str:
@@ -59,7 +65,7 @@ def _section(path: tuple[str, ...], command: Any) -> str:
         usage.append("[OPTIONS]")
     if command.add_help_option is COMMAND_SETTINGS["add_help_option"]:  # passes everything on to TRL
         usage.append("[METHOD] [TRL'S FLAGS]" if path == ("precompute",) else "[TRL'S FLAGS]")
-    lines = [f"## {name}", "", "```text", " ".join(usage), "```", "", inspect.cleandoc(command.help)]
+    lines = [f"### {name}", "", "```text", " ".join(usage), "```", "", inspect.cleandoc(command.help)]
     if arguments or options:
         lines += ["", "| | default | |", "|---|---|---|"]
     lines += [f"| `{argument.name.upper()}` | | {argument.help} |" for argument in arguments]

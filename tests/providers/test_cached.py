@@ -16,6 +16,7 @@ from trl_refplug import (
     UnsupportedInputError,
 )
 from trl_refplug.store import LogProbStore, summarize
+from trl_refplug.testing.samples import image_preference_data, tiny_image_policy, tiny_image_processor
 
 from .. import tiny
 from ..trainers.runs import DATA, assert_same, build, finished, train
@@ -325,10 +326,10 @@ class TestPadding:
             build(
                 "dpo",
                 tmp_path,
-                tiny.vision_model(),
+                tiny_image_policy(),
                 args=use(max_length=None),
-                train_dataset=tiny.vision_data(),
-                processing_class=tiny.vision_processor(),
+                train_dataset=image_preference_data(),
+                processing_class=tiny_image_processor(),
             )
 
 

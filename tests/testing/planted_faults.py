@@ -136,6 +136,30 @@ class ListOfRows(Sound):
         return list(super().log_probs(batch))
 
 
+@caught_by("answers", "deterministic")
+class ForgetsEvaluationMode(Sound):
+    """Scores in the policy's mode, with dropout."""
+
+    starts_as_policy = True
+
+    def pin(self, context):
+        super().pin(context)
+        self.model.train()
+
+
+@caught_by("answers", "deterministic")
+class SamplesItsAnswer(Sound):
+    """Estimates values with random numbers of its own."""
+
+    def pin(self, context):
+        super().pin(context)
+        self.generator = torch.Generator()
+
+    def score(self, batch):
+        log_probs = super().score(batch)
+        return log_probs * (1 + 0.1 * torch.rand(log_probs.shape, generator=self.generator))
+
+
 @caught_by("answers", "values")
 class OffByOne(Sound):
     def logits(self, batch):

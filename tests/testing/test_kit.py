@@ -49,6 +49,15 @@ def test_reference_is_a_name_or_a_class_with_or_without_options(reference, tmp_p
     assert all(getattr(provider.options, name) == value for name, value in options.items())
 
 
+def test_provider_that_cannot_be_loaded_is_one_line(tmp_path):
+    """Each of the tests says so."""
+    bench = Bench("nowhere", tiny_policy(), tiny_tokenizer(), None, tmp_path, 1e-3)
+    with pytest.raises(pytest.fail.Exception, match="No provider 'nowhere'") as caught:
+        bench.attach()
+    assert not caught.value.pytrace
+    assert caught.value.__context__ is None
+
+
 AUTHORS = """
 import pytest
 from trl_refplug import ReferenceIdentity, ReferenceProvider

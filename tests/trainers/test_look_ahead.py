@@ -26,6 +26,7 @@ from trl_refplug import (
     plug,
 )
 from trl_refplug.scoring import Autocast, ScoringThread
+from trl_refplug.testing.samples import image_preference_data, tiny_image_policy, tiny_image_processor
 
 from .. import tiny
 from .ahead import Ahead
@@ -259,8 +260,8 @@ class TestAsking:
 
     def test_images(self, tmp_path):
         args = {"max_steps": 4, "per_device_train_batch_size": 2, "max_length": None}
-        kwargs = {"processing_class": tiny.vision_processor(), "train_dataset": tiny.vision_data()}
-        one, other, provider = both("dpo", tmp_path, tiny.vision_model(), args=args, **kwargs)
+        kwargs = {"processing_class": tiny_image_processor(), "train_dataset": image_preference_data(8)}
+        one, other, provider = both("dpo", tmp_path, tiny_image_policy(), args=args, **kwargs)
         assert_same(one, other)
         assert (provider.afresh, provider.ahead) == (1, 3)
 

@@ -3,17 +3,21 @@
 import pytest
 from peft import LoraConfig
 
-from .. import tiny
+from trl_refplug.testing.samples import image_preference_data, tiny_image_policy, tiny_image_processor
+
 from .runs import assert_same, train
 
 
 @pytest.mark.parametrize("kind", ["dpo", "grpo"])
 @pytest.mark.parametrize("provider", ["frozen", "adapter"])
 def test_vision_language_model_equals_trl(kind, provider, tmp_path):
-    tiny.vision_model().save_pretrained(tmp_path / "llava")
+    policy = tiny_image_policy()
+    policy.config.text_config.attention_dropout = 0.0  # TRL's reference has it on where the policy is its own
+    policy.save_pretrained(tmp_path / "llava")
+    data = image_preference_data(8)
     kwargs = {
-        "processing_class": tiny.vision_processor(),
-        "train_dataset": tiny.vision_data(kind=kind),
+        "processing_class": tiny_image_processor(),
+        "train_dataset": data if kind == "dpo" else data.remove_columns(["chosen", "rejected"]),
         "args": {"max_length": None} if kind == "dpo" else {},
     }
     if kind == "grpo":

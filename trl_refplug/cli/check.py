@@ -78,7 +78,10 @@ def check(
         typer.Option(exists=True, dir_okay=False, help="JSON lines in TRL's format: prompt, chosen, rejected."),
     ],
     provider: Annotated[str, typer.Option(help="The reference provider, as in ref_provider.")] = "auto",
-    kwargs: Annotated[str | None, typer.Option(metavar="JSON", help="Its options, as in ref_provider_kwargs.")] = None,
+    kwargs: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="""Its options, as in ref_provider_kwargs: '{"scoring": "packed"}'."""),
+    ] = None,
     reference: Annotated[
         str | None,
         typer.Option(help="Directory or hub id of the model that the reference is declared to be. Default: --model."),

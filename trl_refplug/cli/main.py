@@ -5,14 +5,23 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from typing import Annotated
+import warnings
+from typing import Annotated, Any
 
 import typer
 
 import trl_refplug
 from trl_refplug.cli import bench, check, compare, demo, ema, new_plugin, plugins, serve, store, train
-from trl_refplug.errors import PluginError, RefPlugError
+from trl_refplug.errors import PluginError, RefPlugError, RefPlugWarning
 
+
+_python_format = warnings.formatwarning
+
+# Panels of `--help`, in this order
+_TRAIN = "Train"
+_REFERENCES = "Reference stores, models and servers"
+_MEASURE = "Measure and compare"
+_PLUGINS = "Providers and plugins"
 
 app = typer.Typer(
     name="trl-refplug",
@@ -21,17 +30,18 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command("demo")(demo.demo)
-app.command("compare")(compare.compare)
-app.command("plugins")(plugins.plugins)
-app.command("check")(check.check)
-app.command("serve")(serve.serve)
-app.command("new-plugin")(new_plugin.new_plugin)
-app.add_typer(bench.app, name="bench")
-app.add_typer(ema.app, name="ema")
-app.add_typer(store.app, name="store")
-for _method in (train.dpo, train.kto, train.grpo, train.rloo, train.precompute):
-    app.command(_method.__name__, **train.COMMAND_SETTINGS)(_method)
+for _method in (train.dpo, train.kto, train.grpo, train.rloo):
+    app.command(_method.__name__, rich_help_panel=_TRAIN, **train.COMMAND_SETTINGS)(_method)
+app.command("demo", rich_help_panel=_TRAIN)(demo.demo)
+app.command("precompute", rich_help_panel=_REFERENCES, **train.COMMAND_SETTINGS)(train.precompute)
+app.add_typer(store.app, name="store", rich_help_panel=_REFERENCES)
+app.add_typer(ema.app, name="ema", rich_help_panel=_REFERENCES)
+app.command("serve", rich_help_panel=_REFERENCES)(serve.serve)
+app.command("compare", rich_help_panel=_MEASURE)(compare.compare)
+app.add_typer(bench.app, name="bench", rich_help_panel=_MEASURE)
+app.command("plugins", rich_help_panel=_PLUGINS)(plugins.plugins)
+app.command("check", rich_help_panel=_PLUGINS)(check.check)
+app.command("new-plugin", rich_help_panel=_PLUGINS)(new_plugin.new_plugin)
 
 
 def _print_version(asked: bool) -> None:
@@ -51,6 +61,7 @@ def _options(
 
 def main() -> None:
     """Run the command line. A [`RefPlugError`] ends it with a message and exit code 2, Ctrl-C with 130."""
+    warnings.formatwarning = _formatted_warning
     try:
         app(prog_name="trl-refplug")
     except KeyboardInterrupt:
@@ -60,6 +71,13 @@ def main() -> None:
             raise
         _print_error(error)
         sys.exit(2)
+
+
+def _formatted_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
+    """Ours in one line: the place is in this package, and says nothing."""
+    if issubclass(category, RefPlugWarning):
+        return f"Warning: {message}\n"
+    return _python_format(message, category, *place, **more)
 
 
 def _print_error(error: RefPlugError) -> None:

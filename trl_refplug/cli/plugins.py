@@ -94,6 +94,9 @@ def _print_listing(listing: dict[str, list[dict[str, Any]]]) -> None:
 
     console = Console(highlight=False)
     console.print(plugins, providers)
+    for plugin in listing["plugins"]:
+        if plugin["traceback"]:  # raised in the plugin's own code, for its author to see
+            console.print(Text(f"{plugin['name']}: {plugin['traceback']}"))
 
 
 def _table(title: str, *columns: str) -> Table:

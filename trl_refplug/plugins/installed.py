@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trl_refplug.hookspecs import PROJECT
+from trl_refplug.plugins.failures import told
 
 
 GROUP = PROJECT
@@ -32,7 +33,7 @@ class PluginRecord:
             `API_VERSION`). Only `ok` plugins take part in anything.
         reason (`str`): Why it is not `ok`, in whole sentences.
         exception (`BaseException` or `None`): What it failed with.
-        traceback (`str`): The same as text, with all that led to it.
+        traceback (`str`): The same as text, from the plugin's own first line on; empty where none of its code ran.
         providers (`tuple[str, ...]`): Provider names it registered, or had registered before it failed.
     """
 
@@ -65,10 +66,9 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def told(error: BaseException) -> str:
-    """An exception as a sentence."""
-    text = f"{type(error).__name__}: {error}".rstrip(": ")
-    return text if text.endswith((".", "!", "?")) else f"{text}."
+def canonical_names(setting: str | None) -> set[str]:
+    """The canonical names in a comma-separated environment variable."""
+    return {canonical(word.strip()) for word in (setting or "").split(",") if word.strip()}
 
 
 def installed() -> Iterator[tuple[PluginRecord, importlib.metadata.EntryPoint | None]]:

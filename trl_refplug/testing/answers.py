@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trl_refplug.errors import ConfigurationError
 from trl_refplug.provider import ReferenceBatch
-from trl_refplug.testing.bench import Attached, Bench, form_problem, require
+from trl_refplug.testing.bench import Attached, Bench, form_problem, largest_difference, require
 from trl_refplug.testing.samples import Row, copy_of, image_preference_data, make_batch, scored, tiny_image_processor
 from trl_refplug.testing.setting import Setting
 
@@ -25,6 +25,16 @@ class AnswerTests(Setting):
             answer = attached.provider.log_probs(copy_of(attached.batch))
         problem = form_problem(answer, attached.batch)
         require(not problem, f"{problem}. Entry [row, t] of the answer is the log-prob of labels[row, t + 1].")
+
+    def test_deterministic(self, attached: Attached) -> None:
+        size, where = largest_difference(attached.ask_rows(attached.batch), attached.ask_rows(attached.batch))
+        require(
+            size <= attached.tolerance,
+            f"Two identical calls are answered differently, by up to {size:.3g} nats (tolerance "
+            f"{attached.tolerance:g}), at {where}. Usually it is dropout: the reference's model is in train mode, as "
+            "the policy it was copied from is. Call model.eval() in setup(). What compares values is skipped until "
+            "answers repeat.",
+        )
 
     def test_values(self, attached: Attached, bench: Bench) -> None:
         attached.require_same(

@@ -31,6 +31,8 @@ class SideEffectTests(Setting):
         before = _random_streams()
         _use(attached)
         moved = [name for name, state in _random_streams().items() if state != before[name]]
+        if moved:
+            attached.needs_determinism()  # what draws the numbers is told there
         require(
             not moved,
             f"The global random stream of {', '.join(moved)} moved, so the data order and dropout of training change "

@@ -1,0 +1,210 @@
+"""
+Loading: import what is installed, keep outside what is broken, and collect the providers of the sound plugins.
+
+pluggy finds and orders hook implementations but isolates nothing (one import error would end all loading), so the
+loading loop is ours. Every plugin ends as one [`PluginRecord`]: `ok`, `blocked`, `failed` or `incompatible`. A plugin
+is in or out as a whole, and load order never decides between two of them.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import pkgutil
+import sys
+import traceback
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import pluggy
+
+import trl_refplug
+from trl_refplug import hookspecs, providers
+from trl_refplug.errors import PluginError
+from trl_refplug.plugins.checks import class_problems, hook_problems, incompatibility, registration_problem
+from trl_refplug.plugins.failures import told, told_with_remedy
+from trl_refplug.plugins.installed import PluginRecord, canonical, canonical_names, installed
+from trl_refplug.provider import ReferenceProvider
+
+
+BLOCK = "TRL_REFPLUG_BLOCK"
+"""Environment variable: comma-separated plugins or distributions that are not even imported."""
+
+LOAD = "TRL_REFPLUG_LOAD"
+"""Environment variable: where set, the only third-party plugins or distributions that are loaded (empty: none)."""
+
+Target: TypeAlias = "type[ReferenceProvider] | str"
+
+
+@dataclass(frozen=True)
+class RegisteredProvider:
+    """A provider name, the class or `"package.module:Class"` behind it, and the plugin it comes from."""
+
+    name: str
+    target: Target
+    plugin: PluginRecord
+
+    def load(self) -> type[ReferenceProvider]:
+        """
+        The provider class, imported now if its target is lazy.
+
+        Raises:
+            [`PluginError`]: It cannot be imported, or is no complete provider.
+        """
+        target: Any = self.target
+        origin = f"Provider {self.name!r} ({target}) of the {self.plugin}"
+        if isinstance(target, str):
+            try:
+                target = pkgutil.resolve_name(target)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                hint = extra_hint(self.name)
+                reason = told_with_remedy(error, self.plugin.distribution)
+                raise PluginError(f"{origin} cannot be imported: {told(error) + hint if hint else reason}") from error
+        if problems := class_problems(target):
+            raise PluginError(f"{origin} cannot be used: {' '.join(problems)}")
+        return target  # type: ignore[no-any-return]
+
+
+class LoadedPlugins:
+    """
+    All installed plugins, loaded or left out at construction.
+
+    Args:
+        environ (`Mapping[str, str]`): Where `TRL_REFPLUG_BLOCK` and `TRL_REFPLUG_LOAD` are read.
+
+    Attributes:
+        hooks (`pluggy.PluginManager`): The hook implementations of the plugins that are `ok`.
+        records (`list[PluginRecord]`): Every plugin found, the built-in one first.
+        providers (`dict[str, RegisteredProvider]`): Every provider that can be selected, by name.
+    """
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._blocked = environ.get(BLOCK)
+        self._allowed = environ.get(LOAD)
+        self.hooks = pluggy.PluginManager(hookspecs.PROJECT)
+        self.hooks.add_hookspecs(hookspecs)
+        self.records: list[PluginRecord] = []
+        self.providers: dict[str, RegisteredProvider] = {}
+
+        location = providers.__file__ or ""
+        builtin = PluginRecord("builtin", "trl-refplug", trl_refplug.__version__, providers.__name__, location)
+        self._accept(builtin, self._admit(builtin, providers, {}))
+        self._load_installed()
+
+    def _load_installed(self) -> None:
+        """Load what is installed, and take in the plugins that are sound and contradict nobody."""
+        loaded: list[tuple[PluginRecord, dict[str, Target]]] = []
+        for record, entry_point in installed():
+            targets: dict[str, Target] = {}
+            loaded.append((self._load(record, entry_point, targets) if entry_point else record, targets))
+
+        claims: defaultdict[str, list[PluginRecord]] = defaultdict(list)
+        for record, targets in loaded:
+            for name in targets if record.status == "ok" else ():
+                claims[name].append(record)
+
+        for record, targets in loaded:
+            contested = [name for name in targets if len(claims[name]) > 1 and record.status == "ok"]
+            if contested:
+                self.hooks.unregister(name=record.key)
+                reason = " ".join(self._contest(name, claims[name]) for name in contested)
+                record = replace(record, status="failed", reason=reason, providers=tuple(targets))
+            if record.status == "ok":
+                self._accept(record, targets)
+            else:
+                self.records.append(record)
+
+    def _load(
+        self, record: PluginRecord, entry_point: importlib.metadata.EntryPoint, targets: dict[str, Target]
+    ) -> PluginRecord:
+        """The record of a plugin after the attempt to load it. What it registers goes into `targets`."""
+        if reason := self._kept_out(record):
+            return replace(record, status="blocked", reason=reason)
+        try:
+            plugin = entry_point.load()
+            module = sys.modules.get(entry_point.module)
+            record = replace(record, location=getattr(module, "__file__", None) or record.location)
+            if reason := incompatibility(plugin):
+                return replace(record, status="incompatible", reason=reason)
+            self._admit(record, plugin, targets)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit and panics of compiled modules are failures like any other
+            reason = told_with_remedy(error, record.distribution)
+            frames = error.__traceback__
+            return replace(
+                record,
+                status="failed",
+                reason=reason,
+                exception=error,
+                traceback="".join(traceback.format_exception(type(error), error, frames)) if frames else "",
+                providers=tuple(targets),
+            )
+        return record
+
+    def _kept_out(self, record: PluginRecord) -> str:
+        """Which environment variable keeps the plugin out; an empty string if none does."""
+        if record.answers_to(canonical_names(self._blocked)):
+            return f"Blocked by {BLOCK}={self._blocked}."
+        if self._allowed is not None and not record.answers_to(canonical_names(self._allowed)):
+            return f"Not among {LOAD}={self._allowed}."
+        return ""
+
+    def _admit(self, record: PluginRecord, plugin: object, targets: dict[str, Target]) -> dict[str, Target]:
+        """Check the plugin, register its hooks, collect its providers in `targets`. Raises what is wrong with it."""
+        if problems := list(hook_problems(plugin, self.hooks)):
+            raise PluginError(" ".join(problems))
+        if twin := next((key for key, other in self.hooks.list_name_plugin() if other is plugin), None):
+            raise PluginError(f"{record.value} is loaded already, as {twin}; uninstall one of the two.")
+        self.hooks.register(plugin, name=record.key)
+
+        def register(name: str, target: Target) -> None:
+            if problem := registration_problem(name, target, builtin=self.providers, own=targets):
+                raise PluginError(problem)
+            targets[name] = target
+
+        try:
+            for implementation in self.hooks.hook.refplug_register_providers.get_hookimpls():
+                if implementation.plugin is plugin:
+                    call_hook(implementation, register=register)
+        except BaseException:
+            self.hooks.unregister(plugin)
+            raise
+        return targets
+
+    def _accept(self, record: PluginRecord, targets: Mapping[str, Target]) -> None:
+        record = replace(record, providers=tuple(targets))
+        self.records.append(record)
+        self.providers |= {name: RegisteredProvider(name, target, record) for name, target in targets.items()}
+
+    def _contest(self, name: str, claimants: list[PluginRecord]) -> str:
+        """The sentence about a provider name that several plugins claim."""
+        several_distributions = len({canonical(record.distribution) for record in claimants}) > 1
+        choices = [record.distribution if several_distributions else record.name for record in claimants]
+        blocked = f"{self._blocked}," if self._blocked else ""
+        return (
+            f"The provider name {name!r} is claimed by the {' and the '.join(map(str, claimants))}: it is nobody's. "
+            f"Uninstall one, or leave it out: {' or '.join(f'{BLOCK}={blocked}{choice}' for choice in choices)}."
+        )
+
+
+def call_hook(implementation: pluggy.HookImpl, **arguments: object) -> object:
+    """Call one hook implementation with those of `arguments` that it names."""
+    named = [name for name in implementation.kwargnames if name in arguments]
+    return implementation.function(
+        *(arguments[name] for name in implementation.argnames), **{name: arguments[name] for name in named}
+    )
+
+
+def extra_hint(name: str) -> str:
+    extra = providers.EXTRAS.get(name)
+    if extra:
+        return f" It needs: pip install 'trl-refplug[{extra}]'"
+    planned = providers.PLANNED.get(name)
+    if planned is None:
+        return ""
+    needs = f", with the extra {planned!r} (pip install 'trl-refplug[{planned}]')" if planned else ""
+    return f" It will come with a later release of trl-refplug{needs}; this one does not have it."
