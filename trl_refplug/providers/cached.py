@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +15,7 @@ from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceContext,
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from trl_refplug.providers.filling import RowBlock, SampleCheck
+    from trl_refplug.providers.filling import SampleCheck
     from trl_refplug.providers.row_keys import BatchRows, RowKeys
     from trl_refplug.store import LogProbStore
 
@@ -148,6 +146,7 @@ class CachedProvider(ReferenceProvider):
         return self._source.pin(context) if self._owns_source else None
 
     def setup(self, context: ReferenceContext) -> None:
+        from trl_refplug.providers.filling import check_known_ahead
         from trl_refplug.providers.row_keys import ModelFacts
 
         self._context = context
@@ -159,11 +158,15 @@ class CachedProvider(ReferenceProvider):
         # A model over which all ranks have a part is run by all of them at once, or not at all.
         self._in_step = _sharded(context.accelerator) and source.capabilities.local_model
         self._store = self._open(self.options.path or default_path())
-        if self.options.fill != "lazy":
-            self._check_planned(context)
-            if not self.fills_as_training_begins:
-                self._prepare(context)
-        elif context.planned("train") is None and hasattr(context.args, "num_generations"):
+        if self.options.fill == "ahead":
+            check_known_ahead(context, source)
+        if self.options.fill != "lazy" and not self.fills_as_training_begins:
+            self._prepare(context)
+        if (
+            self.options.fill == "lazy"
+            and context.planned("train") is None
+            and hasattr(context.args, "num_generations")
+        ):
             logger.warning(
                 "ref_provider='cached' with a trainer that generates its completions: they are new in every step, so "
                 "the store never has them, and grows for nothing. Use the source itself as `ref_provider`."
@@ -254,46 +257,32 @@ class CachedProvider(ReferenceProvider):
 
     # What is scored
 
-    def _check_planned(self, context: ReferenceContext) -> None:
-        """Refuse to fill ahead what is not known ahead."""
-        from trl_refplug.providers.borrowed import BorrowedPolicy
-
-        if context.planned("train") is None and self.options.fill == "ahead":
-            raise ConfigurationError(
-                "ref_provider='cached' (what `precompute_ref_log_probs=True` means): fill='ahead' is not supported "
-                "with IterableDataset, or with a trainer that generates its completions: it scores rows before "
-                "training, and here they are not known beforehand. Use fill='lazy'."
-            )
-        if context.planned("eval") is None and isinstance(self._scored_by, BorrowedPolicy):
-            raise ConfigurationError(
-                "ref_provider='cached' (what `precompute_ref_log_probs=True` means) is not supported with "
-                "IterableDataset for evaluation in full fine-tuning: its rows are first seen when the policy, which "
-                'scores them, has moved. Evaluate on a Dataset, or name a source, such as {"source": "frozen"}.'
-            )
-
     def _prepare(self, context: ReferenceContext) -> None:
         """Look up all that training will ask for, score what is missing, and verify some of the rest."""
-        from trl_refplug.providers.filling import check_sample, fill, survey
+        from trl_refplug.providers.filling import check_sample, fill, planned_blocks, survey
+        from trl_refplug.providers.ranks import any_rank, least
+        from trl_refplug.providers.scorers import trainer_precision
 
         if context.planned("train") is None:
             return  # fill='never': each batch is looked up as it comes
         accelerator = context.accelerator
         rank, ranks = accelerator.process_index, accelerator.num_processes
         sample = _VERIFIED_ROWS if self.options.verify is None else self.options.verify
-        found = survey(self._store, self._planned(context), self._keys, verify=sample, rank=rank, ranks=ranks)
+        blocks = planned_blocks(context, self._keys)
+        found = survey(self._store, blocks, self._keys, verify=sample, rank=rank, ranks=ranks)
         missing = bool(found.missing)
         if self.fills_as_training_begins:  # one rank may see more of the store than others, and all do the same
-            missing = self._any_rank(missing)
-            found.sample = found.sample[: self._least(len(found.sample))]
+            missing = any_rank(missing)
+            found.sample = found.sample[: least(len(found.sample))]
         source_needed = (missing and self.options.fill != "never") or self.options.verify is not None
         # As training begins it may be resumed, so that the policy is not its own reference any more.
         may_score = not getattr(self._scored_by, "gone", False) and (
             not self._in_step or self.fills_as_training_begins
         )
         if may_score and (source_needed or self._source_at_hand):
-            with self._precision():
-                device, tolerance = accelerator.device, self._tolerance(context)
-                self.sample_check = check_sample(found, self._scored_by, device, tolerance)
+            with trainer_precision(accelerator):
+                tolerance = self._tolerance(context)
+                self.sample_check = check_sample(found, self._scored_by, accelerator.device, tolerance)
         if missing:
             if self.options.fill == "never":
                 assert found.first is not None
@@ -303,60 +292,44 @@ class CachedProvider(ReferenceProvider):
                     f"{self._shown(found.first.row.input_ids)}. {self._why_not_scored()}"
                 )
             if found.mine or self._in_step:
-                with self._precision():
+                with trainer_precision(accelerator):
                     fill(
                         self._store,
-                        self._planned(context),
+                        planned_blocks(context, self._keys),
                         self._keys,
                         found,
                         self._scored_by,
                         accelerator.device,
                         progress=accelerator.is_main_process and not context.args.disable_tqdm,
-                        any_rank=self._any_rank if self._in_step else None,
+                        any_rank=any_rank if self._in_step else None,
                     )
         if ranks > 1:
             self._meet(context)
 
     def _meet(self, context: ReferenceContext) -> None:
         """Ranks wait for each other, and read what all of them have published."""
-        from trl_refplug.providers.filling import survey
+        from trl_refplug.providers.filling import planned_blocks, survey
 
         context.accelerator.wait_for_everyone()
         self._store.close()
         self._store = self._open(self._store.location)
-        left = survey(self._store, self._planned(context), self._keys)
+        left = survey(self._store, planned_blocks(context, self._keys), self._keys)
         if left.missing:
             raise StoreError(
                 f"{len(left.missing):,} rows that other ranks have scored are not in {self._store.location!r} as rank "
                 f"{context.accelerator.process_index} sees it. Use a `path` that all nodes share."
             )
 
-    def _any_rank(self, holds: bool) -> bool:
-        return bool(-self._least(-int(holds)))
-
-    def _least(self, number: int) -> int:
-        """The smallest of all ranks' numbers. All ranks have to ask."""
-        from accelerate.utils import gather_object
-
-        return int(min(gather_object([number])))
-
-    def _planned(self, context: ReferenceContext) -> Iterator[RowBlock]:
-        for split in ("train", "eval"):
-            plain = context.planned_rows(split)
-            if plain is not None:
-                yield from map(self._keys.of_planned, plain)
-            else:
-                yield from map(self._keys.of, context.planned(split) or ())
-
     def _score(self, batch: ReferenceBatch, rows: BatchRows, missing: list[int]) -> Tensor:
         from trl_refplug.providers.row_keys import select
+        from trl_refplug.providers.scorers import trainer_precision
 
         first = rows.rows[missing[0]].input_ids
         what = f"Row {missing[0]} of the batch, {self._shown(first)}, is not in the store {self._store.location!r}"
         if self.options.fill == "never" or self._in_step:
             raise MissingRowError(f"{what}. {self._why_not_scored()}")
         try:
-            with self._precision():
+            with trainer_precision(self._context.accelerator):
                 return self._scored_by.log_probs(select(batch, missing))
         except MissingRowError as error:
             raise MissingRowError(f"{what}, and {error}") from None
@@ -369,17 +342,6 @@ class CachedProvider(ReferenceProvider):
             "fill='ahead', which scores all rows of the run as training begins, or a source that is not in this "
             'process: {"source": "remote", "source_kwargs": {"url": ...}}.'
         )
-
-    @contextmanager
-    def _precision(self) -> Iterator[None]:
-        """
-        Mixed precision as in training: what is borrowed before training has not been prepared by accelerate yet, and
-        where it has, this changes nothing. Casts are not kept: they would be a second copy of the weights.
-        """
-        from accelerate.utils import AutocastKwargs
-
-        with self._context.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
-            yield
 
     def _tolerance(self, context: ReferenceContext) -> Any:
         import torch

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from trl_refplug.errors import ReferenceMismatchError, UnsupportedInputError
-from trl_refplug.provider import ReferenceProvider
+from trl_refplug.errors import ConfigurationError, ReferenceMismatchError, UnsupportedInputError
+from trl_refplug.provider import ReferenceContext, ReferenceProvider
 from trl_refplug.providers.batch_scorer import BatchScorer
+from trl_refplug.providers.borrowed import BorrowedPolicy
 from trl_refplug.providers.row_keys import BatchRows, RowKeys, TailScoredRows, Values
 from trl_refplug.providers.sharing import SharedWork
 from trl_refplug.scoring import Row
@@ -72,6 +73,37 @@ class Survey:
     tokens: int = 0
     first: MissingRow | None = None
     sample: list[tuple[Row, Values]] = field(default_factory=list)
+
+
+def check_known_ahead(context: ReferenceContext, source: ReferenceProvider) -> None:
+    """
+    Refuse to fill ahead what is not known ahead.
+
+    Raises:
+        ConfigurationError: The data set is a stream, or its completions are generated.
+    """
+    if context.planned("train") is None:
+        raise ConfigurationError(
+            "ref_provider='cached' (what `precompute_ref_log_probs=True` means): fill='ahead' is not supported "
+            "with IterableDataset, or with a trainer that generates its completions: it scores rows before "
+            "training, and here they are not known beforehand. Use fill='lazy'."
+        )
+    if context.planned("eval") is None and isinstance(source, BorrowedPolicy):
+        raise ConfigurationError(
+            "ref_provider='cached' (what `precompute_ref_log_probs=True` means) is not supported with "
+            "IterableDataset for evaluation in full fine-tuning: its rows are first seen when the policy, which "
+            'scores them, has moved. Evaluate on a Dataset, or name a source, such as {"source": "frozen"}.'
+        )
+
+
+def planned_blocks(context: ReferenceContext, keys: RowKeys) -> Iterator[RowBlock]:
+    """All rows that training and evaluation are going to ask for."""
+    for split in ("train", "eval"):
+        plain = context.planned_rows(split)
+        if plain is not None:
+            yield from map(keys.of_planned, plain)
+        else:
+            yield from map(keys.of, context.planned(split) or ())
 
 
 def survey(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+from accelerate.utils import AutocastKwargs
 
 from trl_refplug.scoring import Scorer
 
@@ -17,3 +21,13 @@ def trainer_scorer(model: nn.Module, context: ReferenceContext, mode: Literal["e
     """A [`Scorer`] for a model that TRL has placed, with the temperature and head that TRL has given it."""
     cast_lm_head = getattr(context.args, "cast_lm_head_to_fp32", False)
     return Scorer(model, mode=mode, temperature=context.temperature, cast_lm_head_to_fp32=cast_lm_head)
+
+
+@contextmanager
+def trainer_precision(accelerator: Any) -> Iterator[None]:
+    """
+    Mixed precision as in training: what is borrowed before training has not been prepared by accelerate yet, and where
+    it has, this changes nothing. Casts are not kept: they would be a second copy of the weights.
+    """
+    with accelerator.autocast(AutocastKwargs(cache_enabled=False)):
+        yield
