@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,6 +113,39 @@ class ServerProcess:
         """Send a signal and wait; the exit status."""
         self.process.send_signal(how)
         return self.process.wait(30)
+
+    @contextmanager
+    def killed_mid_request(self, number: int, then: Callable[[], object] = lambda: None) -> Iterator[list[float]]:
+        """
+        While this lasts, the request of that number, counted from 1 over all that this process sends, is taken by the
+        server's machine, and the server is killed before it can answer; `then` comes right after. Gives a list that
+        gets the time of death (`time.monotonic`).
+        """
+        died: list[float] = []
+        sent = logging.getLogger("httpcore.http11")  # says what happens to a request, as it happens
+        level, asked = sent.level, 0
+
+        class Killer(logging.Handler):
+            def emit(_, record: logging.LogRecord) -> None:  # noqa: N805
+                nonlocal asked
+                event = record.getMessage()
+                asked += event.startswith("send_request_headers.started")
+                if asked == number and event.startswith("send_request_headers.started"):
+                    self.process.send_signal(signal.SIGSTOP)
+                    os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
+                elif asked >= number and not died and event.startswith("send_request_body.complete"):
+                    self.end()
+                    died.append(time.monotonic())
+                    then()
+
+        killer = Killer()
+        sent.addHandler(killer)
+        sent.setLevel(logging.DEBUG)
+        try:
+            yield died
+        finally:
+            sent.removeHandler(killer)
+            sent.setLevel(level)
 
     def __enter__(self) -> ServerProcess:
         return self
