@@ -89,6 +89,28 @@ def free_port() -> int:
         return port
 
 
+SENDING, SENT = "send_request_headers.started", "send_request_body.complete"
+
+
+@contextmanager
+def watched(act: Callable[[str], None]) -> Iterator[None]:
+    """Call `act` with each event of a request of this process, as it happens: `SENDING`, `SENT` and others."""
+
+    class Watcher(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            act(record.getMessage().split(" ")[0])
+
+    events, watcher = logging.getLogger("httpcore.http11"), Watcher()
+    level = events.level
+    events.addHandler(watcher)
+    events.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        events.removeHandler(watcher)
+        events.setLevel(level)
+
+
 class ServerProcess:
     """`trl-refplug serve` in a process of its own; `wait` until it serves."""
 
@@ -122,30 +144,22 @@ class ServerProcess:
         gets the time of death (`time.monotonic`).
         """
         died: list[float] = []
-        sent = logging.getLogger("httpcore.http11")  # says what happens to a request, as it happens
-        level, asked = sent.level, 0
+        asked = 0
 
-        class Killer(logging.Handler):
-            def emit(_, record: logging.LogRecord) -> None:  # noqa: N805
-                nonlocal asked
-                event = record.getMessage()
-                asked += event.startswith("send_request_headers.started")
-                if asked == number and event.startswith("send_request_headers.started"):
+        def act(event: str) -> None:
+            nonlocal asked
+            if event == SENDING:
+                asked += 1
+                if asked == number:
                     self.process.send_signal(signal.SIGSTOP)
                     os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
-                elif asked >= number and not died and event.startswith("send_request_body.complete"):
-                    self.end()
-                    died.append(time.monotonic())
-                    then()
+            elif event == SENT and asked >= number and not died:
+                self.end()
+                died.append(time.monotonic())
+                then()
 
-        killer = Killer()
-        sent.addHandler(killer)
-        sent.setLevel(logging.DEBUG)
-        try:
+        with watched(act):
             yield died
-        finally:
-            sent.removeHandler(killer)
-            sent.setLevel(level)
 
     def __enter__(self) -> ServerProcess:
         return self

@@ -1,7 +1,10 @@
 """Servers that die and networks that lie: every value is right, or the run ends with an error that says why."""
 
+import contextlib
+import os
 import random
 import signal
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +25,7 @@ from trl_refplug.serving.rows import PaddedRows
 from .. import tiny
 from ..trainers.runs import assert_same, build, finished, train
 from .faults import Failing, cut_short, flipped, proxied, shortened, sometimes
-from .servers import ServerProcess, engine, free_port, serving, transport
+from .servers import SENT, LifespanOf, ServerProcess, engine, free_port, serving, transport, watched
 from .test_app import assert_near, delayed, expected, rows
 
 
@@ -105,9 +108,12 @@ class TestProcesses:
     def test_sigterm_finishes_what_was_taken(self, path):
         wanted = [Row(ids, ids) for ids in np.random.default_rng(0).integers(6, 250, (400, 250))]
         with ServerProcess(path, "--port", "0") as server, transport(server.wait(), deadline=60) as to:
-            client = RefPlugClient(to)
-            answer = in_background(lambda: client.score(PaddedRows.flush_left(wanted), 1.0))
-            time.sleep(0.3)
+            client, sent = RefPlugClient(to), threading.Event()
+            with watched(lambda event: sent.set() if event == SENT else None):
+                answer = in_background(lambda: client.score(PaddedRows.flush_left(wanted), 1.0))
+                assert sent.wait(30)
+            for _ in range(3):  # the server has seen the request when it has answered later ones
+                to.send("GET", "/health", repr)
             assert not answer.done()
             server.process.send_signal(signal.SIGTERM)
             assert len(answer.result(60)) == len(wanted)
@@ -138,7 +144,8 @@ class TestReplicas:
 
     def test_none_is_ever_there(self):
         urls = [f"http://127.0.0.1:{free_port()}" for _ in range(2)]
-        with transport(*urls, connect_timeout=0.3, deadline=1) as to, pytest.raises(RemoteError, match="reached"):
+        error = rf"within 1 s .option 'deadline'.; tried at {urls[0]}, {urls[1]}\. .* at {urls[1]}: it cannot be"
+        with transport(*urls, connect_timeout=0.3, deadline=1) as to, pytest.raises(RemoteError, match=error):
             RefPlugClient(to)
 
     def test_one_that_is_not_there_at_the_start_is_used_later(self, path):
@@ -151,6 +158,14 @@ class TestReplicas:
                 first.not_before = time.monotonic() + 60  # as if it were in trouble
                 client.score(PaddedRows.flush_left(rows()), 1.0)
                 assert second.failures == 0
+
+    def test_one_that_stays_away_is_asked_rarely_while_another_answers(self):
+        with serving(engine()) as there, transport(f"http://127.0.0.1:{free_port()}", there, deadline=300) as to:
+            client = RefPlugClient(to)
+            away, _ = to._servers
+            away.failures, away.not_before = 20, 0.0  # as after some minutes
+            client.score(PaddedRows.flush_left(rows()), 1.0)
+            assert 10 < away.not_before - time.monotonic() <= 60
 
 
 def test_retries_leave_the_global_random_stream_alone():
@@ -263,6 +278,76 @@ def test_a_third_of_all_requests_fails(tmp_path, path, frozen):
                 for ours, theirs in zip(client.score(PaddedRows.flush_left(asked), 1.0), expected(asked), strict=True):
                     np.testing.assert_allclose(ours, theirs, atol=1e-4)
     assert failing[0].failed > 5
+
+
+def test_an_answer_that_trickles_in_ends_at_the_deadline():
+    """Each byte comes within the timeout to read."""
+
+    def trickle():
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.recv(1 << 16)
+            connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n")
+            for _ in range(1000):
+                connection.sendall(b"x")
+                time.sleep(0.1)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=trickle, daemon=True).start()
+        started = time.monotonic()
+        with (
+            transport(f"http://127.0.0.1:{listener.getsockname()[1]}", deadline=1) as to,
+            pytest.raises(RemoteError, match=r"did not answer in time.*too slowly"),
+        ):
+            to.send("GET", "/v1/identity", repr)
+        assert time.monotonic() - started < 30
+
+
+def test_a_proxy_that_asks_to_be_left_alone_for_an_hour_does_not_end_the_run():
+    async def restarting(scope, receive, send):
+        await Response(status_code=503, headers={"retry-after": "3600"})(scope, receive, send)
+
+    around = lambda ours: LifespanOf(ours, restarting)  # noqa: E731
+    with serving(engine(), around=around) as url, transport(url, deadline=300) as to:
+        threading.Timer(1, to.close).start()
+        with pytest.raises(RemoteError, match="closed"):  # it was still waiting
+            to.send("GET", "/health", repr)
+        assert to._servers[0].not_before - time.monotonic() <= 60
+
+
+def test_closing_between_two_steps_of_an_attempt():
+    with transport(f"http://127.0.0.1:{free_port()}") as to:
+        opened = to._open
+
+        def open_and_close():
+            client = opened()
+            to.close()
+            return client
+
+        to._open = open_and_close
+        with pytest.raises(RemoteError, match="closed"):
+            to.send("GET", "/health", repr)
+
+
+def test_a_fork_does_not_wait_for_the_locks_of_threads_it_does_not_have():
+    with serving(engine()) as url, transport(url) as to:
+        client = RefPlugClient(to)
+        locks = to._lock, to.stats.lock, to._closing._cond
+        for lock in locks:
+            lock.acquire()
+        child = os.fork()
+        if not child:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(30)
+            with contextlib.suppress(BaseException):
+                assert len(client.score(PaddedRows.flush_left(rows()), 1.0)) == 3
+                to.close()
+                os._exit(0)
+            os._exit(1)
+        for lock in locks:
+            lock.release()
+        assert os.waitpid(child, 0)[1] == 0
+        assert len(client.score(PaddedRows.flush_left(rows()), 1.0)) == 3
 
 
 def test_closing_ends_waiting_at_once():
