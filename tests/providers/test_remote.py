@@ -309,6 +309,7 @@ class TestOptions:
             ({"url": ["http://host:1", "http://host:1/"]}, "twice"),
             ({"url": "http://host:1", "model": "m"}, "protocol='vllm'"),
             ({"url": "http://host:1", "deadline": 0}, "above 0"),
+            ({"url": "http://host:1", "read_timeout": math.inf}, "finite"),
             ({"url": "http://host:1", "api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY.*not set"),
             ({"url": "http://host:1", "protocl": "vllm"}, "Did you mean 'protocol'"),
         ],

@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -105,8 +106,10 @@ class TestKilledMidRequest:
 
 
 class TestProcesses:
-    def test_sigterm_finishes_what_was_taken(self, path):
-        wanted = [Row(ids, ids) for ids in np.random.default_rng(0).integers(6, 250, (400, 250))]
+    @contextlib.contextmanager
+    def working(self, path, count):
+        """A server, a way to it, and the answer to `count` rows that it has begun to work for."""
+        wanted = [Row(ids, ids) for ids in np.random.default_rng(0).integers(6, 250, (count, 250))]
         with ServerProcess(path, "--port", "0") as server, transport(server.wait(), deadline=60) as to:
             client, sent = RefPlugClient(to), threading.Event()
             with watched(lambda event: sent.set() if event == SENT else None):
@@ -115,10 +118,28 @@ class TestProcesses:
             for _ in range(3):  # the server has seen the request when it has answered later ones
                 to.send("GET", "/health", repr)
             assert not answer.done()
+            yield server, to, answer
+
+    def test_sigterm_finishes_what_was_taken(self, path):
+        with self.working(path, 400) as (server, to, answer):
             server.process.send_signal(signal.SIGTERM)
-            assert len(answer.result(60)) == len(wanted)
+            assert len(answer.result(60)) == 400
             assert to.stats.retries == 0
             assert server.process.wait(30) in (0, -signal.SIGTERM)
+
+    def test_the_second_ctrl_c_ends_it_at_once(self, path):
+        with self.working(path, 4000) as (server, to, answer):
+            server.process.send_signal(signal.SIGINT)
+            with contextlib.suppress(ConnectionRefusedError):
+                while server.process.poll() is None:  # until it listens no more
+                    socket.create_connection(urlsplit(to.urls[0]).netloc.split(":"), timeout=5).close()
+                    time.sleep(0.05)
+            server.process.send_signal(signal.SIGINT)
+            assert server.process.wait(30) == 130
+            assert "terminate called" not in server.process.stderr.read()
+            to.close()
+            with pytest.raises(RemoteError):
+                answer.result(30)
 
 
 class TestGoneForGood:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -101,7 +102,11 @@ def serve(
 
         ssl: dict[str, Any] = {"ssl_certfile": ssl_certfile, "ssl_keyfile": ssl_keyfile} if ssl_certfile else {}
         server = Server(make_app(engine, key=key, limits=limits), limits=limits, ready=ready, **ssl)
-        server.run(sockets=[listener])
+        try:
+            server.run(sockets=[listener])
+        finally:
+            if server.force_exit:
+                os._exit(130)  # an interpreter that ends while a thread of it is in a forward pass is aborted
 
 
 def _check_directory(model: str) -> None:

@@ -81,9 +81,9 @@ class RemoteProvider(ReferenceProvider):
                 "one model only."
             )
         for name in ("connect_timeout", "read_timeout", "deadline"):
-            if not getattr(options, name) > 0:
+            if not 0 < getattr(options, name) < 1e9:
                 raise ConfigurationError(
-                    f"ref_provider='remote': option {name!r} is a number of seconds above 0, found "
+                    f"ref_provider='remote': option {name!r} is a number of seconds above 0, and finite, found "
                     f"{getattr(options, name)}."
                 )
         if options.protocol == "vllm":  # it ignores the temperature when it scores a prompt

@@ -32,7 +32,6 @@ T = TypeVar("T")
 _KEEP_ALIVE = 60  # seconds; less than servers do, so that no request meets a connection that is being closed
 _PAUSE = 5.0  # longest between two attempts at a server, in seconds, unless it asks for more
 _LONGEST_PAUSE = 60.0  # whatever it asks for: a proxy's idea of when it will be back must not end the run
-_LATER = (408, 429, 500, 502, 503, 504)
 _NOT_NEEDED = ("accept", "accept-encoding", "connection", "user-agent")  # 100 bytes in every request
 
 
@@ -279,7 +278,7 @@ class Transport:
             with closing(response):
                 response.stream = _Timely(response.stream, ends)
                 response.read()
-            if response.status_code in _LATER:
+            if response.status_code in (408, 429) or response.status_code >= 500:
                 raise self._later(response)
             if response.status_code != 200:
                 raise refused(server.url, path, response)
