@@ -324,6 +324,43 @@ def test_an_answer_that_trickles_in_ends_at_the_deadline():
         assert time.monotonic() - started < 30
 
 
+def test_a_server_is_left_alone_for_as_long_as_it_asks():
+    asked = []
+
+    def busy_once(ours):
+        async def app(scope, receive, send):
+            asked.append(time.monotonic())
+            answer = Response(status_code=429, headers={"retry-after": "2"}) if len(asked) == 1 else ours
+            await answer(scope, receive, send)
+
+        return LifespanOf(ours, app)
+
+    with serving(engine(), around=busy_once) as url, transport(url) as to:
+        to.send("GET", "/health", repr)
+    assert len(asked) == 2
+    assert asked[1] - asked[0] >= 2
+
+
+def test_a_redirect_is_not_followed():
+    """It would take the key to wherever it leads."""
+    reached = []
+
+    async def elsewhere(scope, receive, send):
+        reached.append(scope["path"])
+
+    async def moved(scope, receive, send):
+        await Response(status_code=307, headers={"location": f"{other}/v1/identity"})(scope, receive, send)
+
+    with (
+        serving(engine(), around=lambda ours: LifespanOf(ours, elsewhere)) as other,
+        serving(engine(), around=lambda ours: LifespanOf(ours, moved)) as url,
+        transport(url, key="k1") as to,
+        pytest.raises(RemoteError, match=r"redirects to .*not followed.*option 'url'"),
+    ):
+        RefPlugClient(to)
+    assert not reached
+
+
 def test_a_proxy_that_asks_to_be_left_alone_for_an_hour_does_not_end_the_run():
     async def restarting(scope, receive, send):
         await Response(status_code=503, headers={"retry-after": "3600"})(scope, receive, send)
