@@ -250,7 +250,8 @@ class Transport:
             # While another answers, this one is asked less and less often: each time can cost `connect_timeout`
             longest = max(_PAUSE, self._deadline / 5) if spare else _PAUSE
             pause = self._random.uniform(0.5, 1.0) * min(0.1 * 2 ** min(server.failures, 10), longest)
-            server.not_before = time.monotonic() + max(pause, seconds)
+            asked = self._random.uniform(1.0, 1.2) * seconds  # or all clients of a full queue would be back at once
+            server.not_before = time.monotonic() + max(pause, asked)
 
     def _attempt(
         self,
