@@ -56,13 +56,17 @@ def test_serves_a_base_and_its_adapter(path, tmp_path):
     [
         (["no/such-model"], "Cannot serve 'no/such-model'"),
         (["/no/such/directory"], "Cannot serve '/no/such/directory': there is no such directory"),
-        (["m", "--api-key-env", "NO_SUCH_KEY"], "NO_SUCH_KEY: there is no such environment variable"),
+        (
+            ["m", "--api-key-env", "NO_SUCH_KEY"],
+            "--api-key-env names the environment variable 'NO_SUCH_KEY', which",
+        ),
         (["m", "--host", "192.0.2.1"], "Cannot listen on 192.0.2.1"),
         (["m", "--host", "no.such.host.invalid"], "Cannot listen on no.such.host.invalid"),
         (["m", "--port", "70000"], "65535"),
         (["m", "--scoring", "fast"], "--scoring"),
         (["m", "--token-budget", "0"], "--token-budget"),
         (["m", "--ssl-certfile", "/no/such/file"], "does not exist"),
+        (["m", "--ssl-certfile", __file__], "are not a certificate chain and its private key, as PEM"),
         ([], "Missing argument"),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 import torch
 import trustme
 from peft import LoraConfig, PeftModel, get_peft_model
+from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +24,7 @@ from trl_refplug import (
     UnsupportedInputError,
 )
 from trl_refplug.serving.engine import Engine
+from trl_refplug.serving.limits import Limits
 from trl_refplug.serving.loading import load_engine
 from trl_refplug.serving.rows import PaddedRows
 
@@ -217,7 +219,7 @@ class TestAnswers:
         provider = used(tmp_path, exact)
         batch = random_batch(0)
         batch.input_ids[1, 3] = batch.labels[1, 3] = 100_000
-        with pytest.raises(UnsupportedInputError, match=r"1 of 3 rows.*row 1: token id 100000 is not in"):
+        with pytest.raises(UnsupportedInputError, match=r"1 of 3 rows.*row 1: token id 100000 is not in.*max_length"):
             provider.log_probs(batch)
 
     def test_vision_is_refused(self, tmp_path, exact):
@@ -276,6 +278,17 @@ class TestWrongServer:
         with serving(engine(), around=lambda ours: LifespanOf(ours, app)) as url, refused:
             build("dpo", tmp_path, tiny.model(), args=remote(url))
 
+    def test_a_server_of_the_other_protocol(self, tmp_path):
+        refused = pytest.raises(RemoteError, match=r"refused /v1/identity \(404\).*options 'url' and 'protocol'")
+        with serving(engine(), around=lambda ours: LifespanOf(ours, Starlette())) as url, refused:
+            build("dpo", tmp_path, tiny.model(), args=remote(url))
+
+    def test_a_batch_beyond_the_limits(self, tmp_path):
+        with serving(engine(), limits=Limits(rows=2)) as url:
+            provider = used(tmp_path, url)
+            with pytest.raises(RemoteError, match=r"too many rows: 3, at most 2.*per_device_train_batch_size"):
+                provider.log_probs(random_batch(0))
+
     def test_nobody_there(self, tmp_path):
         url = f"http://127.0.0.1:{free_port()}"
         started = time.monotonic()
@@ -293,9 +306,10 @@ class TestOptions:
             ({"url": "http://host:port"}, "expected an address"),
             ({"url": []}, "empty"),
             ({"url": "http://user:secret@host:1"}, "credentials for host"),
-            ({"url": ["http://host:1", "http://host:1"]}, "twice"),
+            ({"url": ["http://host:1", "http://host:1/"]}, "twice"),
             ({"url": "http://host:1", "model": "m"}, "protocol='vllm'"),
             ({"url": "http://host:1", "deadline": 0}, "above 0"),
+            ({"url": "http://host:1", "read_timeout": math.inf}, "finite"),
             ({"url": "http://host:1", "api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY.*not set"),
             ({"url": "http://host:1", "protocl": "vllm"}, "Did you mean 'protocol'"),
         ],
@@ -304,6 +318,13 @@ class TestOptions:
         with pytest.raises(ConfigurationError, match=message) as raised:
             build("dpo", tmp_path, "no/such-model", args={"ref_provider": "remote", "ref_provider_kwargs": options})
         assert "secret" not in str(raised.value)
+
+    @pytest.mark.parametrize("key", ["s3cret\nk3y", "s3cret k3y", "s3crét"])
+    def test_a_key_that_http_would_refuse_is_refused_unseen(self, key, tmp_path, monkeypatch):
+        monkeypatch.setenv("REFERENCE_KEY", key)
+        with pytest.raises(ConfigurationError, match=r"'REFERENCE_KEY', which has no key in it") as raised:
+            build("dpo", tmp_path, "no/such-model", args=remote("http://host:1", api_key_env="REFERENCE_KEY"))
+        assert "s3cr" not in str(raised.value)
 
     def test_the_key_is_nowhere_to_be_seen(self, tmp_path, monkeypatch, caplog):
         monkeypatch.setenv("REFERENCE_KEY", "s3cret-k3y")

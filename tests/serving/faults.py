@@ -98,7 +98,7 @@ class Failing:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["path"] == "/v1/score" and self._random.random() < self._probability:
             self.failed += 1
-            status = self._random.choice([500, 502, 503, 504])
+            status = self._random.choice([500, 502, 503, 504, 520])
             await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
             await send({"type": "http.response.body", "body": b""})
             return

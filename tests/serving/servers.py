@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,6 +89,28 @@ def free_port() -> int:
         return port
 
 
+SENDING, SENT = "send_request_headers.started", "send_request_body.complete"
+
+
+@contextmanager
+def watched(act: Callable[[str], None]) -> Iterator[None]:
+    """Call `act` with each event of a request of this process, as it happens: `SENDING`, `SENT` and others."""
+
+    class Watcher(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            act(record.getMessage().split(" ")[0])
+
+    events, watcher = logging.getLogger("httpcore.http11"), Watcher()
+    level = events.level
+    events.addHandler(watcher)
+    events.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        events.removeHandler(watcher)
+        events.setLevel(level)
+
+
 class ServerProcess:
     """`trl-refplug serve` in a process of its own; `wait` until it serves."""
 
@@ -111,6 +135,31 @@ class ServerProcess:
         """Send a signal and wait; the exit status."""
         self.process.send_signal(how)
         return self.process.wait(30)
+
+    @contextmanager
+    def killed_mid_request(self, number: int, then: Callable[[], object] = lambda: None) -> Iterator[list[float]]:
+        """
+        While this lasts, the request of that number, counted from 1 over all that this process sends, is taken by the
+        server's machine, and the server is killed before it can answer; `then` comes right after. Gives a list that
+        gets the time of death (`time.monotonic`).
+        """
+        died: list[float] = []
+        asked = 0
+
+        def act(event: str) -> None:
+            nonlocal asked
+            if event == SENDING:
+                asked += 1
+                if asked == number:
+                    self.process.send_signal(signal.SIGSTOP)
+                    os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
+            elif event == SENT and asked >= number and not died:
+                self.end()
+                died.append(time.monotonic())
+                then()
+
+        with watched(act):
+            yield died
 
     def __enter__(self) -> ServerProcess:
         return self

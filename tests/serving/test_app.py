@@ -1,5 +1,6 @@
 """The server as any client meets it: on a socket, with whatever a client may send."""
 
+import contextlib
 import http.client
 import json
 import socket
@@ -8,11 +9,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
+import msgspec
 import numpy as np
 import pytest
 import torch
+import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from starlette.responses import Response
 
 from trl_refplug.scoring import Row, Scorer
 from trl_refplug.serving import wire
@@ -21,7 +25,7 @@ from trl_refplug.serving.limits import Limits
 from trl_refplug.serving.rows import PaddedRows
 
 from .. import tiny
-from .servers import engine, serving, transport
+from .servers import LifespanOf, engine, serving, transport
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +177,16 @@ class TestScoring:
 
 
 class TestRefusals:
+    def test_a_list_of_nothing_does_not_fill_the_memory(self, url):
+        """Sixteen million empty lists are a gigabyte."""
+        payload = (
+            b"\x9a\x00\xc4\x00\xca\0\0\0\0\x10\x00\x90\x90\xdd" + (1 << 23).to_bytes(4, "big") + b"\x90" * (1 << 23)
+        )
+        body = xxhash.xxh3_64_intdigest(payload).to_bytes(8, "little") + payload
+        status, _, answer = ask(url, body=body)
+        assert status == 400
+        assert "length <= 65536" in json.loads(answer)["error"]
+
     @pytest.mark.parametrize("body", [b"", b"abc", b"\0" * 100, b"\x93\x01\x02\x03" * 10])
     def test_malformed(self, url, body):
         status, _, answer = ask(url, body=body)
@@ -249,6 +263,23 @@ class TestRefusals:
                 assert answer.startswith(b"HTTP/1.1 200")
                 raw.sendall(b"GET /health HTT")
                 assert drip(raw)[0] == b""
+
+    def test_who_does_not_take_an_answer_is_given_up(self):
+        """It would take memory for ever, and the server would wait for it at its end."""
+        size = 64 << 20
+
+        async def large(scope, receive, send):
+            await Response(b"x" * size)(scope, receive, send)
+
+        around = lambda ours: LifespanOf(ours, large)  # noqa: E731
+        with serving(engine(), limits=Limits(body_seconds=0.5), around=around) as url, connection_to(url) as raw:
+            raw.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            time.sleep(2)
+            received = 0
+            with contextlib.suppress(ConnectionResetError):
+                while part := raw.recv(1 << 20):
+                    received += len(part)
+        assert 0 < received < size
 
     def test_a_slow_answer_is_not_given_up(self):
         """The deadlines are for what clients send, not for the time that scoring takes."""
@@ -399,9 +430,6 @@ def hostile_bodies(served):
     ]
 
     def sealed(content):
-        import msgspec
-        import xxhash
-
         payload = msgspec.msgpack.encode(content)
         return xxhash.xxh3_64_intdigest(payload).to_bytes(8, "little") + payload
 

@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 from concurrent.futures import CancelledError
 
 import numpy as np
@@ -194,6 +195,29 @@ def test_a_row_that_fails_does_not_fail_the_others(batcher, model):
         futures[1].result(10)
     model.poison = None
     assert firsts(batcher.submit(1, request(unit(2))).result(10)) == {0: 2}
+
+
+def test_a_pass_that_fails_is_out_of_memory_before_its_rows_are_tried_one_by_one():
+    """What ran out of memory must not keep it."""
+
+    class Activations:
+        pass
+
+    alive = []
+
+    def score(units):
+        activations = Activations()
+        if len(units) > 1:
+            alive.append(weakref.ref(activations))
+            raise RuntimeError("out of memory")
+        kept.extend(reference() for reference in alive)
+        yield 0, [np.zeros(9, np.float32)]
+
+    kept = []
+    batcher = Batcher(score, token_budget=80, queue_tokens=1000)
+    assert firsts(batcher.submit(1, request(unit(1), unit(2))).result(10)) == {0: 0, 1: 0}
+    assert kept == [None, None]
+    batcher.close()
 
 
 def test_closing_finishes_what_was_taken(batcher, model):

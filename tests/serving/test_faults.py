@@ -1,11 +1,15 @@
 """Servers that die and networks that lie: every value is right, or the run ends with an error that says why."""
 
+import contextlib
+import os
 import random
 import signal
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -22,7 +26,7 @@ from trl_refplug.serving.rows import PaddedRows
 from .. import tiny
 from ..trainers.runs import assert_same, build, finished, train
 from .faults import Failing, cut_short, flipped, proxied, shortened, sometimes
-from .servers import ServerProcess, engine, free_port, serving, transport
+from .servers import SENT, LifespanOf, ServerProcess, engine, free_port, serving, transport, watched
 from .test_app import assert_near, delayed, expected, rows
 
 
@@ -45,59 +49,100 @@ def frozen(directory, path):
     return train("dpo", directory, path, args={"ref_provider": "frozen"})
 
 
-class TestProcesses:
-    def test_killed_mid_request_and_restarted_training_goes_on(self, tmp_path, path, frozen):
-        port = str(free_port())
-        arguments = (path, "--scoring", "exact", "--port", port)
-        with ServerProcess(*arguments) as first:
-            url = first.wait()
-            trainer = build("dpo", tmp_path, path, args=remote(url))
-            client = trainer.ref_model.provider._client
-            score, restarted = client.score, []
+class TestKilledMidRequest:
+    """Servers that are processes of their own, killed with a request of the second training step in their hands."""
 
-            def kill_and_restart():
-                first.end()
-                restarted.append(ServerProcess(*arguments))
-
-            def score_and_kill(asked, temperature):
-                client.score = score
-                first.process.send_signal(signal.SIGSTOP)  # it takes the request, and dies before it answers
-                threading.Timer(0.5, kill_and_restart).start()
-                return score(asked, temperature)
-
-            client.score = score_and_kill
-            try:
+    def test_and_restarted_training_goes_on(self, tmp_path, path, frozen, caplog):
+        arguments = (path, "--scoring", "exact", "--port", str(free_port()))
+        with ExitStack() as stack:
+            server = stack.enter_context(ServerProcess(*arguments))
+            trainer = build("dpo", tmp_path, path, args=remote(server.wait(), deadline=240))
+            with server.killed_mid_request(2, lambda: stack.enter_context(ServerProcess(*arguments))) as died:
                 trainer.train()
-            finally:
-                for server in restarted:
-                    server.__exit__()
-        assert first.process.returncode == -signal.SIGKILL
+        assert died
+        assert "the connection broke" in caplog.text
         assert trainer.ref_model.provider.counters()["retries"] > 0
         assert_same(finished(trainer), frozen)
 
-    def test_sigterm_finishes_what_was_taken(self, path):
-        wanted = [Row(ids, ids) for ids in np.random.default_rng(0).integers(6, 250, (400, 250))]
+    def test_and_restarted_with_other_weights_the_run_ends(self, tmp_path, path):
+        port = ("--scoring", "exact", "--port", str(free_port()))
+        tiny.model(seed=5).save_pretrained(tmp_path / "other")
+        other = str(tmp_path / "other")
+        with ExitStack() as stack:
+            server = stack.enter_context(ServerProcess(path, *port))
+            trainer = build("dpo", tmp_path, path, args=remote(server.wait(), deadline=240))
+            with (
+                server.killed_mid_request(2, lambda: stack.enter_context(ServerProcess(other, *port))),
+                pytest.raises(ReferenceMismatchError, match=r"restarted with other weights.*model of before"),
+            ):
+                trainer.train()
+        assert trainer.state.global_step == 1
+
+    def test_for_good_the_run_ends_within_the_deadline(self, tmp_path, path, caplog):
+        with ServerProcess(path, "--scoring", "exact", "--port", "0") as server:
+            url = server.wait()
+            trainer = build("dpo", tmp_path, path, args=remote(url, deadline=3))
+            error = (
+                rf"within 3 s .option 'deadline'.; tried (?!1 )\d+ times at {url}\. .*, at {url}: it cannot be reached"
+            )
+            with server.killed_mid_request(2) as died, pytest.raises(RemoteError, match=error):
+                trainer.train()
+            assert time.monotonic() - died[0] < 33  # a machine may be busy
+        assert "the connection broke" in caplog.text
+        assert trainer.state.global_step == 1
+
+    def test_another_one_takes_over(self, tmp_path, path, frozen, caplog):
+        arguments = (path, "--scoring", "exact", "--port", "0")
+        with ServerProcess(*arguments) as goes, ServerProcess(*arguments) as stays:
+            urls = goes.wait(), stays.wait()
+            # Without look-ahead one request is in flight at a time, and the first of equal servers is asked
+            trainer = build("dpo", tmp_path, path, args={**remote(list(urls)), "ref_prefetch": 0})
+            with goes.killed_mid_request(2) as died:
+                trainer.train()
+            assert stays.process.poll() is None
+        assert died
+        assert f"{urls[0]}: the connection broke" in caplog.text
+        assert_same(finished(trainer), frozen)
+
+
+class TestProcesses:
+    @contextlib.contextmanager
+    def working(self, path, count):
+        """A server, a way to it, and the answer to `count` rows that it has begun to work for."""
+        wanted = [Row(ids, ids) for ids in np.random.default_rng(0).integers(6, 250, (count, 250))]
         with ServerProcess(path, "--port", "0") as server, transport(server.wait(), deadline=60) as to:
-            client = RefPlugClient(to)
-            answer = in_background(lambda: client.score(PaddedRows.flush_left(wanted), 1.0))
-            time.sleep(0.3)
+            client, sent = RefPlugClient(to), threading.Event()
+            with watched(lambda event: sent.set() if event == SENT else None):
+                answer = in_background(lambda: client.score(PaddedRows.flush_left(wanted), 1.0))
+                assert sent.wait(30)
+            for _ in range(3):  # the server has seen the request when it has answered later ones
+                to.send("GET", "/health", repr)
             assert not answer.done()
+            yield server, to, answer
+
+    def test_sigterm_finishes_what_was_taken(self, path):
+        with self.working(path, 400) as (server, to, answer):
             server.process.send_signal(signal.SIGTERM)
-            assert len(answer.result(60)) == len(wanted)
+            assert len(answer.result(60)) == 400
             assert to.stats.retries == 0
             assert server.process.wait(30) in (0, -signal.SIGTERM)
 
+    def test_the_second_ctrl_c_ends_it_at_once(self, path):
+        with self.working(path, 4000) as (server, to, answer):
+            server.process.send_signal(signal.SIGINT)
+            with contextlib.suppress(ConnectionRefusedError):
+                while server.process.poll() is None:  # until it listens no more
+                    socket.create_connection(urlsplit(to.urls[0]).netloc.split(":"), timeout=5).close()
+                    time.sleep(0.05)
+            server.process.send_signal(signal.SIGINT)
+            assert server.process.wait(30) == 130
+            assert "terminate called" not in server.process.stderr.read()
+            to.close()
+            with pytest.raises(RemoteError):
+                answer.result(30)
+
 
 class TestGoneForGood:
-    def test_the_run_ends_within_the_deadline(self, tmp_path, path):
-        with serving(engine(scoring="exact")) as url:
-            trainer = build("dpo", tmp_path, path, args=remote(url, deadline=2))
-        started = time.monotonic()
-        with pytest.raises(RemoteError, match=r"within 2 s .option 'deadline'.; tried \d+ times at http.*reached"):
-            trainer.train()
-        assert time.monotonic() - started < 6
-        assert trainer.state.global_step == 0
-
     def test_a_server_that_does_not_answer_any_more(self, path):
         with serving(delayed(engine(), 3.0)) as url, transport(url, read_timeout=0.5, deadline=2) as to:
             client = RefPlugClient(to)
@@ -108,13 +153,6 @@ class TestGoneForGood:
 
 
 class TestReplicas:
-    def test_failover(self, tmp_path, path, frozen):
-        with serving(engine(scoring="exact")) as stays:
-            with serving(engine(scoring="exact")) as goes:
-                trainer = build("dpo", tmp_path, path, args=remote([goes, stays]))
-            trainer.train()
-            assert_same(finished(trainer), frozen)
-
     def test_none_is_there_at_the_start_and_then_one_is(self):
         ports = free_port(), free_port()
         urls = [f"http://127.0.0.1:{port}" for port in ports]
@@ -127,7 +165,8 @@ class TestReplicas:
 
     def test_none_is_ever_there(self):
         urls = [f"http://127.0.0.1:{free_port()}" for _ in range(2)]
-        with transport(*urls, connect_timeout=0.3, deadline=1) as to, pytest.raises(RemoteError, match="reached"):
+        error = rf"within 1 s .option 'deadline'.; tried at {urls[0]}, {urls[1]}\. .* at {urls[1]}: it cannot be"
+        with transport(*urls, connect_timeout=0.3, deadline=1) as to, pytest.raises(RemoteError, match=error):
             RefPlugClient(to)
 
     def test_one_that_is_not_there_at_the_start_is_used_later(self, path):
@@ -140,6 +179,14 @@ class TestReplicas:
                 first.not_before = time.monotonic() + 60  # as if it were in trouble
                 client.score(PaddedRows.flush_left(rows()), 1.0)
                 assert second.failures == 0
+
+    def test_one_that_stays_away_is_asked_rarely_while_another_answers(self):
+        with serving(engine()) as there, transport(f"http://127.0.0.1:{free_port()}", there, deadline=300) as to:
+            client = RefPlugClient(to)
+            away, _ = to._servers
+            away.failures, away.not_before = 20, 0.0  # as after some minutes
+            client.score(PaddedRows.flush_left(rows()), 1.0)
+            assert 10 < away.not_before - time.monotonic() <= 60
 
 
 def test_retries_leave_the_global_random_stream_alone():
@@ -252,6 +299,128 @@ def test_a_third_of_all_requests_fails(tmp_path, path, frozen):
                 for ours, theirs in zip(client.score(PaddedRows.flush_left(asked), 1.0), expected(asked), strict=True):
                     np.testing.assert_allclose(ours, theirs, atol=1e-4)
     assert failing[0].failed > 5
+
+
+def test_an_answer_that_trickles_in_ends_at_the_deadline():
+    """Each byte comes within the timeout to read."""
+
+    def trickle():
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.recv(1 << 16)
+            connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n")
+            for _ in range(1000):
+                connection.sendall(b"x")
+                time.sleep(0.1)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=trickle, daemon=True).start()
+        started = time.monotonic()
+        with (
+            transport(f"http://127.0.0.1:{listener.getsockname()[1]}", deadline=1) as to,
+            pytest.raises(RemoteError, match=r"did not answer in time.*too slowly"),
+        ):
+            to.send("GET", "/v1/identity", repr)
+        assert time.monotonic() - started < 30
+
+
+def test_a_server_is_left_alone_for_as_long_as_it_asks():
+    asked = []
+
+    def busy_once(ours):
+        async def app(scope, receive, send):
+            asked.append(time.monotonic())
+            answer = Response(status_code=429, headers={"retry-after": "2"}) if len(asked) == 1 else ours
+            await answer(scope, receive, send)
+
+        return LifespanOf(ours, app)
+
+    with serving(engine(), around=busy_once) as url, transport(url) as to:
+        to.send("GET", "/health", repr)
+    assert len(asked) == 2
+    assert asked[1] - asked[0] >= 2
+
+
+def test_clients_that_were_sent_away_do_not_all_come_back_at_once():
+    async def full(scope, receive, send):
+        await Response(status_code=429, headers={"retry-after": "10"})(scope, receive, send)
+
+    pauses = []
+    with serving(engine(), around=lambda ours: LifespanOf(ours, full)) as url:
+        for _ in range(6):
+            started = time.monotonic()
+            with transport(url, deadline=5) as to, pytest.raises(RemoteError, match="429"):
+                to.send("GET", "/health", repr)
+            pauses.append(to._servers[0].not_before - started)
+    assert min(pauses) >= 10
+    assert max(pauses) - min(pauses) > 0.2
+
+
+def test_a_redirect_is_not_followed():
+    """It would take the key to wherever it leads."""
+    reached = []
+
+    async def elsewhere(scope, receive, send):
+        reached.append(scope["path"])
+
+    async def moved(scope, receive, send):
+        await Response(status_code=307, headers={"location": f"{other}/v1/identity"})(scope, receive, send)
+
+    with (
+        serving(engine(), around=lambda ours: LifespanOf(ours, elsewhere)) as other,
+        serving(engine(), around=lambda ours: LifespanOf(ours, moved)) as url,
+        transport(url, key="k1") as to,
+        pytest.raises(RemoteError, match=r"redirects to .*not followed.*option 'url'"),
+    ):
+        RefPlugClient(to)
+    assert not reached
+
+
+def test_a_proxy_that_asks_to_be_left_alone_for_an_hour_does_not_end_the_run():
+    async def restarting(scope, receive, send):
+        await Response(status_code=503, headers={"retry-after": "3600"})(scope, receive, send)
+
+    around = lambda ours: LifespanOf(ours, restarting)  # noqa: E731
+    with serving(engine(), around=around) as url, transport(url, deadline=300) as to:
+        threading.Timer(1, to.close).start()
+        with pytest.raises(RemoteError, match="closed"):  # it was still waiting
+            to.send("GET", "/health", repr)
+        assert to._servers[0].not_before - time.monotonic() <= 72
+
+
+def test_closing_between_two_steps_of_an_attempt():
+    with transport(f"http://127.0.0.1:{free_port()}") as to:
+        opened = to._open
+
+        def open_and_close():
+            client = opened()
+            to.close()
+            return client
+
+        to._open = open_and_close
+        with pytest.raises(RemoteError, match="closed"):
+            to.send("GET", "/health", repr)
+
+
+def test_a_fork_does_not_wait_for_the_locks_of_threads_it_does_not_have():
+    with serving(engine()) as url, transport(url) as to:
+        client = RefPlugClient(to)
+        locks = to._lock, to.stats.lock, to._closing._cond
+        for lock in locks:
+            lock.acquire()
+        child = os.fork()
+        if not child:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(30)
+            with contextlib.suppress(BaseException):
+                assert len(client.score(PaddedRows.flush_left(rows()), 1.0)) == 3
+                to.close()
+                os._exit(0)
+            os._exit(1)
+        for lock in locks:
+            lock.release()
+        assert os.waitpid(child, 0)[1] == 0
+        assert len(client.score(PaddedRows.flush_left(rows()), 1.0)) == 3
 
 
 def test_closing_ends_waiting_at_once():

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from trl_refplug.errors import ConfigurationError
+from trl_refplug.serving.keys import read_key
 
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
@@ -58,9 +59,11 @@ def serve(
     Ctrl-C or SIGTERM ends it when the requests it has taken are answered.
     """
     _check_directory(model)
-    key = _key(api_key_env)
+    key = read_key(api_key_env, "--api-key-env") if api_key_env is not None else None
     if ssl_keyfile and not ssl_certfile:
         raise ConfigurationError("--ssl-keyfile needs --ssl-certfile.")
+    if ssl_certfile:
+        _check_certificate(ssl_certfile, ssl_keyfile)
     _require_extra()
 
     from trl_refplug.serving.limits import Limits
@@ -99,24 +102,30 @@ def serve(
 
         ssl: dict[str, Any] = {"ssl_certfile": ssl_certfile, "ssl_keyfile": ssl_keyfile} if ssl_certfile else {}
         server = Server(make_app(engine, key=key, limits=limits), limits=limits, ready=ready, **ssl)
-        server.run(sockets=[listener])
-
-
-def _key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    key = os.environ.get(variable)
-    if not key:
-        raise ConfigurationError(f"--api-key-env {variable}: there is no such environment variable, or it is empty.")
-    if not (key.isascii() and key.isprintable() and " " not in key):
-        raise ConfigurationError(f"--api-key-env {variable}: a key is printable ASCII without spaces.")
-    return key
+        try:
+            server.run(sockets=[listener])
+        finally:
+            if server.force_exit:
+                os._exit(130)  # an interpreter that ends while a thread of it is in a forward pass is aborted
 
 
 def _check_directory(model: str) -> None:
     """Refuse a path that does not exist at once, not after torch is imported."""
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
         raise ConfigurationError(f"Cannot serve {model!r}: there is no such directory.")
+
+
+def _check_certificate(certfile: Path, keyfile: Path | None) -> None:
+    """Refuse files that are no certificate and its key at once, not after the model is loaded."""
+    import ssl
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile, password="")
+    except OSError as error:  # ssl's own errors, too
+        raise ConfigurationError(
+            f"--ssl-certfile {certfile} and --ssl-keyfile {keyfile or certfile} are not a certificate chain and its "
+            f"private key, as PEM and without a passphrase: {error.strerror or error}."
+        ) from None
 
 
 def _require_extra() -> None:

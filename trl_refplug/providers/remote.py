@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from urllib.parse import urlsplit
 
 from trl_refplug.errors import ConfigurationError, UnsupportedInputError
 from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
+from trl_refplug.serving.keys import read_key
 
 
 if TYPE_CHECKING:
@@ -73,16 +73,17 @@ class RemoteProvider(ReferenceProvider):
                 "'trl-refplug[serve]'"
             )
         self._urls = _checked_urls(options.url)
-        self._key = _key(options.api_key_env)
+        option = "ref_provider='remote': option 'api_key_env'"
+        self._key = None if options.api_key_env is None else read_key(options.api_key_env, option)
         if options.model is not None and options.protocol != "vllm":
             raise ConfigurationError(
                 "ref_provider='remote': option 'model' is for protocol='vllm'. A server of `trl-refplug serve` has "
                 "one model only."
             )
         for name in ("connect_timeout", "read_timeout", "deadline"):
-            if not getattr(options, name) > 0:
+            if not 0 < getattr(options, name) < 1e9:
                 raise ConfigurationError(
-                    f"ref_provider='remote': option {name!r} is a number of seconds above 0, found "
+                    f"ref_provider='remote': option {name!r} is a number of seconds above 0, and finite, found "
                     f"{getattr(options, name)}."
                 )
         if options.protocol == "vllm":  # it ignores the temperature when it scores a prompt
@@ -200,18 +201,6 @@ def _checked_urls(given: str | list[str]) -> list[str]:
                 f"ref_provider='remote': option 'url' has credentials for {parts.hostname}, which would end in logs "
                 "and checkpoints. Put the key into an environment variable and name that in option 'api_key_env'."
             )
-    if len(set(urls)) < len(urls):
+    if len({url.rstrip("/") for url in urls}) < len(urls):
         raise ConfigurationError("ref_provider='remote': option 'url' has the same address twice.")
     return urls
-
-
-def _key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise ConfigurationError(
-            f"ref_provider='remote': option 'api_key_env' names the environment variable {variable!r}, which is not "
-            "set, or empty. It has to be set for every rank."
-        )
-    return key

@@ -192,14 +192,13 @@ class Batcher:
         try:
             for index, values in self._score([entry.unit for entry in batch]):
                 self._deliver(pending.pop(index), values)
-        except Exception as error:  # whatever a model raises; one unit must not fail the others
-            if len(pending) > 1:
-                for entry in pending.values():
-                    self._compute([entry])
-                return
-            logger.exception("Scoring failed.")
-            for entry in pending.values():
-                self._deliver(entry, error)
+        except Exception as error:  # whatever a model raises
+            if len(pending) == 1:
+                logger.exception("Scoring failed.")
+                self._deliver(pending.popitem()[1], error)
+        # One unit must not fail the others. Not inside `except`, where the error keeps the memory of the pass
+        for entry in pending.values():
+            self._compute([entry])
 
     def _deliver(self, entry: _Entry, result: list[Values] | Exception) -> None:
         with self._changed:

@@ -70,12 +70,14 @@ class RefPlugClient:
         answer = self.transport.send("POST", "/v1/score", parse, content=body)
         if answer.identity != self.facts.digest:
             raise ReferenceMismatchError(
-                f"A reference server answered for {answer.identity}, and this run's reference is {self.facts.digest}."
+                f"A reference server answered for {answer.identity}, and this run's reference is {self.facts.digest}. "
+                "Serve the model of before, or start anew."
             )
         if answer.refused:
             shown = "; ".join(f"row {index}: {reason}" for index, reason in sorted(answer.refused.items())[:5])
             raise UnsupportedInputError(
-                f"The reference server cannot score {len(answer.refused)} of {len(rows)} rows of a batch: {shown}."
+                f"The reference server cannot score {len(answer.refused)} of {len(rows)} rows of a batch: {shown}. "
+                "Leave such rows out, shorten them (`max_length`), or serve a model that takes them."
             )
         return [values for values in answer.values if values is not None]
 

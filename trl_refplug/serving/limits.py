@@ -16,7 +16,8 @@ class Limits:
         tokens (`int`): Most tokens of a request, with padding.
         queue_tokens (`int`): Tokens that may wait before no more requests are taken.
         head_seconds (`float`): How long a client may take to send the head of a request.
-        body_seconds (`float`): How long it may take to send its body.
+        body_seconds (`float`): How long it may take to send its body, and to take what is too long for the buffers of
+            an answer.
     """
 
     body_bytes: int = 16 << 20

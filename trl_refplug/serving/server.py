@@ -21,14 +21,15 @@ KEEP_ALIVE = 75
 _CONNECTIONS = 2048
 
 
-def http_protocol(head_seconds: float) -> type[asyncio.Protocol]:
+def http_protocol(limits: Limits) -> type[asyncio.Protocol]:
     """
-    Uvicorn's HTTP protocol, which waits for ever for the head of a request, with a deadline for it. Bodies have theirs
-    in the application.
+    Uvicorn's HTTP protocol, which waits for ever for the head of a request and for a client to take its answer, with
+    deadlines for both. Bodies have theirs in the application.
     """
 
     class DeadlineProtocol(H11Protocol):
         _head_deadline: asyncio.TimerHandle | None = None
+        _taking_deadline: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -43,7 +44,17 @@ def http_protocol(head_seconds: float) -> type[asyncio.Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._forget_deadline()
-            super().connection_lost(exc)
+            super().connection_lost(exc)  # resumes writing
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._taking_deadline = self.loop.call_later(limits.body_seconds, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._taking_deadline is not None:
+                self._taking_deadline.cancel()
+                self._taking_deadline = None
 
         def shutdown(self) -> None:
             super().shutdown()
@@ -52,7 +63,7 @@ def http_protocol(head_seconds: float) -> type[asyncio.Protocol]:
 
         def _expect_head(self) -> None:
             if self._head_deadline is None:
-                self._head_deadline = self.loop.call_later(head_seconds, self.transport.abort)
+                self._head_deadline = self.loop.call_later(limits.head_seconds, self.transport.abort)
 
         def _forget_deadline(self) -> None:
             if self._head_deadline is not None:
@@ -79,7 +90,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=http_protocol(limits.head_seconds),
+                http=http_protocol(limits),
                 ws="none",
                 lifespan="on",
                 log_level="warning",

@@ -13,14 +13,16 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import httpx
 import tenacity
 
-from trl_refplug.errors import ReferenceMismatchError, RemoteError
+from trl_refplug.errors import RemoteError
+from trl_refplug.serving.http_errors import described, reason_of, refused, untrusted
 
 
 logger = logging.getLogger("trl_refplug")
@@ -29,7 +31,7 @@ T = TypeVar("T")
 
 _KEEP_ALIVE = 60  # seconds; less than servers do, so that no request meets a connection that is being closed
 _PAUSE = 5.0  # longest between two attempts at a server, in seconds, unless it asks for more
-_LATER = (408, 429, 500, 502, 503, 504)
+_LONGEST_PAUSE = 60.0  # whatever it asks for: a proxy's idea of when it will be back must not end the run
 _NOT_NEEDED = ("accept", "accept-encoding", "connection", "user-agent")  # 100 bytes in every request
 
 
@@ -39,6 +41,9 @@ class DamagedAnswerError(Exception):
 
 class UnreachableError(RemoteError):
     """No server has answered in time."""
+
+    last = ""
+    """What came of the last attempt."""
 
 
 class _AttemptError(Exception):
@@ -105,7 +110,7 @@ class Transport:
         self._random = random.Random()  # the global stream is training's
         self._closing = threading.Event()
         self._client: httpx.Client | None = None
-        self._process = 0
+        self._begin()
 
     def __repr__(self) -> str:
         return f"Transport({', '.join(map(str, self._servers))})"
@@ -139,6 +144,8 @@ class Transport:
             RemoteError: The request was refused, or not answered before the deadline.
             ReferenceMismatchError: The server has another reference than the one asked for.
         """
+        if self._process != os.getpid():
+            self._begin()
         seconds = self._deadline if deadline is None else deadline
         servers = [server for server in self._servers if url is None or server.url == url]
         ends = time.monotonic() + seconds
@@ -178,11 +185,8 @@ class Transport:
         except _AttemptError as error:
             if self._closing.is_set():
                 raise RemoteError("The connection to the reference server was closed.") from None
-            attempts = retrying.statistics.get("attempt_number", 1)
-            raise UnreachableError(
-                f"No reference server answered {method} {path} within {seconds:g} s (option 'deadline'); tried "
-                f"{attempts} times at {', '.join(map(str, servers))}. The last attempt, at {last}: {error}."
-            ) from error.__cause__
+            attempts = f"{retrying.statistics.get('attempt_number', 1)} times "
+            raise _unreachable(f"{method} {path}", seconds, servers, attempts, f"{last}: {error}") from error.__cause__
 
     def each(self, method: str, path: str, parse: Callable[[httpx.Response], T]) -> dict[str, T]:
         """
@@ -203,18 +207,32 @@ class Transport:
                 try:
                     found[url] = self.send(method, path, parse, url=url, deadline=self._timeout.connect)
                 except UnreachableError as error:
-                    if time.monotonic() >= ends:
-                        raise
-                    logger.warning("%s It is tried again when it is needed.", error)
+                    if time.monotonic() >= ends and not found:
+                        what = f"{method} {path}"
+                        raise _unreachable(what, self._deadline, self._servers, "", error.last) from error.__cause__
+                    logger.warning("Reference server %s. It is tried again when it is needed.", error.last)
         return found
 
     def close(self) -> None:
         """End waiting and retries, and close all connections. May be called more than once."""
+        if self._process != os.getpid():
+            self._begin()
         self._closing.set()
         with self._lock:
             client, self._client = self._client, None
-        if client is not None and self._process == os.getpid():
+        if client is not None:
             client.close()
+
+    def _begin(self) -> None:
+        """Start anew in this process. A fork must not use its parent's sockets, and has its locks as they were."""
+        self._process = os.getpid()
+        before, self._closing = self._closing, threading.Event()
+        if before.is_set():
+            self._closing.set()
+        self._lock, self.stats.lock = threading.Lock(), threading.Lock()
+        self._client = None
+        for server in self._servers:
+            server.in_flight = 0
 
     # One attempt
 
@@ -228,8 +246,12 @@ class Transport:
     def _leave_alone(self, server: _Server, seconds: float) -> None:
         with self._lock:
             server.failures += 1
-            pause = self._random.uniform(0.5, 1.0) * min(0.1 * 2 ** min(server.failures, 10), _PAUSE)
-            server.not_before = time.monotonic() + max(pause, seconds)
+            spare = any(not other.failures for other in self._servers)
+            # While another answers, this one is asked less and less often: each time can cost `connect_timeout`
+            longest = max(_PAUSE, self._deadline / 5) if spare else _PAUSE
+            pause = self._random.uniform(0.5, 1.0) * min(0.1 * 2 ** min(server.failures, 10), longest)
+            asked = self._random.uniform(1.0, 1.2) * seconds  # or all clients of a full queue would be back at once
+            server.not_before = time.monotonic() + max(pause, asked)
 
     def _attempt(
         self,
@@ -253,16 +275,23 @@ class Transport:
             name: min(value, left) for name, value in self._timeout.as_dict().items() if value is not None
         }
         try:
-            response = client.send(request)
-            if response.status_code in _LATER:
+            response = client.send(request, stream=True)
+            with closing(response):
+                response.stream = _Timely(response.stream, ends)
+                response.read()
+            if response.status_code in (408, 429) or response.status_code >= 500:
                 raise self._later(response)
             if response.status_code != 200:
-                raise _refused(server.url, path, response)
+                raise refused(server.url, path, response)
             result = parse(response)
         except (httpx.RequestError, DamagedAnswerError) as error:
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
-                raise _untrusted(server.url, error) from None
-            raise _AttemptError(_described(error)) from error
+                raise untrusted(server.url, error) from None
+            raise _AttemptError(described(error)) from error
+        except RuntimeError:  # of a client that another thread has closed
+            if not self._closing.is_set():
+                raise
+            raise RemoteError("The connection to the reference server was closed.") from None
         self._count(request, response)
         return result
 
@@ -270,18 +299,17 @@ class Transport:
         with self._lock:
             if self._closing.is_set():
                 raise RemoteError("The connection to the reference server is closed.")
-            if self._client is None or self._process != os.getpid():  # a fork must not share its parent's sockets
+            if self._client is None:
                 self._client = httpx.Client(
                     limits=httpx.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE), follow_redirects=False
                 )
-                self._process = os.getpid()
             return self._client
 
     @staticmethod
     def _later(response: httpx.Response) -> _AttemptError:
         seconds = response.headers.get("retry-after", "")
-        pause = float(seconds) if seconds.isdigit() else 0.0
-        return _AttemptError(f"it answered {response.status_code}{_reason(response)}", pause)
+        pause = min(float(seconds), _LONGEST_PAUSE) if seconds.isdecimal() else 0.0
+        return _AttemptError(f"it answered {response.status_code}{reason_of(response)}", pause)
 
     def _count(self, request: httpx.Request, response: httpx.Response) -> None:
         sent, received = _size(request.headers, request.content), _size(response.headers, response.content)
@@ -299,55 +327,29 @@ class Transport:
         )
 
 
-def _refused(url: str, path: str, response: httpx.Response) -> Exception:
-    status, reason = response.status_code, _reason(response)
-    if status in (401, 403):
-        return RemoteError(
-            f"{url} refused the key ({status}). Option 'api_key_env' names the environment variable with the key "
-            "that the server expects; it has to be set for every rank."
-        )
-    if status == 409:
-        return ReferenceMismatchError(
-            f"{url} does not have the reference that this run started with{reason}. It was restarted with other "
-            "weights, or another server has taken its place. Serve the model of before, or start anew."
-        )
-    if 300 <= status < 400:
-        return RemoteError(
-            f"{url} redirects to {response.headers.get('location', 'nowhere')!r}, which is not followed. Use that "
-            "server's own address as option 'url'."
-        )
-    return RemoteError(f"{url} refused {path} ({status}){reason}.")
+class _Timely(httpx.SyncByteStream):
+    """The body of an answer, which has to be there by then: a timeout to read is one for each part of it."""
+
+    def __init__(self, stream: Any, ends: float) -> None:
+        self._stream, self._ends = stream, ends
+
+    def __iter__(self) -> Iterator[bytes]:
+        for part in self._stream:
+            if time.monotonic() > self._ends:
+                raise httpx.ReadTimeout("it came too slowly")
+            yield part
+
+    def close(self) -> None:
+        self._stream.close()
 
 
-def _untrusted(url: str, error: Exception) -> RemoteError:
-    return RemoteError(
-        f"The certificate of {url} cannot be verified ({error}). For one of your own, let the environment variable "
-        "SSL_CERT_FILE name the certificate of the authority that issued it."
+def _unreachable(what: str, seconds: float, servers: Sequence[_Server], attempts: str, last: str) -> UnreachableError:
+    error = UnreachableError(
+        f"No reference server answered {what} within {seconds:g} s (option 'deadline'); tried {attempts}at "
+        f"{', '.join(map(str, servers))}. The last attempt, at {last}."
     )
-
-
-def _reason(response: httpx.Response) -> str:
-    try:
-        content = response.json()
-        error = content.get("error") or content.get("message") or ""
-        text = str(error.get("message", error) if isinstance(error, dict) else error)
-    except (ValueError, AttributeError):
-        text = ""
-    return f": {text[:500]}" if text else ""
-
-
-def _described(error: Exception) -> str:
-    kind = {
-        "ConnectError": "it cannot be reached",
-        "ConnectTimeout": "it cannot be reached in time",
-        "ReadTimeout": "it did not answer in time",
-        "WriteTimeout": "it did not take the request in time",
-        "ReadError": "the connection broke",
-        "WriteError": "the connection broke",
-        "RemoteProtocolError": "the answer was cut short",
-        "DamagedAnswerError": "the answer is damaged",
-    }.get(type(error).__name__, type(error).__name__)
-    return f"{kind} ({error})" if str(error) else kind
+    error.last = last
+    return error
 
 
 def _size(headers: httpx.Headers, content: bytes) -> int:

@@ -21,7 +21,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -39,6 +39,7 @@ PROTOCOL = 1
 
 _CHECKSUM = struct.Struct("<Q")
 _ID_BYTES = (2, 4)
+_MOST_ROWS = msgspec.Meta(max_length=1 << 16)  # an empty list is one byte on its way, and sixty in memory
 
 
 class WireError(ValueError):
@@ -87,7 +88,7 @@ class _Request(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     padding_id: int
     lengths: list[int]
     lefts: list[int]
-    spans: list[list[int]]  # start and end of each run of scored tokens
+    spans: Annotated[list[list[int]], _MOST_ROWS]  # start and end of each run of scored tokens
     id_bytes: int
     ids: list[bytes]
 

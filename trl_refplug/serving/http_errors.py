@@ -1,0 +1,69 @@
+"""
+What went wrong with a request, in words that name what to change.
+"""
+
+from __future__ import annotations
+
+import httpx
+
+from trl_refplug.errors import ReferenceMismatchError, RemoteError
+
+
+def refused(url: str, path: str, response: httpx.Response) -> Exception:
+    """The error of an answer that another attempt would not change."""
+    status, reason = response.status_code, reason_of(response)
+    if status in (401, 403):
+        return RemoteError(
+            f"{url} refused the key ({status}). Option 'api_key_env' names the environment variable with the key "
+            "that the server expects; it has to be set for every rank."
+        )
+    if status == 409:
+        return ReferenceMismatchError(
+            f"{url} does not have the reference that this run started with{reason}. It was restarted with other "
+            "weights, or another server has taken its place. Serve the model of before, or start anew."
+        )
+    if 300 <= status < 400:
+        return RemoteError(
+            f"{url} redirects to {response.headers.get('location', 'nowhere')!r}, which is not followed. Use that "
+            "server's own address as option 'url'."
+        )
+    hint = {
+        404: " It may be another kind of server: see options 'url' and 'protocol'.",
+        405: " It may be another kind of server: see options 'url' and 'protocol'.",
+        413: " Ask for less at a time: lower `per_device_train_batch_size`, or that of the evaluation.",
+    }.get(status, "")
+    return RemoteError(f"{url} refused {path} ({status}){reason}.{hint}")
+
+
+def untrusted(url: str, error: Exception) -> RemoteError:
+    """The error of a certificate that cannot be verified."""
+    return RemoteError(
+        f"The certificate of {url} cannot be verified ({error}). For one of your own, let the environment variable "
+        "SSL_CERT_FILE name the certificate of the authority that issued it."
+    )
+
+
+def reason_of(response: httpx.Response) -> str:
+    """`": why"`, where a server says so, else nothing."""
+    try:
+        content = response.json()
+        error = content.get("error") or content.get("message") or ""
+        text = str(error.get("message", error) if isinstance(error, dict) else error)
+    except (ValueError, AttributeError):
+        text = ""
+    return f": {text[:500]}" if text else ""
+
+
+def described(error: Exception) -> str:
+    """An error of httpx, or of an answer, for people."""
+    kind = {
+        "ConnectError": "it cannot be reached",
+        "ConnectTimeout": "it cannot be reached in time, option 'connect_timeout'",
+        "ReadTimeout": "it did not answer in time, option 'read_timeout'",
+        "WriteTimeout": "it did not take the request in time, option 'read_timeout'",
+        "ReadError": "the connection broke",
+        "WriteError": "the connection broke",
+        "RemoteProtocolError": "the answer was cut short",
+        "DamagedAnswerError": "the answer is damaged",
+    }.get(type(error).__name__, type(error).__name__)
+    return f"{kind} ({error})" if str(error) else kind
