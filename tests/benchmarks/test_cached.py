@@ -148,7 +148,8 @@ def test_filling(tmp_path: Path) -> None:
             started = time.perf_counter()
             if name == "filling":
                 with LogProbStore(tmp_path / f"store-{round_}", mode="a") as store:
-                    fill(store, blocks(), keys, survey(store, blocks(), keys), Source(), torch.device("cpu"), progress=False)
+                    missing = survey(store, blocks(), keys)
+                    fill(store, blocks(), keys, missing, Source(), torch.device("cpu"), progress=False)
             else:
                 rows = [block.row(index) for block in blocks() for index in range(len(block))]
                 started = time.perf_counter()
