@@ -84,7 +84,7 @@ class TestScoring:
         assert status == 200
         request = wire.ScoringRequest(PaddedRows.flush_left(wanted), served.facts.digest)
         decoded = wire.decode_answer(answer, request, body)
-        assert decoded.identity == served.facts.digest
+        assert served.facts.digest.startswith(decoded.identity)
         assert_near(decoded.values, expected(wanted))
 
     def test_temperatures_do_not_mix(self, url):
@@ -418,7 +418,7 @@ def hostile_bodies(served):
     )
     fields = [
         st.integers(-5, 2**64 - 1),
-        st.just(bytes.fromhex(served.facts.digest)),
+        st.just(bytes.fromhex(served.facts.digest)[:8]),
         st.floats(),
         st.integers(-2, 300),
         st.integers(-2, 2**33),
@@ -446,7 +446,7 @@ def hostile_bodies(served):
         return sealed(
             [
                 draw(st.integers(0, 3)),
-                bytes.fromhex(served.facts.digest),
+                bytes.fromhex(served.facts.digest)[:8],
                 temperature,
                 width,
                 draw(st.integers(0, 2**32 - 1)),

@@ -57,7 +57,7 @@ def exchanges(draw):
 def test_request_restores_the_very_tensors(batch):
     body = wire.encode_request(wire.ScoringRequest(PaddedRows.of(batch), DIGEST, 0.7, 5))
     request = wire.decode_request(body, **LIMITS)
-    assert (request.identity, request.temperature, request.client) == (DIGEST, 0.7, 5)
+    assert (request.identity, request.temperature, request.client) == (DIGEST[:16], 0.7, 5)
     again = request.rows.batch()
     for name in ("input_ids", "attention_mask", "labels"):
         assert torch.equal(getattr(again, name), getattr(batch, name)), name
@@ -68,7 +68,7 @@ def test_answer_restores_the_very_bits(exchange):
     request, answer = exchange
     body = wire.encode_request(request)
     again = wire.decode_answer(wire.encode_answer(answer, body), request, body)
-    assert again.identity == DIGEST
+    assert again.identity == DIGEST[:16]
     assert again.refused == answer.refused
     for ours, theirs in zip(again.values, answer.values, strict=True):
         assert (ours is None) == (theirs is None)
@@ -108,7 +108,7 @@ def sealed(content, seed=0):
 
 
 # client, identity, temperature, width, padding id, lengths, lefts, spans, id bytes, id planes
-SOUND = [1, b"\1" * 16, 1.0, 4, 0, [3], [1], [[1, 3]], 2, [b"\1\2\3", b"\0\0\0"]]
+SOUND = [1, b"\1" * 8, 1.0, 4, 0, [3], [1], [[1, 3]], 2, [b"\1\2\3", b"\0\0\0"]]
 
 
 def changed(index, value):
@@ -124,6 +124,8 @@ def test_what_is_malformed_below_is_sound_otherwise():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (changed(1, b""), "identity"),
+        (changed(1, b"\1" * 16), "identity"),
         (changed(2, float("nan")), "temperature"),
         (changed(2, 0.0), "temperature"),
         (changed(3, 3), "length or padding"),
@@ -140,7 +142,7 @@ def test_what_is_malformed_below_is_sound_otherwise():
         (changed(8, 3), "size of token ids"),
         (changed(9, [b"\1\2\3"]), "number of byte planes"),
         (changed(9, [b"\1\2", b"\0\0\0"]), "decompressed"),
-        (changed(9, [b"(\xb5/\xfd\xa4\xff\xff\xff\xff\x01\x00\x00", b"\0\0\0"]), "length of a byte plane"),
+        (changed(9, [b"\xa4\xff\xff\xff\xff\x01\x00\x00", b"\0\0\0"]), "length of a byte plane"),
         ([*SOUND, 1], "format"),
         (SOUND[:-1], "format"),
         ({"rows": 1}, "format"),

@@ -8,8 +8,9 @@ answer   = [identity, {row: why it is refused}, value planes]
 ```
 
 Rows travel without padding, and with what it takes to restore it. Numbers travel as planes, all first bytes, then all
-second bytes and so on, each compressed where that helps: of log-probs the sign and exponent shrink to next to nothing,
-of token ids in use the upper byte. No value is changed.
+second bytes and so on, each compressed (zstd, without its magic number) where that helps: of log-probs the sign and
+exponent shrink to next to nothing, of token ids in use the upper byte. No value is changed. Of the identity 8 bytes go
+along, enough to notice a server that was restarted with other weights.
 
 An answer's checksum is seeded with its request's, so that the answer to another request is no answer.
 """
@@ -39,6 +40,9 @@ PROTOCOL = 1
 
 _CHECKSUM = struct.Struct("<Q")
 _ID_BYTES = (2, 4)
+_IDENTITY_BYTES = 8
+_MAGICLESS = zstandard.FORMAT_ZSTD1_MAGICLESS
+_COMPRESSION = zstandard.ZstdCompressionParameters.from_level(1, format=_MAGICLESS)
 _MOST_ROWS = msgspec.Meta(max_length=1 << 16)  # an empty list is one byte on its way, and sixty in memory
 
 
@@ -55,7 +59,8 @@ class ScoringRequest:
     """
     Args:
         rows ([`PaddedRows`]): What to score.
-        identity (`str`): Digest of the reference that is asked for. Another one does not answer.
+        identity (`str`): Digest of the reference that is asked for; on arrival, how it begins. Another one does not
+            answer.
         temperature (`float`): Logits are divided by it.
         client (`int`): Who asks, for the server to be fair: a random number of 32 bits.
     """
@@ -70,7 +75,7 @@ class ScoringRequest:
 class ScoringAnswer:
     """
     Args:
-        identity (`str`): Digest of the reference that answers.
+        identity (`str`): Digest of the reference that answers; on arrival, how it begins.
         values (`Sequence[Values | None]`): One a row; `None` for those in `refused`.
         refused (`Mapping[int, str]`): Why rows are not scored, by index.
     """
@@ -116,8 +121,8 @@ def encode_request(request: ScoringRequest) -> bytes:
     return _seal(
         _Request(
             client=request.client,
-            identity=bytes.fromhex(request.identity),
-            temperature=request.temperature,
+            identity=_shortened(request.identity),
+            temperature=_short(request.temperature),
             width=rows.width,
             padding_id=rows.padding_id,
             lengths=[len(row) for row in rows.rows],
@@ -140,6 +145,7 @@ def decode_request(body: bytes, *, max_rows: int, max_tokens: int) -> ScoringReq
             have ids that no model has.
     """
     found: _Request = _open(body, _request_decoder, seed=0)
+    _require(len(found.identity) == _IDENTITY_BYTES, "identity")
     _require(math.isfinite(found.temperature) and found.temperature > 0, "temperature")
     _require(0 <= found.padding_id < 1 << 32 and 0 <= found.client < 1 << 64, "padding id or client")
     count = len(found.lengths)
@@ -162,7 +168,7 @@ def decode_request(body: bytes, *, max_rows: int, max_tokens: int) -> ScoringReq
     return ScoringRequest(
         rows=PaddedRows(rows, found.lefts, found.width, found.padding_id),
         identity=found.identity.hex(),
-        temperature=found.temperature,
+        temperature=float(found.temperature),
         client=found.client,
     )
 
@@ -171,7 +177,7 @@ def encode_answer(answer: ScoringAnswer, request_body: bytes) -> bytes:
     """The answer to what came as `request_body`."""
     scored = [values for values in answer.values if values is not None]
     values = np.concatenate(scored) if scored else np.empty(0, np.float32)
-    found = _Answer(bytes.fromhex(answer.identity), dict(answer.refused), _planes(values.astype("<f4")))
+    found = _Answer(_shortened(answer.identity), dict(answer.refused), _planes(values.astype("<f4")))
     return _seal(found, seed=_checksum_of(request_body))
 
 
@@ -183,6 +189,7 @@ def decode_answer(body: bytes, request: ScoringRequest, request_body: bytes) -> 
     """
     found: _Answer = _open(body, _answer_decoder, seed=_checksum_of(request_body))
     rows = request.rows.rows
+    _require(len(found.identity) == _IDENTITY_BYTES, "identity")
     _require(all(0 <= index < len(rows) for index in found.refused), "index of a refused row")
     counts = [0 if index in found.refused else len(row.scored()) for index, row in enumerate(rows)]
     values = _from_planes(found.values, np.dtype("<f4"), sum(counts)).astype(np.float32)
@@ -193,6 +200,15 @@ def decode_answer(body: bytes, request: ScoringRequest, request_body: bytes) -> 
         values=[None if index in found.refused else part for index, part in enumerate(parts)],
         refused=found.refused,
     )
+
+
+def _short(number: float) -> float:
+    """The same number, in a byte where it is 1, 2, ..."""
+    return int(number) if float(number).is_integer() else number
+
+
+def _shortened(identity: str) -> bytes:
+    return bytes.fromhex(identity)[:_IDENTITY_BYTES]
 
 
 def _seal(content: msgspec.Struct, seed: int = 0) -> bytes:
@@ -238,7 +254,7 @@ def _row(ids: NDArray[np.int64], spans: Sequence[int]) -> Row:
 def _planes(values: NDArray[Any]) -> list[bytes]:
     """The first bytes of all values, their second bytes and so on, compressed where that makes them shorter."""
     table = values.view(np.uint8).reshape(-1, values.itemsize)
-    compressor = zstandard.ZstdCompressor(level=1)
+    compressor = zstandard.ZstdCompressor(compression_params=_COMPRESSION)
     planes = [column.tobytes() for column in table.T]
     return [min(plane, compressor.compress(plane), key=len) for plane in planes]
 
@@ -254,8 +270,9 @@ def _from_planes(planes: Sequence[bytes], dtype: np.dtype[Any], count: int) -> N
 def _decompressed(plane: bytes, size: int) -> bytes:
     try:
         # A frame announces its size, and that much memory is taken
-        _require(zstandard.get_frame_parameters(plane).content_size == size, "length of a byte plane")
-        content: bytes = zstandard.ZstdDecompressor().decompress(plane)
+        announced = zstandard.get_frame_parameters(plane, format=_MAGICLESS).content_size
+        _require(announced == size, "length of a byte plane")
+        content: bytes = zstandard.ZstdDecompressor(format=_MAGICLESS).decompress(plane)
     except zstandard.ZstdError as error:
         raise WireError(f"a byte plane cannot be decompressed: {error}") from None
     _require(len(content) == size, "length of a byte plane")
