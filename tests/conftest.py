@@ -1,6 +1,7 @@
 """Quiet, offline and repeatable, for every test."""
 
 import os
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -13,6 +14,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are faster so, and sums do not depend on the machine
 
 import pytest
+
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # Started by a shell in the background: the processes that tests interrupt would inherit that it is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -237,7 +237,8 @@ class TestAnswers:
     def test_nothing_but_damaged_answers_is_an_error(self, damage):
         with serving(engine()) as url, proxied(url, damage) as proxy, transport(proxy, deadline=1) as to:
             client = RefPlugClient(to)
-            with pytest.raises(RemoteError, match=r"damaged|cut short"):
+            # A busy machine may not see the end of the last answer before the deadline
+            with pytest.raises(RemoteError, match=r"damaged|cut short|too slowly|in time"):
                 client.score(PaddedRows.flush_left(rows()), 1.0)
 
     def test_an_older_answer_is_not_taken_for_the_new_one(self):
