@@ -105,12 +105,15 @@ def test_interrupted(tmp_path: Path) -> None:
         time.sleep(0.1)  # short: a signal that comes just before a long sleep is only seen after it
 """
     process = subprocess.Popen([sys.executable, "-c", COMMAND.format(body=body), "fail"], stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "started").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=30)
+    try:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "started").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert b"Traceback" not in stderr
 
