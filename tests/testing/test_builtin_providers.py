@@ -17,6 +17,14 @@ def with_trained_adapter(model):
     return get_peft_model(model, config)
 
 
+class Variant:
+    """Of a provider that has been on two ranks already; they take twenty seconds."""
+
+    @pytest.mark.slow
+    def test_two_ranks(self, bench):
+        super().test_two_ranks(bench)
+
+
 class TestFrozen(ReferenceProviderTests):
     @pytest.fixture
     def reference(self):
@@ -27,7 +35,7 @@ class TestFrozen(ReferenceProviderTests):
         return [{"scoring": "packed"}, {"dtype": "bfloat16"}]
 
 
-class TestFrozenPacked(ReferenceProviderTests):
+class TestFrozenPacked(Variant, ReferenceProviderTests):
     @pytest.fixture
     def reference(self):
         return "frozen", {"scoring": "packed"}
@@ -45,7 +53,7 @@ class TestAdapter(ReferenceProviderTests):
         return LORA
 
 
-class TestTrainedAdapter(ReferenceProviderTests):
+class TestTrainedAdapter(Variant, ReferenceProviderTests):
     """The policy comes with an adapter, and the reference is a frozen copy of it."""
 
     @pytest.fixture
@@ -73,7 +81,7 @@ class TestCached(ReferenceProviderTests):
         return "cached", {"path": str(tmp_path / "store")}
 
 
-class TestCachedAdapter(ReferenceProviderTests):
+class TestCachedAdapter(Variant, ReferenceProviderTests):
     @pytest.fixture
     def reference(self, tmp_path):
         return "cached", {"path": str(tmp_path / "store"), "fill": "lazy"}
@@ -101,7 +109,7 @@ class TestEma(ReferenceProviderTests):
         return "ema", {"sync_steps": 1, "alpha": 0.5}
 
 
-class TestEmaAdapter(ReferenceProviderTests):
+class TestEmaAdapter(Variant, ReferenceProviderTests):
     @pytest.fixture
     def reference(self):
         return "ema", {"sync_steps": 1, "alpha": 0.5}
