@@ -13,19 +13,8 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tests import tiny
-from tests.trainers.runs import DATA, ONLINE, TRL, config, finished, trainer_class
+from tests.trainers.runs import DATA, ONLINE, TRL, config, finished, trainer_class, zero
 from trl_refplug.identity import digest_model
-
-
-def zero(stage: int) -> dict:
-    return {
-        # Persistent parameters stay whole; at 0 every one is sharded.
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-        "train_batch_size": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "zero_allow_untested_optimizer": True,
-    }
 
 
 def policy_of(job: dict, *, sharded: bool) -> str | torch.nn.Module:

@@ -84,3 +84,15 @@ def assert_same(ours: Run, theirs: Run) -> None:
     assert ours.weights.keys() == theirs.weights.keys()
     different = [name for name, weight in theirs.weights.items() if not torch.equal(weight, ours.weights[name])]
     assert not different
+
+
+def zero(stage: int) -> dict:
+    """DeepSpeed's settings for a ZeRO stage."""
+    return {
+        # Persistent parameters stay whole; at 0 every one is sharded.
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "zero_allow_untested_optimizer": True,
+    }

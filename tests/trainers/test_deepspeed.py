@@ -16,6 +16,7 @@ from trl_refplug.identity import digest_model
 from trl_refplug.store import summarize
 
 from .. import tiny
+from .runs import zero
 
 
 pytestmark = [
@@ -26,13 +27,6 @@ pytestmark = [
     ),
 ]
 ROOT = Path(__file__).parents[2]
-ZERO_3 = {
-    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-    "train_batch_size": "auto",
-    "train_micro_batch_size_per_gpu": "auto",
-    "gradient_accumulation_steps": "auto",
-    "zero_allow_untested_optimizer": True,
-}
 
 
 def run(tmp_path, *jobs):
@@ -115,7 +109,7 @@ def test_a_policy_fills_a_store(tmp_path, lora, stage):
 def test_precompute(tmp_path):
     data, settings, store = (str(tmp_path / name) for name in ("data.jsonl", "zero.json", "store"))
     tiny.preference_data().to_json(data)
-    Path(settings).write_text(json.dumps(ZERO_3))
+    Path(settings).write_text(json.dumps(zero(3)))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--rdzv-backend=c10d"]
     command += ["--rdzv-endpoint=localhost:0", train.__file__, Precompute().encode(), "dpo", "--bf16", "false"]
     command += ["--model_name_or_path", tiny.saved(tmp_path), "--dataset_name", data, "--deepspeed", settings]

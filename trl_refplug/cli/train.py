@@ -263,13 +263,13 @@ class _DoneError(Exception):
     """Ends TRL's script where it would train."""
 
 
-def _stop_as_training_begins(error: type[Exception]) -> Any:
+def _stop_as_training_begins() -> Any:
     """A callback that ends a `train()` when the policy is sharded and what fills a store has filled it."""
     from transformers import TrainerCallback
 
     class Stop(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, *args: Any, **kwargs: Any) -> NoReturn:
-            raise error
+            raise _DoneError
 
     return Stop()
 
@@ -281,7 +281,7 @@ def _instead_of_training(method: str, task: Task) -> Iterator[None]:
     def run(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
         if getattr(self.ref_model.provider, "fills_as_training_begins", False):
             with suppress(_DoneError):
-                self.add_callback(_stop_as_training_begins(_DoneError))
+                self.add_callback(_stop_as_training_begins())
                 trainer_class.train(self, *args, **kwargs)
         done = task.run(self)
         if self.is_world_process_zero():

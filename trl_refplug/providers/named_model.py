@@ -30,6 +30,7 @@ class NamedModel(FrozenProvider):
     def pin(self, context: ReferenceContext) -> nn.Module | None:  # type: ignore[override]
         from trl_refplug.model_files import fingerprint, recall, remember
         from trl_refplug.providers.copies import loading
+        from trl_refplug.providers.ranks import all_ranks
         from trl_refplug.providers.row_keys import ModelFacts
 
         assert self.options.model is not None
@@ -41,7 +42,7 @@ class NamedModel(FrozenProvider):
         self._known_by = known_by
         self._context: ReferenceContext | None = None
         recalled = recall(known_by)
-        if _on_all_ranks(recalled is not None):
+        if all_ranks(recalled is not None):  # where some have to load a model, all do: TRL places it collectively
             assert recalled is not None
             self._identity = ReferenceIdentity.from_dict(recalled["identity"])
             self.model_facts = ModelFacts(**recalled["model"])
@@ -97,14 +98,3 @@ class NamedModel(FrozenProvider):
     def close(self) -> None:
         super().close()
         self._context = None
-
-
-def _on_all_ranks(here: bool) -> bool:
-    """Whether it is so on every rank: where some have to load a model, all do, as TRL places it collectively."""
-    import torch
-
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return here
-    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everywhere, here)
-    return all(everywhere)

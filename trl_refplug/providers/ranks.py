@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from accelerate.utils import gather_object
+from typing import Any
+
+from torch import distributed
 
 
 def least(number: int) -> int:
     """The smallest of all ranks' numbers."""
-    return int(min(gather_object([number])))
+    return int(min(_of_all_ranks(number)))
 
 
 def any_rank(holds: bool) -> bool:
     """Whether something holds on any rank."""
-    return any(gather_object([holds]))
+    return any(_of_all_ranks(holds))
+
+
+def all_ranks(holds: bool) -> bool:
+    """Whether something holds on every rank."""
+    return all(_of_all_ranks(holds))
+
+
+def _of_all_ranks(value: Any) -> list[Any]:
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values

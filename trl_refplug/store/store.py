@@ -117,10 +117,9 @@ class LogProbStore:
                 raise self._refused(error) from error
         self._journal = Journal(self._folder.directory)
         self._others = OtherJournals(self._folder.directory, self._journal.name)
-        if mode == "a":
-            self._refresh_published()
-            self._recover()  # before rows in journals count as there, as the journals may be nobody's any more
         self.refresh()
+        if mode == "a":
+            self._recover()
 
     def __len__(self) -> int:
         """Number of different rows, waiting ones included."""
@@ -334,7 +333,7 @@ class LogProbStore:
         """Publish what writers that are gone had put and not published."""
         with abandoned(self._folder.directory) as rows:
             if rows:
-                self._others.forget(key for key, _ in rows)
+                self._others.forget(key for key, _ in rows)  # or `put` would leave them to a writer that is gone
                 self.put([key for key, _ in rows], [row for _, row in rows])
                 self._publish()
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from trl_refplug.provider import ReferenceBatch, ReferenceProvider
+from trl_refplug.providers.ranks import all_ranks
 from trl_refplug.scoring import Autocast
-from trl_refplug.trainers.ranks import on_all_ranks
 from trl_refplug.trainers.requests import predicted_requests
 
 
@@ -68,7 +68,7 @@ class LookAhead:
         _cancel(self._expected)
         epoch = self._epoch
         yield epoch
-        if self._may_read_ahead(epoch, trainer.accelerator):
+        if self._may_read_ahead(epoch):
             steps_left = trainer.state.max_steps - trainer.state.global_step - 1
             epoch.read_ahead(min(self._depth, steps_left * trainer.args.gradient_accumulation_steps))
         if self._autocast is not None and self._wrong < _PATIENCE:
@@ -116,10 +116,10 @@ class LookAhead:
             answer.set_exception(error)
         return _Question(batch, self._autocast, answer)
 
-    def _may_read_ahead(self, epoch: _Epoch, accelerator: Any) -> bool:
+    def _may_read_ahead(self, epoch: _Epoch) -> bool:
         """Decided once and by all ranks together: reading a loader can be a collective operation."""
         if self._reads_ahead is None and epoch.read > 1:
-            self._reads_ahead = on_all_ranks(accelerator, not epoch.draws)
+            self._reads_ahead = all_ranks(not epoch.draws)
         if epoch.draws and not self._warned_of_draws:
             self._warned_of_draws = True
             logger.warning(

@@ -40,11 +40,6 @@ def agree(accelerator: Any, provider: ReferenceProvider, name: str) -> None:
                 )
 
 
-def on_all_ranks(accelerator: Any, holds: bool) -> bool:
-    """Whether something holds on every rank. All ranks have to ask."""
-    return holds if accelerator.num_processes == 1 else all(gather_object([holds]))
-
-
 def _version_of(provider: ReferenceProvider, name: str) -> str:
     registered = plugin_manager().providers.get(name)
     if registered is not None:

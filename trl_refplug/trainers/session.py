@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trl_refplug.arguments import ReferenceArguments
 from trl_refplug.errors import ConfigurationError, SeamError
 from trl_refplug.provider import ReferenceBatch, ReferenceProvider
+from trl_refplug.providers.ranks import all_ranks
 from trl_refplug.random_state import rng_kept
 from trl_refplug.trainers import policy as policies
 from trl_refplug.trainers.check import check_against_policy
@@ -21,7 +22,7 @@ from trl_refplug.trainers.checkpoint import compare_with_checkpoint
 from trl_refplug.trainers.context import TrainerContext
 from trl_refplug.trainers.look_ahead import LookAhead
 from trl_refplug.trainers.placement import place
-from trl_refplug.trainers.ranks import agree, on_all_ranks
+from trl_refplug.trainers.ranks import agree
 from trl_refplug.trainers.seam import Seam, check_flags, loading_replaced, seam_error
 from trl_refplug.trainers.selection import Selection, check_capabilities, make_provider, select_name
 from trl_refplug.trainers.stand_in import ReferenceModel
@@ -152,7 +153,7 @@ class ReferenceSession:
         weakref.finalize(trainer, _close, self.providers)
         check_capabilities(self.provider, self.name, temperature=self._context.temperature)  # as it is, set up
         # A device may be the policy's on one rank only, and reading a loader can be a collective operation.
-        overlap = on_all_ranks(trainer.accelerator, self.provider.capabilities.overlap)
+        overlap = all_ranks(self.provider.capabilities.overlap)
         if overlap and self.flags.ref_prefetch and not self.seam.online:
             self.look_ahead = LookAhead(self.provider, self.flags.ref_prefetch)
         dtype = policies.output_dtype(trainer.accelerator)
