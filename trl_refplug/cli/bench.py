@@ -58,8 +58,8 @@ def score(
     """
     Score rows TRL's way (data set order, padded batches of 8 pairs, its own fused call) and packed, in turns.
 
-    Prints a table and writes it to score.md, with a plot in score.png. Runs that have finished are kept in score.json:
-    interrupted or repeated, the command goes on from them.
+    Prints a table, which is in score.md after every run, and draws a plot in score.png at the end. Runs that have
+    finished are kept in score.json: interrupted or repeated, the command goes on from them.
     """
     try:
         _score(model, data, rows, sample, shape or SHAPES, repeats, max_length, token_budget, dtype, output)
@@ -110,13 +110,12 @@ def _score(
     works = [workloads.workload(name, pairs, max_length) for name in shapes]
     every = [finished.series(benchmark_runs.facts(loaded, digest, work, token_budget)) for work in works]
 
-    def write() -> str:
-        results = [
-            Result.of(loaded, work, series.runs) for work, series in zip(works, every, strict=True) if series.runs
-        ]
-        table = benchmark_report.as_markdown(results, Path(model).name, torch_dtype)
+    def results() -> list[Result]:
+        return [Result.of(loaded, work, series.runs) for work, series in zip(works, every, strict=True) if series.runs]
+
+    def tabulate() -> str:
+        table = benchmark_report.as_markdown(results(), Path(model).name, torch_dtype)
         (output / "score.md").write_text(table, encoding="utf-8")
-        benchmark_report.plot(results, output / "score.png")
         return table
 
     measured = scored = 0
@@ -131,8 +130,10 @@ def _score(
             measured += 1
             scored += 2 * len(work.rows)
             _say(f"{work.shape}, run {len(series.runs)} of {repeats}: {run}")
-            write()
-    typer.echo(write())
+            tabulate()
+    typer.echo(tabulate())
+    # Only here: Ctrl-C while matplotlib is imported comes out as an ImportError.
+    benchmark_report.plot(results(), output / "score.png")
     _say(
         f"Measured {_runs(measured)} ({scored:,} rows) in {tqdm.format_interval(time.monotonic() - started)}. "
         f"Written to {output}: score.md (this table), score.png, score.json (every run)"
