@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trl_refplug.bench.workloads import read_pairs, synthetic_pairs, workload
 from trl_refplug.scoring import Row, Scorer
 from trl_refplug.scoring.exact import exact_log_probs, pad_rows
-from trl_refplug.scoring.workloads import read_pairs, synthetic_pairs, workload
 
 
 def main() -> None:

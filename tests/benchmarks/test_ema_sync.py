@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.callbacks import SyncRefModelCallback
 
-from trl_refplug.providers.adapter_average import AdapterAverage
-from trl_refplug.providers.averages import ModelAverage
+from trl_refplug.providers.averaging.adapter_average import AdapterAverage
+from trl_refplug.providers.averaging.model_average import ModelAverage
 from trl_refplug.providers.ema import EmaOptions
 
 

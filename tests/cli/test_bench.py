@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 from tests.cli.processes import ROOT
 from tests.scoring.models import tiny
+from trl_refplug.bench.measure import Run
 from trl_refplug.cli.bench import app
 from trl_refplug.errors import ConfigurationError
-from trl_refplug.scoring.benchmark import Run
 
 
 WORDS = ["<pad>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz"]

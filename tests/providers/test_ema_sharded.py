@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trl_refplug.providers.tensor_files import TensorReader
+from trl_refplug.providers.averaging.tensor_files import TensorReader
 
 
 ROOT = Path(__file__).parents[2]

@@ -150,7 +150,7 @@ class TestOptions:
         provider = run.trainer.ref_model.provider
         (directory := tmp_path / "state").mkdir()
         provider.save_state(directory)
-        from trl_refplug.providers.tensor_files import TensorReader
+        from trl_refplug.providers.averaging.tensor_files import TensorReader
 
         with TensorReader(directory) as reader:
             average = reader.whole("lm_head.weight", (380, 32))

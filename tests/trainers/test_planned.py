@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
-from trl_refplug.providers.row_keys import ModelFacts, RowKeys
+from trl_refplug.providers.caching.row_keys import ModelFacts, RowKeys
 from trl_refplug.store import ScoringFacts
 from trl_refplug.trainers.planned import planned_rows
 from trl_refplug.trainers.requests import planned

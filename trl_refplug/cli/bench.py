@@ -19,7 +19,7 @@ from trl_refplug.errors import ConfigurationError
 if TYPE_CHECKING:
     import torch
 
-    from trl_refplug.scoring.workloads import Pair
+    from trl_refplug.bench.workloads import Pair
 
 
 SHAPES = ("pairs", "long-prompt", "grpo", "unshared")  # by default
@@ -91,16 +91,16 @@ def _score(
     from tqdm import tqdm  # type: ignore[import-untyped]
     from transformers import AutoModelForCausalLM
 
+    from trl_refplug.bench import report, runs, workloads
+    from trl_refplug.bench.measure import Result, measure
     from trl_refplug.identity import digest_model
-    from trl_refplug.scoring import benchmark_report, benchmark_runs, workloads
-    from trl_refplug.scoring.benchmark import Result, measure
 
     try:
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
         raise ConfigurationError(f"--output {output} cannot be written to: {error}") from None
-    finished = benchmark_runs.FinishedRuns(output / "score.json")
+    finished = runs.FinishedRuns(output / "score.json")
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype).eval()
     digest = digest_model(loaded)
     if torch.cuda.is_available():
@@ -108,13 +108,13 @@ def _score(
     pairs = _pairs(model, loaded, data, rows, sample)
 
     works = [workloads.workload(name, pairs, max_length) for name in shapes]
-    every = [finished.series(benchmark_runs.facts(loaded, digest, work, token_budget)) for work in works]
+    every = [finished.series(runs.facts(loaded, digest, work, token_budget)) for work in works]
 
     def results() -> list[Result]:
         return [Result.of(loaded, work, series.runs) for work, series in zip(works, every, strict=True) if series.runs]
 
     def tabulate() -> str:
-        table = benchmark_report.as_markdown(results(), Path(model).name, torch_dtype)
+        table = report.as_markdown(results(), Path(model).name, torch_dtype)
         (output / "score.md").write_text(table, encoding="utf-8")
         return table
 
@@ -133,7 +133,7 @@ def _score(
             tabulate()
     typer.echo(tabulate())
     # Only here: Ctrl-C while matplotlib is imported comes out as an ImportError.
-    benchmark_report.plot(results(), output / "score.png")
+    report.plot(results(), output / "score.png")
     _say(
         f"Measured {_runs(measured)} ({scored:,} rows) in {tqdm.format_interval(time.monotonic() - started)}. "
         f"Written to {output}: score.md (this table), score.png, score.json (every run)"
@@ -156,7 +156,7 @@ def _pairs(model: str, loaded: Any, data: Path | None, rows: int, sample: bool) 
 
     from transformers import AutoTokenizer
 
-    from trl_refplug.scoring.workloads import read_pairs, synthetic_pairs
+    from trl_refplug.bench.workloads import read_pairs, synthetic_pairs
 
     if data is None:
         return synthetic_pairs(rows, loaded.config.get_text_config().vocab_size)

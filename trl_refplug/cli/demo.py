@@ -62,10 +62,10 @@ def _demo(
         raise ConfigurationError("The demo draws with matplotlib, which is missing: pip install 'trl-refplug[demo]'.")
     with console.status("Loading PyTorch and TRL"):
         from trl_refplug.arguments import ReferenceArguments
-        from trl_refplug.cli.flags import check_reference
         from trl_refplug.demo import report
         from trl_refplug.demo.job import JobSettings
         from trl_refplug.demo.model import find_model
+        from trl_refplug.trainers.selection import check_reference
 
         flags = ReferenceArguments(ref_provider=ref_provider, ref_provider_kwargs=ref_provider_kwargs)
         check_reference(flags, policy_is_peft=True, online=False)

@@ -166,7 +166,7 @@ def _check(method: str, script_args: Any, training_args: Any, model_args: Any, m
     Raises:
         RefPlugError: In the reference flags, or where the model or the data set is not named or does not exist.
     """
-    from trl_refplug.cli.flags import check_reference
+    from trl_refplug.trainers.selection import check_reference
 
     check_reference(training_args, policy_is_peft=model_args.use_peft, online=method in ("grpo", "rloo"))
     if model_args.model_name_or_path is None:

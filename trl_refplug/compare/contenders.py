@@ -64,7 +64,7 @@ def parse_contenders(texts: list[str]) -> list[Contender]:
         RefPlugError: An unknown provider, options that do not fit it, or the same contender twice.
     """
     from trl_refplug.arguments import ReferenceArguments
-    from trl_refplug.cli.flags import check_reference
+    from trl_refplug.trainers.selection import check_reference
 
     contenders: dict[str, Contender] = {}
     for text in texts:

@@ -15,8 +15,8 @@ from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceContext,
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from trl_refplug.providers.filling import SampleCheck
-    from trl_refplug.providers.row_keys import BatchRows, RowKeys
+    from trl_refplug.providers.caching.filling import SampleCheck
+    from trl_refplug.providers.caching.row_keys import BatchRows, RowKeys
     from trl_refplug.store import LogProbStore
 
 
@@ -114,9 +114,9 @@ class CachedProvider(ReferenceProvider):
 
     def pin(self, context: ReferenceContext) -> nn.Module | None:
         from trl_refplug.options import parse_options
-        from trl_refplug.providers.borrowed import BorrowedPolicy
+        from trl_refplug.providers.caching.borrowed import BorrowedPolicy
+        from trl_refplug.providers.caching.named_model import NamedModel
         from trl_refplug.providers.frozen import FrozenOptions, FrozenProvider
-        from trl_refplug.providers.named_model import NamedModel
         from trl_refplug.providers.peft_policy import is_peft
 
         if self._given is not None:
@@ -146,8 +146,8 @@ class CachedProvider(ReferenceProvider):
         return self._source.pin(context) if self._owns_source else None
 
     def setup(self, context: ReferenceContext) -> None:
-        from trl_refplug.providers.filling import check_known_ahead
-        from trl_refplug.providers.row_keys import ModelFacts
+        from trl_refplug.providers.caching.filling import check_known_ahead
+        from trl_refplug.providers.caching.row_keys import ModelFacts
 
         self._context = context
         source = self._scored_by
@@ -237,7 +237,7 @@ class CachedProvider(ReferenceProvider):
         return LogProbStore(path, mode="a", provenance={"reference": reference, "scoring": asdict(self._keys.exact)})
 
     def _row_keys(self, context: ReferenceContext) -> RowKeys:
-        from trl_refplug.providers.row_keys import RowKeys
+        from trl_refplug.providers.caching.row_keys import RowKeys
         from trl_refplug.store import ScoringFacts
         from trl_refplug.tolerances import AUTOCAST_DTYPES
 
@@ -259,9 +259,9 @@ class CachedProvider(ReferenceProvider):
 
     def _prepare(self, context: ReferenceContext) -> None:
         """Look up all that training will ask for, score what is missing, and verify some of the rest."""
-        from trl_refplug.providers.filling import check_sample, fill, planned_blocks, survey
-        from trl_refplug.providers.ranks import any_rank, least
+        from trl_refplug.providers.caching.filling import check_sample, fill, planned_blocks, survey
         from trl_refplug.providers.scorers import trainer_precision
+        from trl_refplug.ranks import any_rank, least
 
         if context.planned("train") is None:
             return  # fill='never': each batch is looked up as it comes
@@ -308,7 +308,7 @@ class CachedProvider(ReferenceProvider):
 
     def _meet(self, context: ReferenceContext) -> None:
         """Ranks wait for each other, and read what all of them have published."""
-        from trl_refplug.providers.filling import planned_blocks, survey
+        from trl_refplug.providers.caching.filling import planned_blocks, survey
 
         context.accelerator.wait_for_everyone()
         self._store.close()
@@ -321,7 +321,7 @@ class CachedProvider(ReferenceProvider):
             )
 
     def _score(self, batch: ReferenceBatch, rows: BatchRows, missing: list[int]) -> Tensor:
-        from trl_refplug.providers.row_keys import select
+        from trl_refplug.providers.caching.row_keys import select
         from trl_refplug.providers.scorers import trainer_precision
 
         first = rows.rows[missing[0]].input_ids

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from trl_refplug.providers.averages import MovingAverage
+    from trl_refplug.providers.averaging.model_average import MovingAverage
     from trl_refplug.scoring import Scorer
 
 
@@ -148,7 +148,7 @@ class EmaProvider(ReferenceProvider):
             self._setup_model(context, dtype, device)
 
     def _setup_model(self, context: ReferenceContext, dtype: torch.dtype, device: torch.device | None) -> None:
-        from trl_refplug.providers.averages import ModelAverage
+        from trl_refplug.providers.averaging.model_average import ModelAverage
         from trl_refplug.scoring import stay_in_evaluation_mode
 
         self._module = context.reference_model
@@ -160,7 +160,7 @@ class EmaProvider(ReferenceProvider):
 
     def _setup_adapter(self, context: ReferenceContext, dtype: torch.dtype, device: torch.device | None) -> None:
         from trl_refplug.identity import combine_digests, digest_tensors
-        from trl_refplug.providers.adapter_average import AdapterAverage
+        from trl_refplug.providers.averaging.adapter_average import AdapterAverage
         from trl_refplug.providers.peft_policy import (
             base_model_of,
             peft_model_of,

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from trl_refplug.provider import ReferenceBatch, ReferenceProvider
-from trl_refplug.providers.ranks import all_ranks
+from trl_refplug.ranks import all_ranks
 from trl_refplug.scoring import Autocast
 from trl_refplug.trainers.requests import predicted_requests
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import time
 from functools import cache
 from typing import Any, TypeVar
 
-from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from trl_refplug.errors import ConfigurationError
 from trl_refplug.provider import ReferenceProvider
 from trl_refplug.providers.peft_policy import REFERENCE_ADAPTER
-from trl_refplug.random_state import rng_kept
 from trl_refplug.trainers import policy as policies
+from trl_refplug.trainers.callback import SessionCallback
 from trl_refplug.trainers.checkpoint import write_to_checkpoint
 from trl_refplug.trainers.seam import Seam, flags_masked, seam_error
 from trl_refplug.trainers.session import ReferenceSession, open_session
@@ -130,8 +128,8 @@ class Plugged:
         with flags_masked(config), policies.default_adapter_known(model), session.loading_replaced(self):
             super().__init__(*bound.args[1:], **bound.kwargs)
         self.ref_model = session.start(self, adapters_before)
-        self._refplug_timer = _StepTimer(session)
-        self.add_callback(self._refplug_timer)  # type: ignore[attr-defined]
+        self._refplug_callback = SessionCallback(session)
+        self.add_callback(self._refplug_callback)  # type: ignore[attr-defined]
         self._refplug_saving = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -149,7 +147,7 @@ class Plugged:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._refplug_session is not None and self.model.training:  # type: ignore[attr-defined]
-            logs.update(self._refplug_timer.take())
+            logs.update(self._refplug_callback.take())
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -171,55 +169,6 @@ class Plugged:
             session = self._refplug_session
             main_process = self.args.should_save  # type: ignore[attr-defined]
             write_to_checkpoint(output_dir, session.provider, session.name, main_process=main_process)
-
-
-class _StepTimer(TrainerCallback):  # type: ignore[misc]
-    """Seconds per optimiser step that the reference takes, and its share of them."""
-
-    def __init__(self, session: ReferenceSession) -> None:
-        self.session = session
-        self._step_started: float | None = None
-        self._reset()
-
-    def _reset(self) -> None:
-        self._steps = 0
-        self._step_seconds = 0.0
-        self._reference_seconds = 0.0
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        with rng_kept():
-            for provider in self.session.providers:
-                provider.on_train_begin()
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        assert self.session.stand_in is not None
-        self._step_started = time.perf_counter()
-        self._reference_before = self.session.stand_in.seconds
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self.session.stand_in is not None
-        if self._step_started is not None:
-            self._step_seconds += time.perf_counter() - self._step_started
-            self._reference_seconds += self.session.stand_in.seconds - self._reference_before
-            self._steps += 1
-            self._step_started = None
-        self.session.step_ended(state.global_step)
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        for provider in self.session.providers:
-            provider.on_train_end()
-
-    def take(self) -> dict[str, float]:
-        """The averages since the last call, empty if no step has ended since."""
-        if self._steps == 0:
-            return {}
-        logs = {
-            "ref/time": self._reference_seconds / self._steps,
-            "ref/time_share": self._reference_seconds / max(self._step_seconds, 1e-9),
-        }
-        logs.update({f"ref/{name}": float(value) for name, value in self.session.provider.counters().items()})
-        self._reset()
-        return logs
 
 
 @cache

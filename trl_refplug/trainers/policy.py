@@ -1,4 +1,4 @@
-"""What is read from, or put right about, the policy and its random streams."""
+"""What is read from the policy, or put right about it."""
 
 from __future__ import annotations
 

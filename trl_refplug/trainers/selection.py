@@ -100,6 +100,17 @@ def make_provider(
     return provider
 
 
+def check_reference(args: ReferenceArguments, *, policy_is_peft: bool, online: bool) -> None:
+    """
+    Refuse an unknown provider and options that do not fit it, before anything slow begins.
+
+    Raises:
+        RefPlugError: What the trainer would raise later, after loading a model and data.
+    """
+    name = select_name(Selection(args=args, policy_is_peft=policy_is_peft, has_ref_model=False, online=online))
+    make_provider(name, args.ref_provider_kwargs).close()
+
+
 def check_capabilities(provider: ReferenceProvider, name: str, *, temperature: float) -> None:
     """
     Refuse what the provider says it cannot do.

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from trl_refplug.arguments import ReferenceArguments
 from trl_refplug.errors import ConfigurationError, SeamError
 from trl_refplug.provider import ReferenceBatch, ReferenceProvider
-from trl_refplug.providers.ranks import all_ranks
 from trl_refplug.random_state import rng_kept
+from trl_refplug.ranks import all_ranks
 from trl_refplug.trainers import policy as policies
+from trl_refplug.trainers.agreement import agree
 from trl_refplug.trainers.check import check_against_policy
 from trl_refplug.trainers.checkpoint import compare_with_checkpoint
 from trl_refplug.trainers.context import TrainerContext
 from trl_refplug.trainers.look_ahead import LookAhead
 from trl_refplug.trainers.placement import place
-from trl_refplug.trainers.ranks import agree
 from trl_refplug.trainers.seam import Seam, check_flags, loading_replaced, seam_error
 from trl_refplug.trainers.selection import Selection, check_capabilities, make_provider, select_name
 from trl_refplug.trainers.stand_in import ReferenceModel

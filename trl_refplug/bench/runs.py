@@ -18,10 +18,10 @@ import torch
 import xxhash
 
 import trl_refplug
+from trl_refplug.bench.measure import Run
+from trl_refplug.bench.workloads import Workload
 from trl_refplug.errors import ConfigurationError
-from trl_refplug.scoring.benchmark import Run
 from trl_refplug.scoring.execution import causal_lm
-from trl_refplug.scoring.workloads import Workload
 
 
 Facts = dict[str, str | int | None]

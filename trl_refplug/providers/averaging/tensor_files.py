@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from trl_refplug.errors import ReferenceMismatchError
-from trl_refplug.providers.shards import Part
+from trl_refplug.providers.averaging.shards import Part
 
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from trl_refplug.scoring.benchmark import Result
+from trl_refplug.bench.measure import Result
 
 
 def as_markdown(results: Sequence[Result], model_name: str, dtype: torch.dtype) -> str:

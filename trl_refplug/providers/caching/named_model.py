@@ -29,9 +29,9 @@ class NamedModel(FrozenProvider):
 
     def pin(self, context: ReferenceContext) -> nn.Module | None:  # type: ignore[override]
         from trl_refplug.model_files import fingerprint, recall, remember
+        from trl_refplug.providers.caching.row_keys import ModelFacts
         from trl_refplug.providers.copies import loading
-        from trl_refplug.providers.ranks import all_ranks
-        from trl_refplug.providers.row_keys import ModelFacts
+        from trl_refplug.ranks import all_ranks
 
         assert self.options.model is not None
         self._loading = loading(self.options, context.policy, context.args)

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from trl_refplug.bench.workloads import Workload
 from trl_refplug.errors import ConfigurationError
 from trl_refplug.scoring.exact import exact_log_probs, pad_rows
 from trl_refplug.scoring.execution import causal_lm
 from trl_refplug.scoring.operations import count_operations
 from trl_refplug.scoring.rows import Row
 from trl_refplug.scoring.scorer import Scorer
-from trl_refplug.scoring.workloads import Workload
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ import torch
 
 from trl_refplug.errors import ConfigurationError
 from trl_refplug.identity import adapter_attributes, adapter_tensor_name, strip_wrappers
-from trl_refplug.providers.low_rank import LowRank, weighted_sum
+from trl_refplug.providers.averaging.low_rank import LowRank, weighted_sum
+from trl_refplug.providers.averaging.shards import Part, fill, full_shape, gathered, is_sharded, reshard
+from trl_refplug.providers.averaging.tensor_files import TensorReader, write_tensors
 from trl_refplug.providers.peft_policy import (
     REFERENCE_ADAPTER,
     adapter_parameters,
@@ -23,8 +25,6 @@ from trl_refplug.providers.peft_policy import (
     peft_model_of,
     policy_adapter,
 )
-from trl_refplug.providers.shards import Part, fill, full_shape, gathered, is_sharded, reshard
-from trl_refplug.providers.tensor_files import TensorReader, write_tensors
 
 
 if TYPE_CHECKING:

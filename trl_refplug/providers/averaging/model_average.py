@@ -10,8 +10,8 @@ import torch
 
 from trl_refplug.errors import ConfigurationError, did_you_mean
 from trl_refplug.identity import strip_wrappers
-from trl_refplug.providers.shards import full_shape, is_sharded, local, named_parameters, part_of, refresh
-from trl_refplug.providers.tensor_files import TensorReader, write_tensors
+from trl_refplug.providers.averaging.shards import full_shape, is_sharded, local, named_parameters, part_of, refresh
+from trl_refplug.providers.averaging.tensor_files import TensorReader, write_tensors
 
 
 if TYPE_CHECKING:

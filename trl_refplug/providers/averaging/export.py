@@ -59,7 +59,7 @@ def _model(directory: Path, architecture: str) -> Any:
     import transformers
 
     from trl_refplug.identity import strip_wrappers
-    from trl_refplug.providers.tensor_files import TensorReader
+    from trl_refplug.providers.averaging.tensor_files import TensorReader
 
     model_class = getattr(transformers, architecture, None)
     if model_class is None:

@@ -18,10 +18,10 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from trl_refplug.errors import ConfigurationError, ReferenceMismatchError, UnsupportedInputError
 from trl_refplug.provider import ReferenceContext, ReferenceProvider
-from trl_refplug.providers.batch_scorer import BatchScorer
-from trl_refplug.providers.borrowed import BorrowedPolicy
-from trl_refplug.providers.row_keys import BatchRows, RowKeys, TailScoredRows, Values
-from trl_refplug.providers.sharing import SharedWork
+from trl_refplug.providers.caching.batch_scorer import BatchScorer
+from trl_refplug.providers.caching.borrowed import BorrowedPolicy
+from trl_refplug.providers.caching.row_keys import BatchRows, RowKeys, TailScoredRows, Values
+from trl_refplug.providers.caching.sharing import SharedWork
 from trl_refplug.scoring import Row
 from trl_refplug.scoring.exact import pad_rows
 from trl_refplug.store import KEY_BYTES, LogProbStore

@@ -1,0 +1,60 @@
+"""What happens to the reference as training begins, steps and ends."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from transformers import TrainerCallback
+
+from trl_refplug.random_state import rng_kept
+from trl_refplug.trainers.session import ReferenceSession
+
+
+class SessionCallback(TrainerCallback):  # type: ignore[misc]
+    """Tells providers where training is, and times the reference: seconds of an optimiser step, and share of it."""
+
+    def __init__(self, session: ReferenceSession) -> None:
+        self.session = session
+        self._step_started: float | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._steps = 0
+        self._step_seconds = 0.0
+        self._reference_seconds = 0.0
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        with rng_kept():
+            for provider in self.session.providers:
+                provider.on_train_begin()
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        assert self.session.stand_in is not None
+        self._step_started = time.perf_counter()
+        self._reference_before = self.session.stand_in.seconds
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.session.stand_in is not None
+        if self._step_started is not None:
+            self._step_seconds += time.perf_counter() - self._step_started
+            self._reference_seconds += self.session.stand_in.seconds - self._reference_before
+            self._steps += 1
+            self._step_started = None
+        self.session.step_ended(state.global_step)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        for provider in self.session.providers:
+            provider.on_train_end()
+
+    def take(self) -> dict[str, float]:
+        """The averages since the last call, empty if no step has ended since."""
+        if self._steps == 0:
+            return {}
+        logs = {
+            "ref/time": self._reference_seconds / self._steps,
+            "ref/time_share": self._reference_seconds / max(self._step_seconds, 1e-9),
+        }
+        logs.update({f"ref/{name}": float(value) for name, value in self.session.provider.counters().items()})
+        self._reset()
+        return logs
