@@ -100,7 +100,7 @@ def test_in_half_precision_rounding_does_not_add_up_over_ancestors(dtype, option
         differences = attended(pack, *values, **options).double() - expected(pack, *values, **options)
         return differences[0, pack.positions > 200].abs().mean()
 
-    assert error(deep) < 1.5 * error(flat)
+    assert error(deep) < 1.15 * error(flat)
 
 
 @pytest.mark.parametrize("options", [{"softcap": 2.0}, {"value_dim": 5}], ids=str)
@@ -116,10 +116,13 @@ def test_scores_are_held_for_some_queries_at_a_time(monkeypatch, options):
     assert max(shape.numel() for shape in some_at_once.made) <= 4 * len(pack.tokens) * 10
 
 
-@settings(deadline=None, max_examples=25)
-@given(seed=st.integers(0, 999), rows=st.integers(1, 8), longest=st.integers(2, 500))
-def test_the_blocks_that_flex_attention_computes(seed, rows, longest):
-    pack = random_pack(seed, rows, longest)
+two_rows = st.integers(253, 258).map(lambda length: pack_of([[99] * length, [*range(3, 50)]]))  # 256: two whole blocks
+packs = st.builds(random_pack, st.integers(0, 999), st.integers(1, 8), st.integers(2, 500))
+
+
+@settings(deadline=None, max_examples=40)
+@given(pack=two_rows | packs)
+def test_the_blocks_that_flex_attention_computes(pack):
     seen, tokens, device = seen_in(pack), len(pack.tokens), torch.device("cpu")
     expected = create_block_mask(
         lambda batch, head, query, key: seen[query, key], None, None, tokens, tokens, device=str(device)
