@@ -212,10 +212,12 @@ class CachedProvider(ReferenceProvider):
         self._store.flush()
 
     def close(self) -> None:
-        if self._store is not None:
-            self._store.close()
-        if self._source is not None and self._owns_source:
-            self._source.close()
+        try:
+            if self._store is not None:
+                self._store.close()
+        finally:
+            if self._source is not None and self._owns_source:
+                self._source.close()
 
     # What is looked up
 
