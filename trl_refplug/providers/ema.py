@@ -282,7 +282,7 @@ class EmaProvider(ReferenceProvider):
 
 
 def _refuse_fsdp1(accelerator: Any) -> None:
-    if str(getattr(accelerator.distributed_type, "value", "")) == "FSDP" and not accelerator.is_fsdp2:
+    if accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2:
         raise ConfigurationError(
             "ref_provider='ema' pairs the policy's parameters with the reference's by name, and FSDP version 1 "
             "flattens them into others. Set `fsdp_version: 2` (in the accelerate configuration, or "
