@@ -36,6 +36,8 @@ _COUNT = struct.Struct("<I")
 _CHECKSUM_BYTES = 8
 _ABANDONED_SECONDS = 600.0
 """Where files cannot be locked, how long a journal that nobody writes to counts as in use."""
+_SETTLED_SECONDS = 2.0
+"""A journal written this recently may be emptied and written once more without its size and time showing it."""
 
 
 class Journal:
@@ -126,7 +128,8 @@ class OtherJournals:
             with contextlib.suppress(OSError):  # its writer has just closed it
                 found = os.stat(self._directory / name)
                 if (state := (found.st_size, found.st_mtime_ns)) != self._seen.get(name):
-                    self._seen[name] = state
+                    if time.time() - found.st_mtime > _SETTLED_SECONDS:
+                        self._seen[name] = state
                     data = (self._directory / name).read_bytes()
                     self.rows.update(_read(data) if data.startswith(_HEADER) else ())
 
