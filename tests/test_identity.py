@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from trl_refplug import ConfigurationError
 from trl_refplug.identity import digest_model
 
 from . import tiny
@@ -123,7 +124,7 @@ def test_sharding_does_not(tmp_path):
 
 
 def test_unloaded_weights_are_refused(model):
-    with pytest.raises(ValueError, match="meta device"):
+    with pytest.raises(ConfigurationError, match="meta device"):
         digest_model(model.to("meta"))
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 from store_writers import files_of, fill, key_of, right_rows
 
+from trl_refplug import RefPlugWarning
 from trl_refplug.store import LogProbStore, journal, summarize
 
 
@@ -164,6 +166,21 @@ def test_where_files_cannot_be_locked(
     os.utime(tmp_path / "store" / name, (an_hour_ago, an_hour_ago))
     with LogProbStore(tmp_path / "store", mode="a") as store:
         assert right_rows(store, range(9)) == set(range(6))
+
+
+def test_that_cannot_be_written(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    store = LogProbStore(path, mode="a", publish_seconds=1e9)
+    path.rmdir()
+    with pytest.warns(RefPlugWarning, match=r"journal .* cannot be written .*No such file"):
+        fill(store, range(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # told once
+        fill(store, range(3, 6))
+    assert right_rows(store, range(9)) == set(range(6))
+    path.mkdir()
+    store.close()
+    assert summarize(path).rows == 6
 
 
 def test_nothing_waits_nothing_is_written(tmp_path: Path) -> None:

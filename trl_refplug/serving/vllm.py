@@ -103,8 +103,8 @@ class VllmClient:
         longest = max(map(len, rows.rows), default=0)
         if longest > self._limit - 1:
             raise UnsupportedInputError(
-                f"A row of {longest:,} tokens is too long for {self._limited_by}, whose limit is {self._limit:,}, one of "
-                f"which it generates. Serve with --max-model-len {longest + 1} or more."
+                f"A row of {longest:,} tokens is too long for {self._limited_by}, whose limit is {self._limit:,}, one "
+                f"of which it generates. Serve with --max-model-len {longest + 1} or more."
             )
         if rows.width > self._batch_limit or (any(rows.lefts) and not self._left_padding):
             raise UnsupportedInputError(
