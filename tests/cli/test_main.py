@@ -83,10 +83,12 @@ def test_warning_is_one_line() -> None:
     completed = run_command("""
     import warnings
     from trl_refplug import RefPlugWarning
+    from trl_refplug.store import StoreWarning
     warnings.warn("a plugin is broken", RefPlugWarning)
+    warnings.warn("a shard is damaged", StoreWarning)
     warnings.warn("not ours", UserWarning)""")
-    ours, theirs, *_ = completed.stderr.splitlines()
-    assert ours == "Warning: a plugin is broken"
+    *ours, theirs = completed.stderr.splitlines()[:3]
+    assert ours == ["Warning: a plugin is broken", "Warning: a shard is damaged"]
     assert theirs.endswith("UserWarning: not ours")
 
 

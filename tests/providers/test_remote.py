@@ -258,6 +258,14 @@ class TestWrongServer:
         with serving(served) as url, pytest.raises(ReferenceMismatchError, match="ids stand for"):
             build("dpo", tmp_path, tiny.model(), args=remote(url, starts_as_policy=False))
 
+    def test_no_tokenizer_to_compare(self, tmp_path, caplog):
+        with serving(engine()) as url:
+            used(tmp_path, url)
+        assert "without a tokenizer" not in caplog.text
+        with serving(Engine(tiny.model(), "bare")) as url:
+            used(tmp_path, url)
+        assert f"{url} serves bare without a tokenizer" in caplog.text
+
     def test_smaller_vocabulary(self, tmp_path):
         served = Engine(tiny.model(seed=5, vocab_size=100), "small")
         with serving(served) as url, pytest.raises(ReferenceMismatchError, match="only 100"):

@@ -470,9 +470,7 @@ def hostile_bodies(served):
 def fuzz(served, url, examples):
     counts = {}
 
-    @settings(
-        max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True
-    )
+    @settings(max_examples=examples, suppress_health_check=list(HealthCheck))
     @given(
         body=hostile_bodies(served),
         method=st.sampled_from(["POST"] * 8 + ["GET", "PUT", "DELETE", "HEAD", "OPTIONS", "TRACE", "BREW"]),
@@ -513,7 +511,7 @@ def test_no_request_is_a_server_error(served, url):
 
 
 @given(st.binary(max_size=200) | st.text(max_size=60).map(lambda text: f"POST {text} HTTP/1.1\r\n\r\n".encode()))
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60)
 def test_bytes_that_are_no_http_are_no_server_error(url, sent):
     with connection_to(url) as raw:
         raw.sendall(sent)
