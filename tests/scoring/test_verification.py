@@ -1,8 +1,11 @@
 """Packed answers are trusted after both ways were compared on rows that share, whatever is asked for first."""
 
+import numpy as np
 import pytest
 import torch
-from transformers import LlavaConfig
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from tests.scoring.models import ARCHITECTURES, VOCAB, batch_of, random_batch, tiny
@@ -15,26 +18,42 @@ from trl_refplug.scoring.operations import Operations, count_operations
 from trl_refplug.scoring.verification import sharing_rows
 
 
-@pytest.mark.parametrize("tokens", [60, 200, 512])
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_the_rows_compared_share_on_two_levels(kind, tokens):
-    model = tiny(kind)
-    rows = sharing_rows(model.config, tokens)
-    assert len(rows) * max(map(len, rows)) <= tokens
-    (pack,) = plan(rows, None, count_operations(causal_lm(model)))
+REAL = [np.arange(3, 25), np.arange(10, 50)]
+
+
+@given(
+    rows=st.lists(st.lists(st.integers(0, VOCAB - 1), max_size=40), max_size=6),
+    tokens=st.integers(60, 600),
+    limit=st.sampled_from([6, 30, float("inf")]),
+)
+def test_the_rows_compared_share_on_two_levels(rows, tokens, limit):
+    model = tiny("llama")
+    made = sharing_rows([np.array(row, np.int64) for row in rows], model.config, tokens, limit)
+    longest = max(map(len, made))
+    assert longest <= max([6, *map(len, rows)])
+    assert longest <= limit
+    assert len(made) * longest <= tokens
+    (pack,) = plan(made, None, count_operations(causal_lm(model)))
     shared = [node for node in pack.nodes if node.end > node.stop]
     assert any(inner.start >= outer.stop and inner.end <= outer.end for outer in shared for inner in shared)
     assert any(node.start and pack.positions[node.start] == 0 for node in pack.nodes)  # and begin anew
     assert sorted(pack.rows) == list(range(10))
 
 
-def test_the_rows_compared_are_of_ordinary_tokens_and_fit_the_model():
-    config = LlavaConfig(text_config={"vocab_size": 40, "max_position_embeddings": 60}, image_token_index=7)
-    rows = sharing_rows(config, 512)
-    assert all(0 <= token < 20 and token != 7 for row in rows for token in row.input_ids)
-    (pack,) = plan(rows, None, Operations(token=1.0, pair=0.001, head=1.0))
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_sharing_pays_for_the_rows_compared(kind):
+    model = tiny(kind)
+    (pack,) = plan(sharing_rows(REAL, model.config, 200), None, count_operations(causal_lm(model)))
+    assert sum(node.end > node.stop for node in pack.nodes) >= 2
+
+
+def test_the_rows_compared_are_made_of_real_ones_and_fit_the_model():
+    config = LlamaConfig(vocab_size=500, max_position_embeddings=60)
+    made = sharing_rows(REAL, config, 512)
+    assert {token for row in made for token in row.input_ids} <= {token for row in REAL for token in row}
+    assert made[0].input_ids[:5].tolist() == REAL[1][:5].tolist()  # the longest
+    (pack,) = plan(made, None, Operations(token=1.0, pair=0.001, head=1.0))
     assert len(pack.tokens) <= 60
-    assert max(map(len, sharing_rows(config, 512, limit=8))) <= 8
 
 
 class Blind(LlamaModel):
@@ -96,7 +115,7 @@ def test_it_happens_once_and_is_bounded(budget):
     row = Row.completion([5], [6])
     assert [index for index, _ in scorer.score_rows([row, row])] == [0, 1]
     assert len(sizes) == 3  # exactly, packed, and the row
-    assert max(sizes) <= (budget or 512)
+    assert max(sizes) <= (budget or 1024)
     list(scorer.score_rows([row]))
     scorer.log_probs(batch_of([[5, 6, 7]], [[8, 9]]))
     assert len(sizes) == 5

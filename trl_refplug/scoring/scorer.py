@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Literal
@@ -23,7 +23,7 @@ from trl_refplug.scoring.execution import causal_lm, evaluation_mode
 from trl_refplug.scoring.head import Head
 from trl_refplug.scoring.order import ChooseNext, chosen
 from trl_refplug.scoring.packed import PackedError, PackedPass, place
-from trl_refplug.scoring.rows import IGNORED, Row
+from trl_refplug.scoring.rows import IGNORED, Ints, Row
 from trl_refplug.scoring.stats import ScoreStats
 from trl_refplug.scoring.verification import verify
 
@@ -53,9 +53,9 @@ class Scorer:
         model (`nn.Module`): The model. It is given TRL's fused LM head if it has none.
         mode (`str`): `"exact"`: TRL's own call on the batch as it is, bit for bit. `"packed"`: no padding, shared
             prefixes and identical rows computed once, the LM head on scored positions only; equal within rounding.
-            Before the first packed answer both ways are compared, on a few rows made for that. Where packing is known
-            to change the numbers, and for good if that comparison or a packed pass fails, rows are scored exactly,
-            with an [`ExactFallbackWarning`].
+            Before the first packed answer both ways are compared, on rows made of the first ones. Where packing is
+            known to change the numbers, and for good if that comparison or a packed pass fails, rows are scored
+            exactly, with an [`ExactFallbackWarning`].
         temperature (`float`): Logits are divided by it. If the model already has a fused LM head, this has to be the
             temperature that was given to it.
         token_budget (`int`, *optional*): Most tokens in one packed forward pass, or in one padded batch of
@@ -113,7 +113,7 @@ class Scorer:
             if self.mode == "exact":
                 return self._exact(batch)
             try:
-                if reason := self._untrusted():
+                if reason := self._untrusted(_token_ids(batch)):
                     raise UnsafeError(reason)
                 rows, starts = self._packed.cut(batch)
                 return place(batch, rows, starts, self._packed.run(rows))
@@ -219,7 +219,7 @@ class Scorer:
         """Which of the pending rows to pack."""
         if not pending:
             return []
-        if reason := self._untrusted():
+        if reason := self._untrusted([rows[index].input_ids for index in pending]):
             self._warn(reason)
             return []
         short = [index for index in pending if len(rows[index]) <= self._packed.limit]
@@ -227,11 +227,11 @@ class Scorer:
             self._warn(self._packed.limit_reason)
         return short
 
-    def _untrusted(self) -> str | None:
+    def _untrusted(self, rows: Sequence[Ints]) -> str | None:
         """Why nothing may be packed now. The first time, packed answers are compared with the exact call's."""
         reason = self._packed.unsafe_model()
         if reason is None and not self._verified:
-            self._distrusted = verify(self._packed)
+            self._distrusted = verify(self._packed, rows)
             self._verified = True
         return reason or self._distrusted
 
@@ -270,6 +270,11 @@ class Scorer:
             yield
         finally:
             self.stats.seconds += time.perf_counter() - start
+
+
+def _token_ids(batch: ReferenceBatch) -> list[Ints]:
+    rows = zip(batch.input_ids.cpu().numpy(), batch.attention_mask.cpu().numpy(), strict=True)
+    return [ids[mask != 0] for ids, mask in rows]
 
 
 def _renumbered(choose: ChooseNext | None, number: Callable[[int], int]) -> ChooseNext | None:
