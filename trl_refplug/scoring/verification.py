@@ -3,7 +3,7 @@ Whether a model's packed answers can be trusted: both ways to score are compared
 
 The first rows that happen to be asked for would not do: where they have no prefix in common, a packed pass is the
 exact one, and nothing is learnt about sharing. These always share, on two levels. And they are the same for all data:
-whether a model is trusted does not depend on what comes first, and all ranks find out together, by the same two passes.
+whether a model is trusted does not depend on what comes first, and all ranks find out together, in two passes.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def _compare(packed: PackedPass, rows: list[Row]) -> str | None:
 
 def sharing_rows(config: Any, tokens: int, limit: float = float("inf")) -> list[Row]:
     """
-    Ten rows: nine with a prefix in common, three times three of them with a longer one. What is scored is short, because
-    what goes wrong where rows part goes wrong soon after.
+    Ten rows: nine with a prefix in common, three times three of them with a longer one. What is scored is short: where
+    rows part, what goes wrong does so soon after.
 
     Args:
         config (`PretrainedConfig`): Of the model.
