@@ -62,13 +62,12 @@ class PackedPass:
         """Why no rows may be packed, as a phrase that completes "because of". Asked anew: adapters come and go."""
         return safety.unsafe_model(self.model, causal_lm(self.model))
 
-    def check(self, rows: Iterable[Row]) -> None:
+    def check(self, labels: Ints) -> None:
         """
         Raises:
             UnsupportedInputError: A label is not a token id.
         """
-        for row in rows:
-            check_labels(row.labels, self.config.get_text_config().vocab_size)
+        check_labels(labels, self.config.get_text_config().vocab_size)
 
     def cut(self, batch: ReferenceBatch) -> tuple[list[Row], Ints]:
         """
@@ -82,15 +81,14 @@ class PackedPass:
             raise UnsafeError(f"model inputs beyond token ids ({', '.join(sorted(batch.extras)) or 'not by row'})")
         if batch.input_ids.shape[1] > self.limit:
             raise UnsafeError(self.limit_reason)
+        arrays = [tensor.cpu().numpy() for tensor in (batch.input_ids, batch.attention_mask, batch.labels)]
+        self.check(arrays[-1])
         try:
-            rows, starts = rows_of(
-                *(tensor.cpu().numpy() for tensor in (batch.input_ids, batch.attention_mask, batch.labels))
-            )
+            rows, starts = rows_of(*arrays)
         except ValueError as error:
             raise UnsafeError(str(error)) from None
         if self._absolute and starts.any():
             raise UnsafeError("padding on the left of a model with absolute positions")
-        self.check(rows)
         return rows, starts
 
     def plan(self, rows: Sequence[Row], budget: int | None) -> list[Pack]:
