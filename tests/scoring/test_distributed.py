@@ -1,7 +1,8 @@
 """Models spread over two ranks: the same numbers, and as many forward passes on each."""
 
-import os
-import socket
+import tempfile
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,22 +12,21 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from tests.scoring.models import batch_of, random_batch, tiny
+from tests.scoring.test_safety import LeakyLayer
 from tests.scoring.test_scorer import TOLERANCE, trl_log_probs
 from trl_refplug.errors import UnsupportedInputError
-from trl_refplug.scoring import Row, Scorer
+from trl_refplug.scoring import ExactFallbackWarning, Row, Scorer
 
 
 def run_on_two_ranks(check, *args):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, (port, check, args), nprocs=2)
+    with tempfile.TemporaryDirectory() as directory:
+        mp.spawn(_rank, ((Path(directory) / "meeting").as_uri(), check, args), nprocs=2)
 
 
-def _rank(rank, port, check, args):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _rank(rank, meeting, check, args):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    timeout = timedelta(seconds=60)  # ranks that wait for each other fail
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timeout)
     try:
         check(rank, *args)
         dist.barrier()
@@ -34,17 +34,22 @@ def _rank(rank, port, check, args):
         dist.destroy_process_group()
 
 
-def sharded(kind):
+def sharded(kind, head_apart=False):
     model = tiny(kind)
     Scorer(model)  # adds the head, as TRL does before it shards the model
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
+    for module in [*model.model.layers, *([model.lm_head] if head_apart else [])]:
+        fully_shard(module, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
-def check_sharded(rank, kind, mode):
-    model = sharded(kind)
+def check_sharded(rank, *cases):
+    for case in cases:
+        check_one_sharded(rank, *case)
+
+
+def check_one_sharded(rank, kind, mode, head_apart):
+    model = sharded(kind, head_apart)
     assert any(isinstance(parameter, DTensor) for parameter in model.parameters())
     scorer = Scorer(model, mode=mode, token_budget=16)
     unscored = batch_of([[5, 6, 7]], [[]])
@@ -57,21 +62,25 @@ def check_sharded(rank, kind, mode):
         for batch in (first, second):
             expected = trl_log_probs(tiny(kind), batch)
             torch.testing.assert_close(scorer.log_probs(batch), expected, rtol=0, atol=TOLERANCE)
-    # A first batch that only one rank can verify leaves both in step
+    # A batch that only one rank can pack leaves both in step
     scorer = Scorer(model, mode=mode)
     holes = random_batch(seed=8)
     holes.attention_mask[0, 3] = 0
-    for batch in (holes if rank else batches[2][1], *batches[2]):
+    for batch in (holes if rank else batches[2][1], *batches[2], batches[2][1] if rank else holes):
         expected = trl_log_probs(tiny(kind), batch)
         torch.testing.assert_close(scorer.log_probs(batch), expected, rtol=0, atol=TOLERANCE)
     with pytest.raises(UnsupportedInputError, match="log_probs"):
         next(scorer.score_rows([Row.completion([5], [6])]))
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("llama", "exact"), ("llama", "packed"), ("qwen2", "packed")])
+SHARDED = [("llama", "exact", False)] + [
+    (kind, "packed", head_apart) for kind, head_apart in (("llama", False), ("llama", True), ("qwen2", False))
+]
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_fully_sharded_models(kind, mode):
-    run_on_two_ranks(check_sharded, kind, mode)
+def test_fully_sharded_models():
+    run_on_two_ranks(check_sharded, *SHARDED)
 
 
 def check_replicated(rank):
@@ -83,8 +92,20 @@ def check_replicated(rank):
         batch = random_batch(seed=10 * seed + rank, groups=1 + 4 * rank)
         expected = trl_log_probs(tiny("llama"), batch)
         torch.testing.assert_close(scorer.log_probs(batch), expected, rtol=0, atol=TOLERANCE)
-    assert scorer.stats.forwards == 4  # one a batch, and one to verify
+    assert scorer.stats.forwards == 3  # one a batch
     assert scorer.stats.fallback is None
+    check_not_trusted(rank)
+
+
+def check_not_trusted(rank):
+    """A first batch without labels proves nothing."""
+    model = tiny("llama")
+    model.model.layers[0].__class__ = LeakyLayer
+    scorer = Scorer(torch.nn.parallel.DistributedDataParallel(model), mode="packed")
+    with pytest.warns(ExactFallbackWarning, match="differ"):
+        scorer.log_probs(batch_of([[5, 6, 7]], [[]]))
+    batch = random_batch(seed=rank)
+    assert torch.equal(scorer.log_probs(batch), trl_log_probs(model, batch))
 
 
 def test_replicated_models():

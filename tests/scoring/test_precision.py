@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 
 from tests.scoring.models import random_batch, tiny
 from tests.scoring.test_scorer import trl_log_probs, trusted
-from trl_refplug.scoring import Scorer
+from trl_refplug.scoring import ExactFallbackWarning, Scorer, exact_log_probs
 from trl_refplug.scoring.precision import TOLERANCE, disagreement
 
 
@@ -63,11 +63,16 @@ def test_what_is_beyond_tolerance_is_told(dtype):
     largest, mean = TOLERANCE[dtype]
     assert disagreement(values, values.clone(), dtype) is None
     assert disagreement(values + 2 * mean, values, dtype) is not None
+    assert disagreement(values + 0.11, values, dtype) is not None  # another model, or another prompt
     one_off = values.clone()
     one_off[7] += 2 * largest
     assert "differ" in str(disagreement(one_off, values, dtype))
-    one_off[7] = torch.nan
-    assert "differ" in str(disagreement(one_off, values, dtype))
+    for odd in (torch.nan, -torch.inf):
+        one_off[7] = odd
+        assert "differ" in str(disagreement(one_off, values, dtype))
+        assert "differ" in str(disagreement(values, one_off, dtype))
+        assert disagreement(one_off, one_off.clone(), dtype) is None
+    assert "not finite" in str(disagreement(values, values * torch.nan, dtype))
 
 
 @contextlib.contextmanager
@@ -94,17 +99,21 @@ def test_packed_runs_under_the_autocast_of_a_prepared_model(cast):
     assert 0 < (exact - full).abs()[scored].mean() < 0.1  # it does run in bfloat16
     assert 0 < (packed - full).abs()[scored].mean() <= 1.5 * (exact - full).abs()[scored].mean()
     assert disagreement(packed[scored], exact[scored], torch.bfloat16) is None
-    assert scorer._packed.dtype == torch.bfloat16
+    assert scorer.stats.fallback is None
 
 
-def test_reduced_float32_is_held_to_the_tolerance_of_half_precision():
+def test_reduced_float32_is_held_to_the_tolerance_of_half_precision(monkeypatch):
+    monkeypatch.setattr(
+        "trl_refplug.scoring.verification.exact_log_probs", lambda *args: exact_log_probs(*args) + 1e-3
+    )
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        scorer = trusted(tiny("llama"))
+        assert trusted(tiny("llama")).stats.fallback is None
     finally:
         torch.set_float32_matmul_precision(before)
-    assert scorer._packed.dtype == torch.float16
+    with pytest.warns(ExactFallbackWarning, match="differ"):
+        trusted(tiny("llama"))
 
 
 def test_a_float32_head_is_more_precise_than_a_bfloat16_one():

@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers import BartConfig, BartForConditionalGeneration
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
-from tests.scoring.models import random_batch, tiny
+from tests.scoring.models import VOCAB, batch_of, random_batch, tiny
 from tests.scoring.test_scorer import TOLERANCE, trl_log_probs
+from trl_refplug.errors import UnsupportedInputError
 from trl_refplug.scoring import ExactFallbackWarning, Row, Scorer
 
 
@@ -161,7 +163,7 @@ class ScarceMemory(LlamaDecoderLayer):
     """Runs out of memory above a number of tokens."""
 
     def forward(self, hidden_states, *args, **kwargs):
-        if hidden_states.shape[0] * hidden_states.shape[1] > 40:
+        if hidden_states.shape[0] * hidden_states.shape[1] > 60:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
         return super().forward(hidden_states, *args, **kwargs)
 
@@ -173,7 +175,6 @@ def test_out_of_memory_halves_the_budget_and_loses_nothing(mode, choose):
     rows = [Row.completion(list(range(5, 15)), [20 + index] * (3 + index % 5)) for index in range(24)]
     expected = dict(Scorer(model).score_rows(rows))
     scorer = Scorer(model, mode=mode, token_budget=200)
-    list(scorer.score_rows(rows[:1]))
     model.model.layers[1].__class__ = ScarceMemory
     answers = [answer for answers in scorer.score_passes(rows, choose) for answer in answers]
     assert sorted(index for index, _ in answers) == list(range(24))
@@ -188,7 +189,7 @@ def test_one_row_that_does_not_fit_is_an_error(mode):
     list(scorer.score_rows([Row.completion([5], [6])]))
     model.model.layers[1].__class__ = ScarceMemory
     with pytest.raises(torch.OutOfMemoryError):
-        list(scorer.score_rows([Row.completion([5] * 50, [6])] * 2))
+        list(scorer.score_rows([Row.completion([5] * 70, [6])] * 2))
 
 
 def test_an_adapter_is_scored_as_it_is():
@@ -203,3 +204,138 @@ def test_an_adapter_is_scored_as_it_is():
     with model.disable_adapter():
         torch.testing.assert_close(packed.log_probs(batch), base, rtol=0, atol=TOLERANCE)
     assert packed.stats.fallback is None
+
+
+def test_an_activated_adapter_is_scored_exactly():
+    """It begins at the last of its tokens in a row, and so nowhere but in the last row of a pack."""
+    batch = random_batch()
+    activated = batch.input_ids[0, 6:8].tolist()
+    policy = tiny("llama")
+    Scorer(policy)
+    scorer = Scorer(policy, mode="packed")
+    scorer.log_probs(batch)  # trusted, before there is an adapter
+    assert scorer.stats.fallback is None
+    config = LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=activated, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(policy, config)
+    scorers = [scorer, Scorer(model, mode="packed")]
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero so far: no comparison would tell
+            torch.nn.init.normal_(parameter)
+    for each in scorers:
+        with pytest.warns(ExactFallbackWarning, match="aLoRA"):
+            found = each.log_probs(batch)
+    assert torch.equal(found, Scorer(model).log_probs(batch))
+
+
+class Windowed(LlamaAttention):
+    """Has a sliding window that the configuration does not tell."""
+
+    def forward(self, hidden_states, **kwargs):
+        return super().forward(hidden_states, sliding_window=60, **kwargs)
+
+
+class FailsLater(LlamaDecoderLayer):
+    """A kernel that cannot be compiled for a shape that comes late."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        if self.self_attn.config._attn_implementation == "refplug_tree" and hidden_states.shape[1] > 70:
+            raise ValueError("out of resources: shared memory")
+        return super().forward(hidden_states, *args, **kwargs)
+
+
+def windowed(model):
+    model.model.layers[1].self_attn.__class__ = Windowed
+
+
+def fails_later(model):
+    model.model.layers[1].__class__ = FailsLater
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"), [(windowed, "sliding window of 60"), (fails_later, "ValueError: out of resources")]
+)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_what_fails_after_trust_was_earned_is_scored_exactly(spoil, reason, streamed):
+    model = tiny("llama")
+    spoil(model)
+    short, long = random_batch(groups=1), batch_of([[5] * 80, [6] * 10, [7] * 90], [[8, 9]] * 3)
+    expected = trl_log_probs(model, short), trl_log_probs(model, long)
+    scorer = Scorer(model, mode="packed", token_budget=70)
+    torch.testing.assert_close(scorer.log_probs(short), expected[0], rtol=0, atol=TOLERANCE)
+    assert scorer.stats.fallback is None
+    with pytest.warns(ExactFallbackWarning, match=reason):
+        found = stream(scorer, long) if streamed else scorer.log_probs(long)
+    torch.testing.assert_close(found, expected[1], rtol=0, atol=TOLERANCE if streamed else 0)
+    assert torch.equal(scorer.log_probs(short), expected[0])  # for good
+
+
+def test_of_a_stream_that_fails_nothing_is_scored_twice_or_against_choice():
+    model = tiny("llama")
+    fails_later(model)
+    rows = [Row.completion([5 + index] * length, [8, 9]) for index, length in enumerate((10, 60, 80, 20, 90))]
+    expected = dict(Scorer(model).score_rows(rows))
+    scorer = Scorer(model, mode="packed", token_budget=64)
+    asked = []
+
+    def shortest_first(passes):
+        asked.append([index for indices in passes for index in indices])
+        return min(range(len(passes)), key=lambda number: max(len(rows[index]) for index in passes[number]))
+
+    with pytest.warns(ExactFallbackWarning, match="out of resources"):
+        answers = [answer for answers in scorer.score_passes(rows, shortest_first) for answer in answers]
+    assert sorted(index for index, _ in answers) == list(range(5))
+    assert 0 < len(asked[-1]) <= 2
+    for index, answer in answers:
+        torch.testing.assert_close(answer, expected[index], rtol=0, atol=TOLERANCE)
+    packed_only = Scorer(tiny("llama"), mode="packed", token_budget=64)
+    assert not list(packed_only.score_passes(rows, lambda passes: None))
+
+
+@pytest.mark.parametrize("label", [-1, VOCAB])
+def test_labels_that_are_no_token_ids_are_refused(label):
+    model, batch = tiny("llama"), random_batch()
+    batch.labels[1, -1] = label
+    scorer = Scorer(model, mode="packed")
+    with pytest.raises(UnsupportedInputError, match=f"label {label}, expected a token id below {VOCAB}"):
+        scorer.log_probs(batch)
+    for mode in ("exact", "packed"):
+        with pytest.raises(UnsupportedInputError, match=f"label {label}"):
+            list(Scorer(model, mode=mode).score_rows([Row([5, 6, 7], [-100, 6, label])]))
+
+
+def encoder_decoder():
+    sides = {"layers": 1, "attention_heads": 2, "ffn_dim": 16}
+    options = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in sides.items()}
+    return BartForConditionalGeneration(BartConfig(vocab_size=VOCAB, d_model=16, **options)).eval()
+
+
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+REFUSED = {
+    "an encoder-decoder": (encoder_decoder, "encoder-decoder"),
+    "experts of limited capacity": (lambda: tiny("mixtral", expert_capacity=4), "limited capacity"),
+    "bidirectional attention": (lambda: tiny("gemma3_text", use_bidirectional_attention=True), "not causal"),
+    "declared not to be causal": (lambda: tiny("llama", is_causal=False), "not causal"),
+    "chunked attention": (lambda: tiny("llama", attention_chunk_size=8), "attention chunk of 8"),
+    "temperatures by position": (lambda: tiny("llama", attn_temperature_tuning=4), "attention temperatures"),
+    "attention sinks": (
+        lambda: tiny("gpt_oss", num_key_value_heads=2, num_local_experts=4, head_dim=8),
+        "option 's_aux'",
+    ),
+    "a mask of its own": (lambda: tiny("doge", num_key_value_heads=2), "mask of its own"),
+    "another way through the model": (lambda: tiny("opt", ffn_dim=48, word_embed_proj_dim=32), "ran 0 times"),
+    "two attentions in a layer": (lambda: tiny("diffllama", num_key_value_heads=2), "attention interface"),
+    "rotary embeddings by length": (
+        lambda: tiny("phi3", rope_parameters=LONG, original_max_position_embeddings=8),
+        "longer than 8 tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_known_risks_are_refused_for_what_they_are(what):
+    make, reason = REFUSED[what]
+    model, batch = make(), random_batch()
+    expected = Scorer(model).log_probs(batch)
+    with pytest.warns(ExactFallbackWarning, match=reason):
+        assert torch.equal(Scorer(model, mode="packed").log_probs(batch), expected)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -21,6 +22,7 @@ from trl_refplug.errors import ConfigurationError
 from trl_refplug.scoring.attention import UnsafeError, tree_attention
 from trl_refplug.scoring.head import Head
 from trl_refplug.scoring.layout import Pack
+from trl_refplug.scoring.rows import IGNORED
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -46,43 +48,54 @@ class Scored:
     dtype: torch.dtype
 
 
-def run_pack(model: nn.Module, pack: Pack, head: Head) -> Scored:
+def run_pack(model: nn.Module, pack: Pack, head: Head | None) -> Scored:
     """
     Score a pack: one forward pass of `model`, without gradient.
+
+    Args:
+        head ([`Head`] or `None`): What projects the scored positions. `None`: TRL's fused head, as in the exact call,
+            so that weights which are spread over ranks are gathered as often, and in the same order.
 
     Raises:
         UnsafeError: The model turned out not to attend along the tree.
     """
     inner = causal_lm(model)
     device = inner.get_input_embeddings().weight.device
-    scored: list[Scored] = []
+    scored: list[Tensor] = []  # of each time the backbone ran: log-probs, or with TRL's head hidden states
+    dtype = torch.float32
 
     def project(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        nonlocal dtype
         hidden = output.last_hidden_state
-        lm_head: Any = inner.get_output_embeddings()
+        dtype = _computed_in(hidden)
         sources = torch.from_numpy(pack.sources).to(hidden.device)
+        if head is None:
+            scored.append(hidden[:, torch.cat([sources, sources[:1]])])  # TRL drops the last, which predicts nothing
+            output.last_hidden_state = scored[-1]
+            return output
         targets = torch.from_numpy(pack.targets).to(hidden.device)
+        lm_head: Any = inner.get_output_embeddings()
         bias = getattr(lm_head, "bias", None)
-        log_probs = head.log_probs(hidden[0, sources], targets, lm_head.weight, bias)
-        scored.append(Scored(log_probs, _computed_in(hidden)))
+        scored.append(head.log_probs(hidden[0, sources], targets, lm_head.weight, bias))
         output.last_hidden_state = hidden[:, :0]
         return output
 
+    inputs = {"input_ids": pack.tokens, "position_ids": pack.positions}
+    if head is None:
+        inputs["labels"] = np.concatenate([[IGNORED], pack.targets])
+    tensors = {name: torch.from_numpy(values)[None].to(device) for name, values in inputs.items()}
+    options = {"use_cache": False} if head is not None else {"fused_lm_head": True}
     with torch.no_grad(), tree_attention(inner, pack) as tree, _hooked(inner.base_model, project):
-        model(
-            input_ids=torch.from_numpy(pack.tokens)[None].to(device),
-            position_ids=torch.from_numpy(pack.positions)[None].to(device),
-            use_cache=False,
-        )
+        output = model(**tensors, **options)
+    if len(scored) != 1:
+        raise UnsafeError(f"a backbone that ran {len(scored)} times in one forward pass")
     layers = inner.config.get_text_config().num_hidden_layers
     if tree.calls != layers:
         raise UnsafeError(
             f"layers that do not attend through transformers' attention interface ({layers - tree.calls} of {layers}: "
             "recurrent, ALiBi or hand-written attention)"
         )
-    if len(scored) != 1:
-        raise UnsafeError(f"a backbone that ran {len(scored)} times in one forward pass")
-    return scored[0]
+    return Scored(scored[0] if head is not None else output.log_probs[0].float(), dtype)
 
 
 def _computed_in(hidden: Tensor) -> torch.dtype:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +17,17 @@ from torch import Tensor, nn
 from trl_refplug.provider import ReferenceBatch
 from trl_refplug.scoring import safety
 from trl_refplug.scoring.attention import UnsafeError
-from trl_refplug.scoring.execution import causal_lm, evaluation_mode, run_pack
+from trl_refplug.scoring.execution import Scored, causal_lm, evaluation_mode, run_pack
 from trl_refplug.scoring.head import Head
 from trl_refplug.scoring.layout import Pack, plan
 from trl_refplug.scoring.operations import count_operations
 from trl_refplug.scoring.order import ChooseNext, chosen
-from trl_refplug.scoring.rows import IGNORED, Ints, Row, rows_of
+from trl_refplug.scoring.rows import IGNORED, Ints, Row, check_labels, rows_of
 from trl_refplug.scoring.stats import ScoreStats
+
+
+class PackedError(Exception):
+    """A packed forward pass failed, other than for want of memory; the text completes "because of"."""
 
 
 class PackedPass:
@@ -34,24 +39,35 @@ class PackedPass:
         stats ([`ScoreStats`]): Counts are added to it.
 
     Attributes:
-        unsafe_model (`str` or `None`): Why no rows may be packed.
+        config (`PretrainedConfig`), device (`torch.device`): Of the model.
         limit (`float`), limit_reason (`str`): The longest rows, padded, that may be packed, and why.
         lockstep (`bool`): Whether every rank has to make as many forward passes as this one.
-        dtype (`torch.dtype`): What the model computed the last forward pass in.
     """
 
     def __init__(self, model: nn.Module, head: Head, budget: int, stats: ScoreStats) -> None:
         inner = causal_lm(model)
+        self.model = model
         self.budget = budget
-        self.dtype = torch.float32
+        self.config: Any = inner.config
+        self.device: torch.device = inner.get_input_embeddings().weight.device
         self.lockstep = safety.in_lockstep(model)
-        self.unsafe_model = safety.unsafe_model(model, inner)
         self.limit, self.limit_reason = safety.length_limit(inner)
-        self._model = model
-        self._head = head
+        # Where a pass is a collective operation TRL's own: a rank that packs may meet one that has to score exactly
+        self._head = None if self.lockstep else head
         self._stats = stats
         self._cost = count_operations(inner)
         self._absolute = safety.absolute_positions(inner)
+
+    def unsafe_model(self) -> str | None:
+        """Why no rows may be packed, as a phrase that completes "because of". Asked anew: adapters come and go."""
+        return safety.unsafe_model(self.model, causal_lm(self.model))
+
+    def check(self, labels: Ints) -> None:
+        """
+        Raises:
+            UnsupportedInputError: A label is not a token id.
+        """
+        check_labels(labels, self.config.get_text_config().vocab_size)
 
     def cut(self, batch: ReferenceBatch) -> tuple[list[Row], Ints]:
         """
@@ -59,27 +75,40 @@ class PackedPass:
 
         Raises:
             UnsafeError: Packed, this batch would not give the exact call's numbers.
+            UnsupportedInputError: A label is not a token id.
         """
-        if self.unsafe_model:
-            raise UnsafeError(self.unsafe_model)
         if batch.extras or not batch.rows_sliceable:
             raise UnsafeError(f"model inputs beyond token ids ({', '.join(sorted(batch.extras)) or 'not by row'})")
         if batch.input_ids.shape[1] > self.limit:
             raise UnsafeError(self.limit_reason)
+        arrays = [tensor.cpu().numpy() for tensor in (batch.input_ids, batch.attention_mask, batch.labels)]
+        self.check(arrays[-1])
         try:
-            rows, starts = rows_of(
-                *(tensor.cpu().numpy() for tensor in (batch.input_ids, batch.attention_mask, batch.labels))
-            )
+            rows, starts = rows_of(*arrays)
         except ValueError as error:
             raise UnsafeError(str(error)) from None
         if self._absolute and starts.any():
             raise UnsafeError("padding on the left of a model with absolute positions")
         return rows, starts
 
-    def sample(self, rows: Sequence[Row], size: int) -> list[Row]:
-        """Some of the rows, neighbours in the plan: they share what there is to share."""
-        packs = plan(rows, self.budget, self._cost)
-        return [rows[index] for index in packs[0].rows[:size]] if packs else []
+    def plan(self, rows: Sequence[Row], budget: int | None) -> list[Pack]:
+        """[`plan`] with the cost of this model."""
+        return plan(rows, budget, self._cost)
+
+    def score(self, pack: Pack) -> Scored:
+        """
+        One forward pass.
+
+        Raises:
+            PackedError: It failed; or it did not attend along the tree.
+        """
+        try:
+            with evaluation_mode(self.model):
+                return run_pack(self.model, pack, self._head)
+        except Exception as error:
+            if should_reduce_batch_size(error):
+                raise
+            raise PackedError(why(error)) from error
 
     def run(self, rows: Sequence[Row], choose: ChooseNext | None = None) -> Iterator[list[tuple[int, Tensor]]]:
         """
@@ -90,15 +119,17 @@ class PackedPass:
         Yields:
             `list[tuple[int, Tensor]]`: Of one forward pass, the index of every row and the values of its scored
             positions, in order. Rows without one are left out.
+
+        Raises:
+            PackedError: A forward pass failed. What was not yielded before is not scored.
         """
-        packs = plan(rows, None if self.lockstep else self.budget, self._cost)
+        packs = self.plan(rows, None if self.lockstep else self.budget)
         if self.lockstep and not packs:
-            idle = plan([Row(np.zeros(2, np.int64), np.array([IGNORED, 0]))], None, self._cost)[0]
+            idle = self.plan([Row(np.zeros(2, np.int64), np.array([IGNORED, 0]))], None)[0]
             packs.append(replace(idle, rows=(), answers=()))
         for pack in chosen(packs, lambda pack: pack.rows, choose):
             try:
-                with evaluation_mode(self._model):
-                    scored = run_pack(self._model, pack, self._head)
+                scored = self.score(pack)
             except RuntimeError as error:
                 alone = len(pack.tokens) == pack.longest
                 if self.lockstep or alone or not should_reduce_batch_size(error):
@@ -106,14 +137,13 @@ class PackedPass:
                 self.budget = max(1, min(self.budget, len(pack.tokens)) // 2)
                 packs[:] = self._replan(rows, [pack, *packs])
                 continue
-            self.dtype = scored.dtype
             self._count(pack)
             answers = (scored.log_probs[torch.from_numpy(answer)] for answer in pack.answers)
             yield list(zip(pack.rows, answers, strict=True))
 
     def _replan(self, rows: Sequence[Row], packs: Iterable[Pack]) -> Iterator[Pack]:
         left = [index for pack in packs for index in pack.rows]
-        for pack in plan([rows[index] for index in left], self.budget, self._cost):
+        for pack in self.plan([rows[index] for index in left], self.budget):
             yield replace(pack, rows=tuple(left[number] for number in pack.rows))
 
     def _count(self, pack: Pack) -> None:
@@ -121,6 +151,12 @@ class PackedPass:
         self._stats.unique_tokens += len(pack.tokens)
         self._stats.scored_tokens += len(pack.targets)
         self._stats.operations += pack.operations(self._cost)
+
+
+def why(error: Exception) -> str:
+    """An exception as a phrase that completes "because of"."""
+    first_line = (str(error).splitlines() or [""])[0]
+    return first_line if isinstance(error, (UnsafeError, PackedError)) else f"{type(error).__name__}: {first_line}"
 
 
 def place(

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trl_refplug.errors import UnsupportedInputError
+
 
 IGNORED = -100
 """Label of a token that is not scored."""
@@ -57,6 +59,19 @@ class Row:
         """Positions whose token is scored, ascending."""
         positions: Ints = np.flatnonzero(self.labels != IGNORED)
         return positions[positions > 0]
+
+
+def check_labels(labels: Ints, vocab_size: int) -> None:
+    """
+    Raises:
+        UnsupportedInputError: A label is neither -100 nor a token id. Its log-prob would be another token's.
+    """
+    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= vocab_size))]
+    if len(wrong):
+        raise UnsupportedInputError(
+            f"Found label {wrong[0]}, expected a token id below {vocab_size:,} (the model's vocabulary) where a token "
+            f"is scored and {IGNORED} elsewhere."
+        )
 
 
 def rows_of(input_ids: Ints, attention_mask: Ints, labels: Ints) -> tuple[list[Row], Ints]:

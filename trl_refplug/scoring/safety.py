@@ -1,8 +1,8 @@
 """
 Where sharing prefixes and packing rows would change the numbers, as far as a model's configuration tells.
 
-What it does not tell is caught later: layers that attend in some other way are noticed while a pack runs, and the
-first packed answer of every scorer is compared with the exact one.
+What it does not tell is caught later: layers that attend in some other way are noticed while a pack runs, and before
+a scorer trusts packed answers it compares some with the exact ones (`verification.py`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ def unsafe_model(model: nn.Module, inner: PreTrainedModel) -> str | None:
         return "ALiBi position biases"
     if any(getattr(config, name, None) for name in ("expert_capacity", "capacity_factor", "moe_capacity_factor")):
         return "experts of limited capacity: which tokens they drop depends on the batch"
+    if getattr(config, "attn_temperature_tuning", None):
+        return "attention temperatures that depend on where in its input a token is"
     recurrent = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS
     if recurrent:
         return f"recurrent or hybrid layers ({', '.join(sorted(recurrent))})"
@@ -36,6 +38,8 @@ def unsafe_model(model: nn.Module, inner: PreTrainedModel) -> str | None:
     peft_configs = [adapter for configs in adapters if isinstance(configs, dict) for adapter in configs.values()]
     if any(getattr(adapter, "is_prompt_learning", False) for adapter in peft_configs):
         return "virtual tokens of a prompt-learning adapter"
+    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in peft_configs):
+        return "an activated LoRA (aLoRA) adapter, which begins at a place of its own in each row"
     return None
 
 

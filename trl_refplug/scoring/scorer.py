@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Literal
 
+import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
@@ -22,10 +23,10 @@ from trl_refplug.scoring.exact import ensure_fused_head, exact_log_probs, pad_ro
 from trl_refplug.scoring.execution import causal_lm, evaluation_mode
 from trl_refplug.scoring.head import Head
 from trl_refplug.scoring.order import ChooseNext, chosen
-from trl_refplug.scoring.packed import PackedPass, place
-from trl_refplug.scoring.precision import disagreement
+from trl_refplug.scoring.packed import PackedError, PackedPass, place
 from trl_refplug.scoring.rows import IGNORED, Ints, Row
 from trl_refplug.scoring.stats import ScoreStats
+from trl_refplug.scoring.verification import verify
 
 
 TOKEN_BUDGET = {"cpu": 8192}
@@ -35,9 +36,6 @@ TOKEN_BUDGET_ELSEWHERE = 16384
 
 WINDOW = 32
 """How many forward passes' worth of a stream of rows is planned together."""
-
-VERIFIED_ROWS = 8
-"""How many rows of a stream are scored both ways before packed answers are trusted."""
 
 
 class ExactFallbackWarning(UserWarning):
@@ -55,9 +53,10 @@ class Scorer:
     Args:
         model (`nn.Module`): The model. It is given TRL's fused LM head if it has none.
         mode (`str`): `"exact"`: TRL's own call on the batch as it is, bit for bit. `"packed"`: no padding, shared
-            prefixes and identical rows computed once, the LM head on scored positions only; equal within rounding. The
-            first packed answer is compared with the exact one. Where packing is known to change the numbers, and for
-            good if that comparison fails, rows are scored exactly, with an [`ExactFallbackWarning`].
+            prefixes and identical rows computed once, the LM head on scored positions only; equal within rounding.
+            Before the first packed answer both ways are compared, on rows made of the first ones. Where packing is
+            known to change the numbers, and for good if that comparison or a packed pass fails, rows are scored
+            exactly, with an [`ExactFallbackWarning`].
         temperature (`float`): Logits are divided by it. If the model already has a fused LM head, this has to be the
             temperature that was given to it.
         token_budget (`int`, *optional*): Most tokens in one packed forward pass, or in one padded batch of
@@ -86,7 +85,7 @@ class Scorer:
         self.mode = mode
         self.stats = ScoreStats()
         self._model = model
-        self._device = inner.get_input_embeddings().weight.device
+        self._device: torch.device = inner.get_input_embeddings().weight.device
         budget = token_budget or TOKEN_BUDGET.get(self._device.type, TOKEN_BUDGET_ELSEWHERE)
         head = Head.of(inner, temperature, cast_lm_head_to_fp32)
         self._packed = PackedPass(model, head, budget, self.stats)
@@ -104,6 +103,10 @@ class Scorer:
         Returns:
             `Tensor`: float32 `[batch, seq - 1]`, on the batch's device and the caller's to change: entry `t` is the
             log-probability of `labels[:, t + 1]`, 0 where that is -100.
+
+        Raises:
+            UnsupportedInputError: Packed, a label is not a token id; or a packed pass failed where every rank has to
+                take part in it, so that this one cannot make another instead.
         """
         self.stats.rows += len(batch.input_ids)
         self.stats.padded_tokens += batch.input_ids.numel()
@@ -111,19 +114,15 @@ class Scorer:
             if self.mode == "exact":
                 return self._exact(batch)
             try:
-                if self._distrusted:
-                    raise UnsafeError(self._distrusted)
+                if reason := self._untrusted(_token_ids(batch)):
+                    raise UnsafeError(reason)
                 rows, starts = self._packed.cut(batch)
-            except UnsafeError as reason:
-                self._warn(str(reason))
-                if self._packed.lockstep and self._packed.unsafe_model is None and not self._settled:
-                    # Other ranks verify their first batch, with one more forward pass, and never again
-                    self._distrusted = "a first batch that could not be verified"
-                    self._exact(batch)
-                return self._exact(batch)
-            if not self._verified:
-                return self._verify(batch, rows, starts)
-            return place(batch, rows, starts, self._packed.run(rows))
+                return place(batch, rows, starts, self._packed.run(rows))
+            except UnsafeError as error:
+                self._warn(str(error))
+            except PackedError as error:
+                self._distrust(error)
+            return self._exact(batch)
 
     def score_rows(self, rows: Iterable[Row]) -> Iterator[tuple[int, Tensor]]:
         """
@@ -141,7 +140,7 @@ class Scorer:
             `t` for `labels[t + 1]`, 0 where that is -100. Every row once.
 
         Raises:
-            UnsupportedInputError: The model is distributed over ranks.
+            UnsupportedInputError: The model is distributed over ranks, or a label is not a token id.
         """
         return chain.from_iterable(self.score_passes(rows))
 
@@ -161,6 +160,7 @@ class Scorer:
                 "run on its own: score_rows makes a different number of forward passes on each rank. Use log_probs."
             )
         for first, window in _windows(rows, WINDOW * self._packed.budget):
+            self._packed.check(np.concatenate([row.labels for row in window]))
             self.stats.rows += len(window)
             self.stats.padded_tokens += sum(map(len, window))
             passes = self._score_window(window, _renumbered(choose, first.__add__))
@@ -183,9 +183,15 @@ class Scorer:
             yield [(index, torch.zeros(0)) for index in sorted(set(range(len(rows))) - set(pending))]
         packed = self._packable(rows, pending) if self.mode == "packed" else []
         to_pack = [rows[index] for index in packed]
-        for scored in self._packed.run(to_pack, _renumbered(choose, packed.__getitem__)) if packed else ():
-            yield [(packed[number], values) for number, values in scored]
-        batches = self._padded(rows, set(pending) - set(packed))
+        left = set(packed)
+        try:
+            for scored in self._packed.run(to_pack, _renumbered(choose, packed.__getitem__)) if packed else ():
+                left.difference_update(packed[number] for number, _ in scored)
+                yield [(packed[number], values) for number, values in scored]
+            left.clear()  # `choose` left them out
+        except PackedError as error:
+            self._distrust(error)
+        batches = self._padded(rows, set(pending).difference(packed) | left)
         for together in chosen(batches, lambda batch: batch, choose):
             try:
                 log_probs = self._exact(pad_rows([rows[index] for index in together], self._device))
@@ -212,43 +218,33 @@ class Scorer:
 
     def _packable(self, rows: list[Row], pending: list[int]) -> list[int]:
         """Which of the pending rows to pack."""
-        if reason := self._distrusted or self._packed.unsafe_model:
+        if not pending:
+            return []
+        if reason := self._untrusted([rows[index].input_ids for index in pending]):
             self._warn(reason)
             return []
         short = [index for index in pending if len(rows[index]) <= self._packed.limit]
         if len(short) < len(pending):
             self._warn(self._packed.limit_reason)
-        if short and not self._verified:
-            sample = pad_rows(self._packed.sample([rows[index] for index in short], VERIFIED_ROWS), self._device)
-            self._verify(sample, *self._packed.cut(sample))
-        return short if self._verified else []
+        return short
 
-    def _verify(self, batch: ReferenceBatch, rows: list[Row], starts: Ints) -> Tensor:
-        """Score a batch both ways and decide whether packed answers are trusted from now on."""
-        exact = self._exact(batch)
-        try:
-            packed = place(batch, rows, starts, self._packed.run(rows))
-        except Exception as error:
-            if should_reduce_batch_size(error):
-                raise
-            first_line = (str(error).splitlines() or [""])[0]
-            self._distrusted = (
-                first_line if isinstance(error, UnsafeError) else f"{type(error).__name__}: {first_line}"
-            )
-            self._warn(self._distrusted)
-            return exact
-        scored = batch.labels[:, 1:] != IGNORED
-        self._distrusted = disagreement(packed[scored], exact[scored], self._packed.dtype)
-        if self._distrusted:
-            self._warn(self._distrusted)
-            return exact
-        # A batch without scored tokens proves nothing, but in lockstep all ranks verify once, at the same time
-        self._verified = bool(scored.any()) or self._packed.lockstep
-        return packed
+    def _untrusted(self, rows: Sequence[Ints]) -> str | None:
+        """Why nothing may be packed now. The first time, packed answers are compared with the exact call's."""
+        reason = self._packed.unsafe_model()
+        if reason is None and not self._verified:
+            self._distrusted = verify(self._packed, rows)
+            self._verified = True
+        return reason or self._distrusted
 
-    @property
-    def _settled(self) -> bool:
-        return self._verified or self._distrusted is not None
+    def _distrust(self, error: PackedError) -> None:
+        """Pack no more."""
+        if self._packed.lockstep:
+            raise UnsupportedInputError(
+                f"A packed forward pass failed because of {error}; expected it to succeed, as it is made by all ranks "
+                "together and this one cannot score exactly by itself. Use scoring='exact'."
+            ) from error
+        self._distrusted = str(error)
+        self._warn(self._distrusted)
 
     def _exact(self, batch: ReferenceBatch) -> Tensor:
         with evaluation_mode(self._model):
@@ -275,6 +271,11 @@ class Scorer:
             yield
         finally:
             self.stats.seconds += time.perf_counter() - start
+
+
+def _token_ids(batch: ReferenceBatch) -> list[Ints]:
+    rows = zip(batch.input_ids.cpu().numpy(), batch.attention_mask.cpu().numpy(), strict=True)
+    return [ids[mask != 0] for ids, mask in rows]
 
 
 def _renumbered(choose: ChooseNext | None, number: Callable[[int], int]) -> ChooseNext | None:

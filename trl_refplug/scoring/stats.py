@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 @dataclass
 class ScoreStats:
     """
-    What a scorer has done so far. The verification of its first packed answer is counted like everything else.
+    What a scorer has done so far. Of the verification that packed answers can be trusted, only the time counts.
 
     Args:
         rows (`int`): Rows scored.

@@ -1,0 +1,109 @@
+"""
+Whether a model's packed answers can be trusted: both ways to score are compared on rows made for that.
+
+They are made of the first rows asked for. Those as they are would not do: where they have no prefix in common, a
+packed pass is the exact one, and nothing is learnt about sharing. The rows made of them always share, on two levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
+
+from trl_refplug.scoring.exact import exact_log_probs, pad_rows
+from trl_refplug.scoring.execution import evaluation_mode
+from trl_refplug.scoring.packed import PackedPass, why
+from trl_refplug.scoring.precision import disagreement
+from trl_refplug.scoring.rows import Ints, Row
+
+
+TOKENS = 1024
+"""Most tokens, with padding, of the rows that are scored both ways."""
+
+FEWEST_TOKENS = 60
+"""Of the smallest such rows."""
+
+_ROWS = 10
+_BRANCHES = 3
+
+
+def verify(packed: PackedPass, rows: Sequence[Ints]) -> str | None:
+    """
+    Why packed answers are not to be trusted, as a phrase that completes "because of"; `None` if they agree.
+
+    One exact and one packed forward pass over at most [`TOKENS`] tokens; over half of them where memory runs out. As
+    many passes on every rank, whatever its rows.
+
+    Args:
+        rows (`Sequence[np.ndarray]`): Token ids of real rows, to make those that are compared of.
+    """
+    tokens = max(FEWEST_TOKENS, min(TOKENS, packed.budget))
+    while True:
+        try:
+            return _compare(packed, sharing_rows(rows, packed.config, tokens, packed.limit))
+        except Exception as error:
+            if not should_reduce_batch_size(error):
+                return why(error)
+            if packed.lockstep or tokens == FEWEST_TOKENS:
+                raise
+            tokens = max(FEWEST_TOKENS, tokens // 2)
+
+
+def _compare(packed: PackedPass, rows: list[Row]) -> str | None:
+    with evaluation_mode(packed.model):
+        exact = exact_log_probs(packed.model, pad_rows(rows, packed.device)).cpu()
+    (pack,) = packed.plan(rows, None)
+    scored = packed.score(pack)
+    answers: Tensor = scored.log_probs.cpu()
+    found = [answers[torch.from_numpy(answer)] for answer in pack.answers]
+    expected = [exact[index, torch.from_numpy(rows[index].scored() - 1)] for index in pack.rows]
+    return disagreement(torch.cat(found), torch.cat(expected), scored.dtype)
+
+
+def sharing_rows(rows: Sequence[Ints], config: Any, tokens: int, limit: float = float("inf")) -> list[Row]:
+    """
+    Ten rows of the tokens of real ones: nine with a prefix in common, three times three of them with a longer one.
+    What is scored is short, because what goes wrong where rows part goes wrong soon after.
+
+    Args:
+        rows (`Sequence[np.ndarray]`): Token ids of real rows. None is longer than the longest of them, if that is 6.
+        config (`PretrainedConfig`): Of the model.
+        tokens (`int`): How many there are at most in all ten, padded to the longest; at least 60.
+        limit (`float`): None is longer, if it is at least 6.
+    """
+    # A model that takes a token's place in the pack for its position is to be found out, not to run out of positions:
+    # a GPU does not recover from that
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    real = max(6, max(map(len, rows), default=0))
+    longest = int(min(tokens // _ROWS, real, limit, positions // 3))
+    end = max(2, longest // 10)
+    start = max(2, longest - 2 * end)
+
+    by_length = sorted(rows, key=len, reverse=True)
+    ids = np.concatenate([*by_length, np.arange(_BRANCHES)])[: tokens + _BRANCHES]
+    different = list(dict.fromkeys([*ids[start:].tolist(), *range(_BRANCHES)]))[:_BRANCHES]
+    used = 0
+
+    def piece(size: int, first: int | None = None) -> Ints:
+        nonlocal used
+        taken = ids.take(np.arange(used, used + size), mode="wrap")
+        used += size
+        if first is not None:
+            taken[0] = first
+        return taken
+
+    trunk = piece(start)
+    branches = [piece(end, first) for first in different]
+    lengths = (end, end, end - 1)
+    made = [
+        Row.completion(trunk, [*branch, *piece(size, first)])
+        for branch in branches
+        for size, first in zip(lengths, different, strict=True)
+    ]
+    other = piece(start, next(first for first in different if first != trunk[0]))
+    return [*made, Row.completion(other, piece(end))]
