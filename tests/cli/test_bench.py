@@ -81,9 +81,7 @@ def test_it_takes_preference_data(model, tmp_path, example, scored):
 def test_data_in_another_format_is_told(model, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n')
-    with pytest.raises(
-        ConfigurationError, match=r"line 1: found the columns prompt, completion.*chosen, rejected missing"
-    ):
+    with pytest.raises(ConfigurationError, match="line 1: found prompt, completion; expected TRL's preference format"):
         run("--model", model, "--data", str(data))
 
 
@@ -198,9 +196,7 @@ def test_what_has_finished_is_not_measured_again(model, measured, output):
 
 def test_each_way_is_first_in_turn(measured):
     told = (measured / "stderr").read_text()
-    first, second = (
-        [told.index(f"run {number} of 2, {way}") for way in ("TRL's way", "packed")] for number in (1, 2)
-    )
+    first, second = ([told.index(f"run {number} of 2, {way}") for way in ("TRL's way", "packed")] for number in (1, 2))
     assert first == sorted(first)
     assert second == sorted(second, reverse=True)
 

@@ -155,7 +155,7 @@ def test_what_cannot_be_checked_is_an_error(arguments, message, model, data):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("", "no rows"), ('{"prompt": "a"}\n', "line 1"), ("{\n", "line 1"), ("[]\n", "line 1")]
+    ("text", "message"), [("", "is empty"), ('{"prompt": "a"}\n', "line 1"), ("{\n", "line 1"), ("[]\n", "line 1")]
 )
 def test_data_must_be_preference_pairs(text, message, model, tmp_path):
     (tmp_path / "data.jsonl").write_text(text)

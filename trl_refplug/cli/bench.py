@@ -156,12 +156,15 @@ def _pairs(model: str, loaded: Any, data: Path | None, rows: int, sample: bool) 
 
     from transformers import AutoTokenizer
 
-    from trl_refplug.bench.workloads import read_pairs, synthetic_pairs
+    from trl_refplug.bench.workloads import synthetic_pairs, tokenize_pairs
+    from trl_refplug.preference_files import read_pairs
 
     if data is None:
         return synthetic_pairs(rows, loaded.config.get_text_config().vocab_size)
-    pairs = read_pairs(data, AutoTokenizer.from_pretrained(model), None if sample else rows)
-    return random.Random(0).sample(pairs, min(rows, len(pairs))) if sample else pairs
+    pairs = read_pairs(data, None if sample else rows)
+    if sample:
+        pairs = random.Random(0).sample(pairs, min(rows, len(pairs)))
+    return tokenize_pairs(pairs, AutoTokenizer.from_pretrained(model))
 
 
 def _runs(count: int) -> str:

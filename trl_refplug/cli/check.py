@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trl_refplug.errors import ConfigurationError
+from trl_refplug.preference_files import read_pairs
 
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from trl_refplug.tolerances import Tolerance
 
 
-_COLUMNS = ("prompt", "chosen", "rejected")
 _BATCH = 4  # pairs
 _SHOWN = 20
 
@@ -110,7 +110,7 @@ def check(
     allowed = tolerance_for("no", torch_dtype)
     if tolerance is not None:
         allowed = Tolerance(largest=tolerance, mean=tolerance)
-    pairs = _read(data, rows)
+    pairs = read_pairs(data, rows)
     with contextlib.redirect_stdout(sys.stderr):  # what is printed on the way is no part of the verdict
         identity, batches, answers = _score(model, pairs, provider, kwargs, max_length, dtype, lora)
         plain = _score_plainly(reference or model, batches)
@@ -134,25 +134,6 @@ def _torch_dtype(name: str) -> Any:
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ConfigurationError(f"Found --dtype {name}, expected float32, bfloat16 or float16.")
     return dtype
-
-
-def _read(path: Path, rows: int) -> list[dict[str, Any]]:
-    pairs: list[dict[str, Any]] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if len(pairs) == rows:
-                break
-            try:
-                pair = json.loads(line)
-                pairs.append({column: pair[column] for column in _COLUMNS})
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ConfigurationError(
-                    f"{path}, line {number}: expected a JSON object with {', '.join(_COLUMNS)} "
-                    f"({type(error).__name__}: {error})."
-                ) from None
-    if not pairs:
-        raise ConfigurationError(f"{path} has no rows; expected JSON lines with {', '.join(_COLUMNS)}.")
-    return pairs
 
 
 def _score(
