@@ -14,7 +14,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are faster so, and sums do not depend on the machine
 
 import pytest
+from hypothesis import HealthCheck, settings
 
+
+# The same examples in every run, however slow the machine is.
+settings.register_profile(
+    "steady", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("steady")
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # Started by a shell in the background: the processes that tests interrupt would inherit that it is ignored.

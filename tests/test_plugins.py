@@ -207,8 +207,7 @@ def test_broken_plugin_stays_outside(site: FakeSite, source: str, told: str) -> 
         warnings.simplefilter("always")
         manager.provider_class("uniform")
         manager.provider_class("frozen")
-    (warning,) = warned
-    assert warning.category is RefPlugWarning
+    (warning,) = (warning for warning in warned if warning.category is RefPlugWarning)
     for part in ("plugin 'acme' of acme-refs 1.2", "failed", told, "TRL_REFPLUG_BLOCK"):
         assert part in str(warning.message)
 
@@ -638,8 +637,7 @@ def test_exception_of_an_observer_is_reported_once(site: FakeSite) -> None:
         warnings.simplefilter("always")
         for _ in range(3):
             manager.scored(IDENTITY, object(), torch.zeros(1, 1), 0.0)
-    (warning,) = warned
-    assert warning.category is RefPlugWarning
+    (warning,) = (warning for warning in warned if warning.category is RefPlugWarning)
     for part in ("'acme-refs:a'", "refplug_scored", "OSError: disk full."):
         assert part in str(warning.message)
     assert [len(sys.modules[name].calls) for name in modules] == [3, 3]

@@ -12,13 +12,16 @@ RefPlugError
 ├── ReferenceMismatchError               the log-probs, or the reference itself, are not those that were declared
 ├── InvalidLogProbsError                 a provider answered with a wrong shape, dtype or a non-finite value
 ├── RemoteError                          a reference server cannot be reached, refuses, or cannot be trusted
+│   └── serving.transport.UnreachableError   no server has answered in time
 ├── UnsupportedInputError (ValueError)   this provider cannot score this batch
-└── StoreError                           a log-prob store cannot be opened, read or written
-    ├── MissingRowError                  a row is not in the store, and nothing may score it now
-    ├── StoreVersionError                it holds shards written by a newer release
-    └── StoreWriteError                  no space, no permission, no such place; what was published before is kept
+├── StoreError                           a log-prob store cannot be opened, read or written
+│   ├── MissingRowError                  a row is not in the store, and nothing may score it now
+│   ├── StoreVersionError                it holds shards written by a newer release
+│   └── StoreWriteError                  no space, no permission, no such place; what was published before is kept
+└── demo.model.DemoModelError            the demo's model can neither be found nor fetched
 
 RefPlugWarning (UserWarning)             something is wrong that does not concern the reference in use
+└── store.StoreWarning                   part of a store cannot be used: its rows are scored again
 ```
 
 Every message says what was found, what was expected and which option to change.

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xxhash
 
+from trl_refplug.errors import ConfigurationError
+
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -96,7 +98,10 @@ def _digest_tensors_here(model: nn.Module, adapter: str | None, dtypes: Mapping[
     tensors = dict(sorted(_canonical_tensors(model, adapter), key=itemgetter(0)))
     meta = [name for name, tensor in tensors.items() if tensor.is_meta]
     if meta:
-        raise ValueError(f"Cannot digest a model whose weights are not loaded: {meta[0]!r} is on the meta device.")
+        raise ConfigurationError(
+            f"Cannot digest a model whose weights are not loaded: {meta[0]!r} is on the meta device. Load all of it: "
+            "without `init_empty_weights()`, and with a `device_map` that offloads nothing."
+        )
     workers = min(8, os.cpu_count() or 1)
     pending: list[Future[str]] = []
     with ThreadPoolExecutor(max_workers=workers) as pool:

@@ -12,7 +12,7 @@ from tests import tiny
 from tests.cli.processes import run_here
 from trl_refplug.cli import train
 from trl_refplug.cli.tasks import Precompute
-from trl_refplug.store import summarize
+from trl_refplug.store import summarize, verify
 
 
 def flags(tmp_path: Path, *more: str) -> list[str]:
@@ -62,12 +62,11 @@ def test_two_processes_of_one_launch(tmp_path: Path) -> None:
     command += ["--rdzv-endpoint=localhost:0", train.__file__, Precompute().encode(), "dpo"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     arguments = [*command, *flags(tmp_path, "--ddp_backend", "gloo")]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("All rows of this run are in") == 1
-    summary = summarize(tmp_path / "store")
-    assert summary.rows == 300
-    assert len(summary.manifests) == 2  # each rank its part
+    report = verify(tmp_path / "store")
+    assert (report.rows, report.duplicates) == (300, 0)  # each rank its part
 
 
 @pytest.mark.parametrize(

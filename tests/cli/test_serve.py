@@ -3,7 +3,6 @@
 import socket
 import subprocess
 import sys
-import time
 
 import httpx
 import pytest
@@ -22,10 +21,8 @@ def path(tmp_path_factory):
     return tiny.saved(tmp_path_factory.mktemp("served"))
 
 
-def test_help_is_there_at_once():
-    started = time.perf_counter()
+def test_help_shows_every_flag():
     shown = run_here("serve", "--help").stdout
-    assert time.perf_counter() - started < 2  # 0.3 s on an idle machine; importing torch would take more than 2
     for flag in ("--dtype", "--device", "--scoring", "--token-budget", "--host", "--port", "--api-key-env"):
         assert flag in shown
 
@@ -39,7 +36,9 @@ def test_help_imports_nothing_heavy():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_serves_a_base_and_its_adapter(path, tmp_path):
+def test_serves_a_base_and_its_adapter(tmp_path):
+    path = str(tmp_path / "base")
+    tiny.model().save_pretrained(path)  # without a tokenizer
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(path), LoraConfig(r=2, target_modules="all-linear"))
     model.save_pretrained(tmp_path)
     flags = ("--adapter", str(tmp_path), "--port", "0", "--scoring", "exact", "--api-key-env", "THE_KEY")
@@ -47,6 +46,8 @@ def test_serves_a_base_and_its_adapter(path, tmp_path):
         url = server.wait()
         assert httpx.get(f"{url}/v1/identity").status_code == 401
         facts = httpx.get(f"{url}/v1/identity", headers={"authorization": "Bearer k1"}).json()
+        server.end()
+        assert f"WARNING: {path} is served without a tokenizer" in server.process.stderr.read()
     assert facts["digest"] == digest_model(model, adapter="default")
     assert (facts["model"], facts["adapter"], facts["scoring"]) == (path, str(tmp_path), "exact")
 

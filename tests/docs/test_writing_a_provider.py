@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 
+import pytest
+
 from tests.cli.processes import ROOT, environment_with
 from tests.docs.markdown import DOCS, blocks
 from trl_refplug.provider import ReferenceProvider
@@ -31,6 +33,7 @@ def flat(text):
     return re.sub(r"\s+", " ", text)
 
 
+@pytest.mark.timeout(1800)
 def test_the_tutorial_works_as_written(tmp_path):
     variables = environment(tmp_path / "environment")
     start = directory = tmp_path / "empty"
@@ -48,7 +51,7 @@ def test_the_tutorial_works_as_written(tmp_path):
                 env=variables,
                 capture_output=True,
                 text=True,
-                timeout=400,
+                timeout=900,
             )
             output = shell.stdout + shell.stderr
             assert (shell.returncode != 0) == (block.value == "fails"), f"{block.code}\n{output[-5000:]}"

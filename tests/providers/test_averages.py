@@ -98,7 +98,7 @@ def test_bfloat16_alone_would_not_move(tmp_path):
     assert moves[torch.bfloat16] < 0.2 * moves[torch.float32]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     alpha=st.floats(0, 1, width=32),
     values=st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=8),

@@ -23,7 +23,6 @@ def dense(matrix):
 shapes = st.tuples(st.integers(1, 20), st.integers(1, 20), st.integers(0, 25), st.integers(0, 99))
 
 
-@settings(deadline=None)
 @given(shapes, st.floats(-2, 2), st.floats(-2, 2))
 def test_weighted_sum(shape, first, second):
     rows, columns, rank, seed = shape
@@ -33,7 +32,6 @@ def test_weighted_sum(shape, first, second):
     )
 
 
-@settings(deadline=None)
 @given(shapes)
 def test_norms(shape):
     rows, columns, rank, seed = shape
@@ -43,7 +41,7 @@ def test_norms(shape):
     torch.testing.assert_close(matrix.row_norms(weight), (weight + dense(matrix)).norm(dim=1), atol=1e-6, rtol=1e-6)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(shapes, st.sampled_from([0.0, 1e-6, 1e-2, 0.3, 0.9]), st.integers(1, 30))
 def test_recompression_leaves_out_what_it_says(shape, tolerance, max_rank):
     rows, columns, rank, seed = shape

@@ -126,6 +126,22 @@ def test_rows_that_are_too_long(tmp_path):
         provider.log_probs(ReferenceBatch(ids, torch.ones_like(ids), ids))
 
 
+def test_replicas_of_different_limits(tmp_path):
+    """Any of them may be asked, so the shortest limit is everyone's."""
+    ids = torch.randint(6, 250, (1, 30), generator=torch.Generator().manual_seed(0))
+    with completing(tiny_server(max_length=30)) as short, completing(tiny_server(max_length=128)) as long:
+        for urls in ([short, long], [long, short]):
+            too_long = pytest.raises(UnsupportedInputError, match=f"too long for {short}.* --max-model-len 31")
+            with too_long:
+                used(tmp_path, urls).log_probs(ReferenceBatch(ids, torch.ones_like(ids), ids))
+
+
+def test_replicas_of_different_names(tmp_path):
+    different = pytest.raises(RemoteError, match=r"serves 'a', .* serves 'b'\. .*--served-model-name")
+    with completing(tiny_server(names=("a",))) as one, completing(tiny_server(names=("b",))) as two, different:
+        used(tmp_path, [one, two])
+
+
 def test_padding_on_the_left_where_positions_count(tmp_path):
     server = Completions(tiny.model("gpt2").eval())
     with completing(server) as url:

@@ -11,6 +11,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from trl.trainer.utils import add_fused_lm_head
 
 from tests.scoring.models import ARCHITECTURES, VOCAB, batch_of, random_batch, tiny
+from trl_refplug import ConfigurationError
 from trl_refplug.provider import ReferenceBatch
 from trl_refplug.scoring import ExactFallbackWarning, Row, Scorer, ScoreStats
 
@@ -273,5 +274,5 @@ def test_wrong_options_are_refused(options):
 
 
 def test_a_model_without_a_language_model_is_refused():
-    with pytest.raises(TypeError, match="causal LM"):
+    with pytest.raises(ConfigurationError, match="causal LM"):
         Scorer(torch.nn.Linear(2, 2))

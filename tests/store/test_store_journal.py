@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 from store_writers import files_of, fill, key_of, right_rows
 
+from trl_refplug import RefPlugWarning
 from trl_refplug.store import LogProbStore, journal, summarize
 
 
@@ -22,7 +24,7 @@ def left_behind(path: Path, journals: dict[str, bytes]) -> None:
 @pytest.fixture
 def written(tmp_path: Path) -> tuple[str, bytes]:
     """The journal of a writer that has put rows 0 to 5, two at a time, and published none."""
-    with LogProbStore(tmp_path / "written", mode="a") as store:
+    with LogProbStore(tmp_path / "written", mode="a", publish_seconds=1e9) as store:
         for first in (0, 2, 4):
             fill(store, range(first, first + 2))
         (file,) = files_of(tmp_path / "written", ".journal")
@@ -70,9 +72,9 @@ def test_of_another_version(tmp_path: Path, written: tuple[str, bytes]) -> None:
 
 def test_of_a_writer_at_work(tmp_path: Path) -> None:
     path = tmp_path / "store"
-    with LogProbStore(path, mode="a") as writer:
+    with LogProbStore(path, mode="a", publish_seconds=1e9) as writer:
         fill(writer, range(5))
-        with LogProbStore(path, mode="a") as other, LogProbStore(path) as reader:
+        with LogProbStore(path, mode="a", publish_seconds=1e9) as other, LogProbStore(path) as reader:
             assert right_rows(other, range(9)) == set(range(5))  # other writers need not score them
             assert len(other) == 5
             assert other.contains([key_of(number) for number in (1, 7)]).tolist() == [True, False]
@@ -121,6 +123,23 @@ def test_seen_while_it_is_written(tmp_path: Path, written: tuple[str, bytes]) ->
         assert right_rows(other, range(9)) == set(range(6))
 
 
+def test_emptied_and_written_again_within_a_tick_of_the_clock(tmp_path: Path) -> None:
+    """Neither its size nor its time shows that other rows are in it."""
+    path = tmp_path / "store"
+    time_of_both = time.time() + 3600  # nothing that happens here is later
+    sizes = set()
+    with LogProbStore(path, mode="a", publish_seconds=1e9) as writer, LogProbStore(path) as reader:
+        for number in (1, 42):  # rows of the same length
+            fill(writer, [number])
+            (file,) = files_of(path, ".journal")
+            os.utime(file, (time_of_both, time_of_both))
+            sizes.add(file.stat().st_size)
+            reader.refresh()
+            assert number in right_rows(reader, [1, 42])
+            writer.flush()
+    assert len(sizes) == 1
+
+
 def test_readers_change_nothing(tmp_path: Path, written: tuple[str, bytes]) -> None:
     name, data = written
     left_behind(tmp_path / "store", {name: data})
@@ -147,6 +166,21 @@ def test_where_files_cannot_be_locked(
     os.utime(tmp_path / "store" / name, (an_hour_ago, an_hour_ago))
     with LogProbStore(tmp_path / "store", mode="a") as store:
         assert right_rows(store, range(9)) == set(range(6))
+
+
+def test_that_cannot_be_written(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    store = LogProbStore(path, mode="a", publish_seconds=1e9)
+    path.rmdir()
+    with pytest.warns(RefPlugWarning, match=r"journal .* cannot be written .*No such file"):
+        fill(store, range(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # told once
+        fill(store, range(3, 6))
+    assert right_rows(store, range(9)) == set(range(6))
+    path.mkdir()
+    store.close()
+    assert summarize(path).rows == 6
 
 
 def test_nothing_waits_nothing_is_written(tmp_path: Path) -> None:

@@ -91,12 +91,12 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStoreMachine = StoreMachine.TestCase
-TestStoreMachine.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
+TestStoreMachine.settings = settings(max_examples=60, stateful_step_count=20)
 
 
 def test_many_rows_in_many_shards(tmp_path: Path) -> None:
     numbers = range(5_000)
-    with LogProbStore(tmp_path, mode="a", publish_rows=97) as store:
+    with LogProbStore(tmp_path, mode="a", publish_rows=97, publish_seconds=1e9) as store:
         for i in range(0, 5_000, 50):
             fill(store, numbers[i : i + 50])
     shuffled = np.random.default_rng(0).permutation(6_000).tolist()

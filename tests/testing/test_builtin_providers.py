@@ -1,5 +1,7 @@
 """The built-in providers keep every promise of the conformance kit."""
 
+import signal
+
 import pytest
 from peft import LoraConfig, get_peft_model
 
@@ -33,6 +35,11 @@ class TestFrozen(ReferenceProviderTests):
     @pytest.fixture
     def other_options(self):
         return [{"scoring": "packed"}, {"dtype": "bfloat16"}]
+
+    def test_two_ranks(self, bench):
+        before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+        super().test_two_ranks(bench)
+        assert {number: signal.getsignal(number) for number in signal.valid_signals()} == before
 
 
 class TestFrozenPacked(Variant, ReferenceProviderTests):

@@ -32,7 +32,7 @@ def failures(area, junit, *, whole):
         else:
             command += [f"{name}::{test}" for test in sorted(tests)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode in (0, 1), done.stdout[-3000:] + done.stderr[-3000:]
     failed, ran, messages = defaultdict(set), defaultdict(set), []
     for case in ElementTree.parse(junit).iter("testcase"):
@@ -45,6 +45,7 @@ def failures(area, junit, *, whole):
     return failed, ran, "\n\n".join(messages)
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["named", "whole"])
 @pytest.mark.parametrize("area", planted_faults.FAULTS)
 def test_each_fault_is_caught_by_the_tests_that_name_it_alone(area, whole, tmp_path):

@@ -5,6 +5,7 @@ import threading
 import time
 import traceback
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from trl_refplug import (
 )
 from trl_refplug.scoring import Autocast, ScoringThread
 from trl_refplug.testing.samples import image_preference_data, tiny_image_policy, tiny_image_processor
+from trl_refplug.trainers import stand_in
 
 from .. import tiny
 from .ahead import Ahead
@@ -90,7 +92,7 @@ class TestSameRun:
         assert provider.ahead > 0
         assert_same(finished(trainer), train(kind, tmp_path, path, ours=False, **kwargs))
 
-    @settings(max_examples=8, deadline=None, phases=[Phase.generate])  # a failure is small already, and a run is slow
+    @settings(max_examples=8, phases=[Phase.generate])  # a failure is small already, and a run is slow
     @given(
         rows=st.integers(4, 11),
         batch=st.integers(2, 4),  # KTO's KL term needs two
@@ -324,21 +326,28 @@ class TestAsking:
         rows = {tuple(row) for batch in trainer.seen for row in batch["input_ids"].tolist()}
         assert len(rows) == 24
 
-    def test_time_is_what_the_trainer_waited(self, tmp_path):
+    def test_time_is_what_the_trainer_waited(self, tmp_path, monkeypatch):
+        now = [0.0]
+        monkeypatch.setattr(stand_in, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
         class Late(Ahead):
             """The third answer takes long."""
 
             def submit(self, batch):
-                if self.ahead == 1:
-                    self._thread.submit(lambda: time.sleep(1.0))
-                return super().submit(batch)
+                answer = super().submit(batch)
+                if self.ahead == 2:
+                    answer, soon = Future(), answer
+                    answer.result = lambda: wait_for(soon)
+                return answer
+
+        def wait_for(answer):
+            now[0] += 1.0
+            return answer.result()
 
         trainer, _ = ahead("dpo", tmp_path, tiny.model(), args={"max_steps": 6}, provider=Late)
         trainer.train()
         waited = [entry["ref/time"] for entry in trainer.state.log_history if "ref/time" in entry]
-        assert len(waited) == 6
-        assert sum(waited) > 0.5
-        assert sorted(waited)[-2] < 0.5  # one step waited, the others had their answer
+        assert waited == [0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
 
 
 class TestFailures:
@@ -425,16 +434,20 @@ class TestFailures:
         assert trainer.state.global_step == 0
 
     def test_threads_end(self, tmp_path):
-        before = threading.active_count()
+        def scoring():
+            return sum(thread.name.startswith("refplug-scoring") for thread in threading.enumerate())
+
+        before = scoring()
         trainer, provider = ahead("dpo", tmp_path, tiny.model())
         trainer.train()
+        assert scoring() > before
         provider.trainer = None
         del trainer
         gc.collect()
         deadline = time.monotonic() + 10
-        while threading.active_count() > before and time.monotonic() < deadline:
+        while scoring() > before and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert threading.active_count() <= before
+        assert scoring() <= before
 
 
 class _Broken:

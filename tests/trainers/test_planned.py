@@ -64,7 +64,7 @@ rows_of_ids = st.lists(st.tuples(ids.filter(bool), ids, ids), min_size=1, max_si
     kl=st.booleans(),
     order=st.sampled_from(["as it is", "shuffled", "selected"]),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_same_keys(trainers, kind, rows, max_length, keep_end, kl, order):
     names = COLUMNS[kind] if kl or kind == "dpo" else COLUMNS[kind][:2]
     types = Features({name: List(Value("int64")) for name in names})

@@ -28,9 +28,10 @@ def starts_at_zero(kind, run):
 
 def edited(path):
     model = AutoModelForCausalLM.from_pretrained(path)
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trl_refplug.providers.remote import RemoteOptions
+
+logger = logging.getLogger("trl_refplug")
 
 _KNOWN_TOKENS = 24
 
@@ -105,7 +108,7 @@ def connect_vllm(
 
 def check_tokenizer(client: ScoringClient, processing_class: Any) -> None:
     """
-    Compare what ids stand for, where both ends know it.
+    Compare what ids stand for; warn where only the run knows it.
 
     Raises:
         ReferenceMismatchError: The reference was trained on other ids.
@@ -119,7 +122,14 @@ def check_tokenizer(client: ScoringClient, processing_class: Any) -> None:
             f"The tokenizer has {len(tokenizer):,} tokens, and the reference that is served ({facts.model}) only "
             f"{facts.vocab_size:,}. Serve a model of the same vocabulary."
         )
-    if None not in (ours, facts.tokenizer) and ours != facts.tokenizer:
+    if ours is not None and facts.tokenizer is None:
+        logger.warning(
+            "%s serves %s without a tokenizer, so nothing shows that token ids stand for the same text there as in "
+            "this run. Save the tokenizer beside that model and serve it again to have this checked.",
+            client.transport.urls[0],
+            facts.model,
+        )
+    elif ours is not None and ours != facts.tokenizer:
         raise ReferenceMismatchError(
             f"The run's tokenizer is not that of the reference that is served, {facts.model}: the same ids stand for "
             f"other text there (digests {ours} and {facts.tokenizer}). Serve a model of the same vocabulary."

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trl_refplug.errors import ConfigurationError
 from trl_refplug.scoring.attention import UnsafeError, tree_attention
 from trl_refplug.scoring.head import Head
 from trl_refplug.scoring.layout import Pack
@@ -27,7 +28,7 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
             return module
-    raise TypeError(
+    raise ConfigurationError(
         f"Found a {type(model).__name__} without a transformers language model in it; expected a causal LM with an LM "
         "head, such as AutoModelForCausalLM loads."
     )

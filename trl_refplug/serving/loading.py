@@ -4,6 +4,7 @@ The model that a server is asked to serve: a base, or a PEFT adapter with the ba
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,6 +14,9 @@ from torch import nn
 from trl_refplug.errors import ConfigurationError
 from trl_refplug.scoring import stay_in_evaluation_mode
 from trl_refplug.serving.engine import Engine
+
+
+logger = logging.getLogger("trl_refplug")
 
 
 def load_engine(
@@ -87,7 +91,12 @@ def _tokenizer(path: str) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
+    except Exception as error:  # libraries of all kinds; scoring needs none
+        logger.warning(
+            "%s is served without a tokenizer, so clients cannot check theirs against it: %s",
+            path,
+            " ".join(f"{type(error).__name__}: {error}".split()),
+        )
         return None
 
 

@@ -7,7 +7,7 @@ those of the start, the server is another one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -68,7 +68,8 @@ class VllmClient:
         known_values (`np.ndarray`): float32 `[scored]`, the log-probs of the known row.
 
     Raises:
-        RemoteError: No server can be reached, or it does not answer as expected.
+        RemoteError: No server can be reached, it does not answer as expected, or the servers have different names for
+            the model.
         ReferenceMismatchError: The servers have different references.
     """
 
@@ -88,8 +89,10 @@ class VllmClient:
         self._known = known
         self._tolerance = tolerance
         found = transport.each("GET", "/v1/models", lambda response: _decoded(_models, response))
-        for url, models in found.items():
-            self.model, self._max_length = _chosen(url, models.data, model)
+        chosen = {url: _chosen(url, models.data, model) for url, models in found.items()}
+        self.model = _agreed({url: entry.id for url, entry in chosen.items()})
+        limits = [(entry.max_model_len, url) for url, entry in chosen.items() if entry.max_model_len is not None]
+        self._limit, self._limited_by = min(limits, default=(float("inf"), ""))
         answers = {url: self._request([], url)[-1] for url in found}
         (first, self.known_values), *others = answers.items()
         for url, values in others:
@@ -98,10 +101,10 @@ class VllmClient:
     def score(self, rows: PaddedRows, temperature: float) -> Sequence[Values]:
         assert temperature == 1.0, "the server would ignore it"
         longest = max(map(len, rows.rows), default=0)
-        if self._max_length is not None and longest > self._max_length - 1:
+        if longest > self._limit - 1:
             raise UnsupportedInputError(
-                f"A row of {longest:,} tokens is too long for {self.transport.urls[0]}, whose limit is "
-                f"{self._max_length:,}, one of which it generates. Serve with --max-model-len {longest + 1} or more."
+                f"A row of {longest:,} tokens is too long for {self._limited_by}, whose limit is {self._limit:,}, one "
+                f"of which it generates. Serve with --max-model-len {longest + 1} or more."
             )
         if rows.width > self._batch_limit or (any(rows.lefts) and not self._left_padding):
             raise UnsupportedInputError(
@@ -147,14 +150,24 @@ class VllmClient:
             )
 
 
-def _chosen(url: str, served: Sequence[_Model], model: str | None) -> tuple[str, int | None]:
+def _chosen(url: str, served: Sequence[_Model], model: str | None) -> _Model:
     names = ", ".join(entry.id for entry in served) or "nothing"
     if model is None and len(served) != 1:
         raise RemoteError(f"{url} serves {names}. Name one of them in option 'model'.")
     for entry in served:
         if model in (None, entry.id):
-            return entry.id, entry.max_model_len
+            return entry
     raise RemoteError(f"{url} serves {names}, and option 'model' names {model!r}.")
+
+
+def _agreed(names: Mapping[str, str]) -> str:
+    if len(set(names.values())) > 1:
+        shown = ", ".join(f"{url} serves {name!r}" for url, name in names.items())
+        raise RemoteError(
+            f"The servers of option 'url' call their models differently: {shown}. Start all of them with the same "
+            "model and the same --served-model-name."
+        )
+    return next(iter(names.values()))
 
 
 def _decoded(decoder: Any, response: httpx.Response) -> Any:

@@ -73,7 +73,10 @@ def open_folder(location: str | os.PathLike[str], cache_dir: str | os.PathLike[s
     try:
         filesystem, path = url_to_fs(location)
     except (ValueError, ImportError, OSError) as error:
-        raise StoreError(f"cannot open a store at {location!r}: {error}") from error
+        raise StoreError(
+            f"cannot open a store at {location!r}: {error}. Option 'path' is a directory or an fsspec URL such as "
+            "'s3://bucket/ref-store'"
+        ) from error
     if isinstance(filesystem, LocalFileSystem):
         return LocalFolder(Path(path))
     root = Path(cache_dir) if cache_dir is not None else _user_cache()
@@ -86,7 +89,7 @@ def reading(location: object) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(f"cannot read the store {str(location)!r}: {error}") from error
+        raise StoreError(f"cannot read the store {str(location)!r}: {error}. Check option 'path'") from error
 
 
 def open_existing(location: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None) -> Folder:
@@ -94,7 +97,10 @@ def open_existing(location: str | os.PathLike[str], cache_dir: str | os.PathLike
     folder = open_folder(location, cache_dir)
     with reading(location):
         if not folder.exists():
-            raise StoreError(f"there is no store at {os.fspath(location)!r}")
+            raise StoreError(
+                f"there is no store at {os.fspath(location)!r}. Check option 'path', or fill a store there with "
+                "`trl-refplug precompute`"
+            )
     return folder
 
 

@@ -8,11 +8,13 @@ know what they need not score; one that opens the store when the first is gone p
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import struct
 import time
 import uuid
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from trl_refplug.errors import RefPlugWarning
 from trl_refplug.store.folder import TEMPORARY_PREFIX
 from trl_refplug.store.keys import KEY_BYTES
 
@@ -36,11 +39,13 @@ _COUNT = struct.Struct("<I")
 _CHECKSUM_BYTES = 8
 _ABANDONED_SECONDS = 600.0
 """Where files cannot be locked, how long a journal that nobody writes to counts as in use."""
+_SETTLED_SECONDS = 2.0
+"""A journal written this recently may be emptied and written once more without its size and time showing it."""
 
 
 class Journal:
     """
-    The journal of one writer. Created by the first `append`; an error of the file system ends it silently, as its rows
+    The journal of one writer. Created by the first `append`; of an error of the file system it only warns, as its rows
     still wait in memory and are published as ever.
 
     Args:
@@ -51,6 +56,7 @@ class Journal:
         self._path = directory / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:16]}{JOURNAL_SUFFIX}"
         self._file: int | None = None
         self._usable = True
+        self._warned = False
 
     @property
     def name(self) -> str:
@@ -65,9 +71,18 @@ class Journal:
             if self._file is None:
                 self._file = self._create()
             data = b"".join(map(_record, keys, rows))
-            self._usable = os.write(self._file, data) == len(data)
-        except OSError:
+            if os.write(self._file, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
             self._usable = False
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"the journal {self._path} cannot be written ({error}): should this process be killed, the rows "
+                    "that it has not published are scored again",
+                    RefPlugWarning,
+                    stacklevel=4,
+                )
 
     def _create(self) -> int:
         # It is locked before it is a journal, or another process could take it for one that was left behind.
@@ -126,7 +141,8 @@ class OtherJournals:
             with contextlib.suppress(OSError):  # its writer has just closed it
                 found = os.stat(self._directory / name)
                 if (state := (found.st_size, found.st_mtime_ns)) != self._seen.get(name):
-                    self._seen[name] = state
+                    if time.time() - found.st_mtime > _SETTLED_SECONDS:
+                        self._seen[name] = state
                     data = (self._directory / name).read_bytes()
                     self.rows.update(_read(data) if data.startswith(_HEADER) else ())
 

@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from trl_refplug.errors import InvalidLogProbsError, StoreError, StoreWriteError
+from trl_refplug.errors import InvalidLogProbsError, RefPlugWarning, StoreError, StoreWriteError
 from trl_refplug.store.catalogue import Catalogue
 from trl_refplug.store.folder import open_existing, open_folder, reading
 from trl_refplug.store.format import DamagedFileError, Manifest, encode_shard, files_of, new_name
@@ -30,7 +30,7 @@ _PROVENANCE_PACKAGES = ("trl-refplug", "torch", "transformers", "trl", "peft", "
 _NO_VALUES = np.empty(0, np.float32)
 
 
-class StoreWarning(UserWarning):
+class StoreWarning(RefPlugWarning):
     """Part of a store cannot be used: its rows are missing and will be scored again."""
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -36,12 +39,25 @@ def on_two_ranks(bench: Bench) -> dict[int, tuple[str, list[list[float]]]]:
         start_method="spawn",
     )
     try:
-        results: dict[int, Any] = elastic_launch(config, _on_one_rank)(bench)
+        with _signal_handlers_kept():
+            results: dict[int, Any] = elastic_launch(config, _on_one_rank)(bench)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         told = failure.message["message"] if isinstance(failure.message, dict) else failure.message
         pytest.fail(f"Rank {failure.local_rank} of two failed: {told}", pytrace=False)
     return results
+
+
+@contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """torch's launcher leaves its own behind, and Ctrl-C would not be a KeyboardInterrupt in what pytest runs next."""
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None and signal.getsignal(number) != handler:
+                signal.signal(number, handler)
 
 
 def _on_one_rank(bench: Bench) -> tuple[str, list[list[float]]]:
