@@ -101,13 +101,25 @@ def test_an_output_that_cannot_be_written_to_is_told(tmp_path, kind):
     ("arguments", "message"),
     [
         (("--shape", "grop"), "Did you mean 'grpo'"),
-        (("--dtype", "fp32"), "expected a floating-point torch dtype"),
         (("--shape", "grpo", "--max-length", "512"), "raise --max-length"),
     ],
 )
 def test_wrong_options_are_told(model, arguments, message):
     with pytest.raises(ConfigurationError, match=message):
         run("--model", model, *arguments)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_a_wrong_dtype_is_told(dtype):
+    result = run("--model", "no/model", "--dtype", dtype)
+    assert result.exit_code == 2
+    assert f"'{dtype}' is not one of" in result.stderr
+
+
+def test_a_missing_extra_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigurationError, match=r"needs matplotlib: pip install 'trl-refplug\[demo\]'"):
+        run("--model", "no/model")
 
 
 def series(output):
