@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 
 class RefPlugError(Exception):
@@ -101,3 +102,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`" Did you mean 'frozen'?"` when one of `known` is close to `word`, else an empty string."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def require_extra(what: str, extra: str, *modules: str) -> None:
+    """
+    Check that what an extra of this package installs is there.
+
+    Raises:
+        ConfigurationError: A module is missing. It says that `what` needs it, and how to install it.
+    """
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise ConfigurationError(f"{what} needs {', '.join(missing)}: pip install 'trl-refplug[{extra}]'")

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_refplug.bench.workloads import read_pairs, synthetic_pairs, workload
+from trl_refplug.bench.workloads import synthetic_pairs, tokenize_pairs, workload
+from trl_refplug.preference_files import read_pairs
 from trl_refplug.scoring import Row, Scorer
 from trl_refplug.scoring.exact import exact_log_probs, pad_rows
 
@@ -26,7 +27,7 @@ def main() -> None:
     options = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     if options.data:
-        pairs = read_pairs(options.data, AutoTokenizer.from_pretrained(options.model), options.pairs)
+        pairs = tokenize_pairs(read_pairs(options.data, options.pairs), AutoTokenizer.from_pretrained(options.model))
     else:
         pairs = synthetic_pairs(options.pairs, model.config.vocab_size)
     rows = workload("pairs", pairs, options.max_length).rows

@@ -1,9 +1,10 @@
 """
-The speed of scoring, on a real model.
+The speed of scoring, on a real model. What does not depend on the machine is held to a bound.
 
     REFPLUG_MODEL=DIR [REFPLUG_DATA=pairs.jsonl] [REFPLUG_ROWS=24] python -m pytest -m benchmark -s tests/benchmarks
 """
 
+import json
 import os
 
 import pytest
@@ -25,3 +26,7 @@ def test_score(shape, tmp_path):
     result = CliRunner().invoke(app, ["score", *arguments], catch_exceptions=False)
     print(result.stdout)
     assert result.exit_code == 0
+    [series] = json.loads((tmp_path / "score.json").read_text())
+    for run in series["runs"]:
+        assert run["difference"] <= 1e-3
+        assert run["memory"] <= run["trl_memory"]

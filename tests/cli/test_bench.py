@@ -81,9 +81,7 @@ def test_it_takes_preference_data(model, tmp_path, example, scored):
 def test_data_in_another_format_is_told(model, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n')
-    with pytest.raises(
-        ConfigurationError, match=r"line 1: found the columns prompt, completion.*chosen, rejected missing"
-    ):
+    with pytest.raises(ConfigurationError, match="line 1: found prompt, completion; expected TRL's preference format"):
         run("--model", model, "--data", str(data))
 
 
@@ -103,13 +101,25 @@ def test_an_output_that_cannot_be_written_to_is_told(tmp_path, kind):
     ("arguments", "message"),
     [
         (("--shape", "grop"), "Did you mean 'grpo'"),
-        (("--dtype", "fp32"), "expected a floating-point torch dtype"),
         (("--shape", "grpo", "--max-length", "512"), "raise --max-length"),
     ],
 )
 def test_wrong_options_are_told(model, arguments, message):
     with pytest.raises(ConfigurationError, match=message):
         run("--model", model, *arguments)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_a_wrong_dtype_is_told(dtype):
+    result = run("--model", "no/model", "--dtype", dtype)
+    assert result.exit_code == 2
+    assert f"'{dtype}' is not one of" in result.stderr
+
+
+def test_a_missing_extra_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigurationError, match=r"needs matplotlib: pip install 'trl-refplug\[demo\]'"):
+        run("--model", "no/model")
 
 
 def series(output):
@@ -198,9 +208,7 @@ def test_what_has_finished_is_not_measured_again(model, measured, output):
 
 def test_each_way_is_first_in_turn(measured):
     told = (measured / "stderr").read_text()
-    first, second = (
-        [told.index(f"run {number} of 2, {way}") for way in ("TRL's way", "packed")] for number in (1, 2)
-    )
+    first, second = ([told.index(f"run {number} of 2, {way}") for way in ("TRL's way", "packed")] for number in (1, 2))
     assert first == sorted(first)
     assert second == sorted(second, reverse=True)
 

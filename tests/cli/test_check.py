@@ -145,7 +145,6 @@ def test_a_plugins_provider_that_is_not_what_it_says(model, data, site: FakeSite
         (["--provider", "frosen"], "Did you mean 'frozen'"),
         (["--kwargs", '{"modle": 1}'], "modle"),
         (["--kwargs", "{"], "not valid JSON"),
-        (["--dtype", "int8"], "expected float32, bfloat16 or float16"),
         (["--provider", "adapter"], "PEFT"),
         (["--reference", "no/such-model"], "--reference no/such-model"),
         (["--max-length", "2"], "--max-length 2"),
@@ -156,8 +155,14 @@ def test_what_cannot_be_checked_is_an_error(arguments, message, model, data):
         checked("--model", model, "--data", data, *arguments)
 
 
+def test_a_wrong_dtype_is_an_error(data):
+    outcome = CliRunner().invoke(app, ["check", "--model", "no/model", "--data", data, "--dtype", "int8"])
+    assert outcome.exit_code == 2
+    assert "'int8' is not one of" in outcome.stderr
+
+
 @pytest.mark.parametrize(
-    ("text", "message"), [("", "no rows"), ('{"prompt": "a"}\n', "line 1"), ("{\n", "line 1"), ("[]\n", "line 1")]
+    ("text", "message"), [("", "is empty"), ('{"prompt": "a"}\n', "line 1"), ("{\n", "line 1"), ("[]\n", "line 1")]
 )
 def test_data_must_be_preference_pairs(text, message, model, tmp_path):
     (tmp_path / "data.jsonl").write_text(text)

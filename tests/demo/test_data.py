@@ -1,15 +1,11 @@
-"""The pairs that ship with the package, and those of a file."""
+"""The pairs that ship with the package."""
 
-import json
-from pathlib import Path
 from statistics import fmean
 
-import pytest
 from datasets import Dataset
 from trl import is_conversational
 
-from trl_refplug.demo.data import EVAL_PAIRS, load_pairs, read_pairs
-from trl_refplug.errors import ConfigurationError
+from trl_refplug.demo.data import EVAL_PAIRS, load_pairs
 
 
 def test_format_and_split() -> None:
@@ -39,26 +35,3 @@ def test_preferred_answers_are_concise_and_the_others_do_not_share_a_phrase() ->
     assert fmean(map(len, chosen)) * 3 < fmean(map(len, rejected))
     openings = [" ".join(words[:3]).lower() for words in rejected]
     assert max(map(openings.count, openings)) <= 2
-
-
-def test_pairs_of_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "pairs.jsonl"
-    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
-    path.write_text("".join(json.dumps({**pair, "source": number}) + "\n" for number in range(3)))
-    assert read_pairs(path, 2) == [pair, pair]
-    assert len(read_pairs(path, 9)) == 3
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"prompt": "a", "chosen": "b"}', "line 1: found prompt, chosen; expected"),
-        ("[]", "line 1: found list; expected"),
-        ("no", "line 1: not JSON"),
-        ("", "is empty"),
-    ],
-)
-def test_a_file_without_pairs(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "pairs.jsonl").write_text(text)
-    with pytest.raises(ConfigurationError, match=message):
-        read_pairs(tmp_path / "pairs.jsonl", 1)

@@ -4,10 +4,8 @@ Rows to time scoring with: from a preference data set, or from nothing.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -146,27 +144,14 @@ def synthetic_pairs(count: int, vocabulary: int) -> list[Pair]:
     return [Pair(tokens(190, 1.1), tokens(250, 0.8), tokens(250, 0.8)) for _ in range(count)]
 
 
-def read_pairs(path: Path, tokenizer: Any, count: int | None) -> list[Pair]:
-    """
-    The first pairs (`None`: all) of a JSON-lines file in TRL's preference format: `prompt`, `chosen` and `rejected`,
-    each a text or a list of messages. Tokenised as TRL does.
-    """
-    pairs: list[Pair] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if len(pairs) == count:
-                break
-            example = json.loads(line)
-            missing = {"prompt", "chosen", "rejected"} - set(example)
-            if missing:
-                raise ConfigurationError(
-                    f"{path}, line {number}: found the columns {', '.join(example)}, expected TRL's preference format "
-                    f"(prompt, chosen, rejected); {', '.join(sorted(missing))} missing."
-                )
-            prompt = _tokenize(tokenizer, example["prompt"], "")
-            whole = [_tokenize(tokenizer, example["prompt"], example[name]) for name in ("chosen", "rejected")]
-            pairs.append(Pair(prompt, *(ids[len(prompt) :] for ids in whole)))
-    return pairs
+def tokenize_pairs(pairs: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[Pair]:
+    """Pairs in TRL's preference format, of texts or of messages, tokenised as TRL does."""
+    tokenized = []
+    for pair in pairs:
+        prompt = _tokenize(tokenizer, pair["prompt"], "")
+        whole = [_tokenize(tokenizer, pair["prompt"], pair[name]) for name in ("chosen", "rejected")]
+        tokenized.append(Pair(prompt, *(ids[len(prompt) :] for ids in whole)))
+    return tokenized
 
 
 def _tokenize(tokenizer: Any, prompt: Any, completion: Any) -> Ints:

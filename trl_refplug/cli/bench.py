@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 import time
 from collections.abc import Sequence
@@ -13,12 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trl_refplug.errors import ConfigurationError
+from trl_refplug.cli.dtypes import Dtype
+from trl_refplug.errors import ConfigurationError, require_extra
 
 
 if TYPE_CHECKING:
-    import torch
-
     from trl_refplug.bench.workloads import Pair
 
 
@@ -52,7 +50,9 @@ def score(
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs each way, alternating.")] = 5,
     max_length: Annotated[int, typer.Option(min=2, help="Rows are cut to this many tokens.")] = 1024,
     token_budget: Annotated[int | None, typer.Option(min=1, help="Most tokens of a packed forward pass.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...")] = "float32",
+    dtype: Annotated[
+        Dtype, typer.Option(help="What the model is loaded in: float32, bfloat16, float16.")
+    ] = Dtype.float32,
     output: Annotated[Path, typer.Option(help="Folder for score.md, score.png and score.json.")] = Path("."),
 ) -> None:
     """
@@ -77,15 +77,12 @@ def _score(
     repeats: int,
     max_length: int,
     token_budget: int | None,
-    dtype: str,
+    dtype: Dtype,
     output: Path,
 ) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigurationError(
-            "The benchmark is drawn with matplotlib, which is missing: pip install 'trl-refplug[demo]'."
-        )
+    require_extra("The plot of the benchmark", "demo", "matplotlib")
     started = time.monotonic()
-    torch_dtype = _torch_dtype(dtype)
+    torch_dtype = dtype.of_torch()
 
     import torch
     from tqdm import tqdm  # type: ignore[import-untyped]
@@ -140,28 +137,20 @@ def _score(
     )
 
 
-def _torch_dtype(name: str) -> torch.dtype:
-    import torch
-
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ConfigurationError(
-            f"Found --dtype {name}, expected a floating-point torch dtype: float32, bfloat16, ..."
-        )
-    return dtype
-
-
 def _pairs(model: str, loaded: Any, data: Path | None, rows: int, sample: bool) -> list[Pair]:
     import random
 
     from transformers import AutoTokenizer
 
-    from trl_refplug.bench.workloads import read_pairs, synthetic_pairs
+    from trl_refplug.bench.workloads import synthetic_pairs, tokenize_pairs
+    from trl_refplug.preference_files import read_pairs
 
     if data is None:
         return synthetic_pairs(rows, loaded.config.get_text_config().vocab_size)
-    pairs = read_pairs(data, AutoTokenizer.from_pretrained(model), None if sample else rows)
-    return random.Random(0).sample(pairs, min(rows, len(pairs))) if sample else pairs
+    pairs = read_pairs(data, None if sample else rows)
+    if sample:
+        pairs = random.Random(0).sample(pairs, min(rows, len(pairs)))
+    return tokenize_pairs(pairs, AutoTokenizer.from_pretrained(model))
 
 
 def _runs(count: int) -> str:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trl_refplug.cli.dtypes import Dtype
 from trl_refplug.errors import ConfigurationError
+from trl_refplug.preference_files import read_pairs
 
 
 if TYPE_CHECKING:
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from trl_refplug.tolerances import Tolerance
 
 
-_COLUMNS = ("prompt", "chosen", "rejected")
 _BATCH = 4  # pairs
 _SHOWN = 20
 
@@ -88,7 +89,9 @@ def check(
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Pairs to score, from the start of the file.")] = 16,
     max_length: Annotated[int, typer.Option(min=2, help="Rows are cut to this many tokens, as in training.")] = 1024,
-    dtype: Annotated[str, typer.Option(help="What the policy is loaded in: float32, bfloat16, float16.")] = "float32",
+    dtype: Annotated[
+        Dtype, typer.Option(help="What the policy is loaded in: float32, bfloat16, float16.")
+    ] = Dtype.float32,
     lora: Annotated[
         bool, typer.Option("--lora", help="Put a new LoRA adapter on the policy, as `--use_peft` does.")
     ] = False,
@@ -106,13 +109,12 @@ def check(
     """
     from trl_refplug.tolerances import Tolerance, tolerance_for
 
-    torch_dtype = _torch_dtype(dtype)
-    allowed = tolerance_for("no", torch_dtype)
+    allowed = tolerance_for("no", dtype.of_torch())
     if tolerance is not None:
         allowed = Tolerance(largest=tolerance, mean=tolerance)
-    pairs = _read(data, rows)
+    pairs = read_pairs(data, rows)
     with contextlib.redirect_stdout(sys.stderr):  # what is printed on the way is no part of the verdict
-        identity, batches, answers = _score(model, pairs, provider, kwargs, max_length, dtype, lora)
+        identity, batches, answers = _score(model, pairs, provider, kwargs, max_length, dtype.value, lora)
         plain = _score_plainly(reference or model, batches)
     verdict = Verdict(identity, _compare(batches, answers, plain), allowed)
     if as_json:
@@ -125,34 +127,6 @@ def check(
         _print(verdict, reference or model)
     if not verdict.ok:
         raise typer.Exit(1)
-
-
-def _torch_dtype(name: str) -> Any:
-    import torch
-
-    dtype = getattr(torch, name, None)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ConfigurationError(f"Found --dtype {name}, expected float32, bfloat16 or float16.")
-    return dtype
-
-
-def _read(path: Path, rows: int) -> list[dict[str, Any]]:
-    pairs: list[dict[str, Any]] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if len(pairs) == rows:
-                break
-            try:
-                pair = json.loads(line)
-                pairs.append({column: pair[column] for column in _COLUMNS})
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ConfigurationError(
-                    f"{path}, line {number}: expected a JSON object with {', '.join(_COLUMNS)} "
-                    f"({type(error).__name__}: {error})."
-                ) from None
-    if not pairs:
-        raise ConfigurationError(f"{path} has no rows; expected JSON lines with {', '.join(_COLUMNS)}.")
-    return pairs
 
 
 def _score(

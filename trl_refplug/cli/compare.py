@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trl_refplug.errors import ConfigurationError
+from trl_refplug.errors import ConfigurationError, require_extra
 
 
 if TYPE_CHECKING:
@@ -70,10 +69,7 @@ def _compare(
     output_dir: Path,
     seed: int,
 ) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigurationError(
-            "The comparison is drawn with matplotlib, which is missing: pip install 'trl-refplug[demo]'."
-        )
+    require_extra("The plot of the comparison", "demo", "matplotlib")
     with console.status("Loading PyTorch and TRL"):
         from trl_refplug.compare import pictures, report
         from trl_refplug.compare.contenders import DEFAULT, parse_contenders

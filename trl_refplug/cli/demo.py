@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trl_refplug.errors import ConfigurationError
+from trl_refplug.errors import ConfigurationError, require_extra
 
 
 if TYPE_CHECKING:
@@ -58,8 +57,7 @@ def _demo(
     output_dir: Path,
     seed: int,
 ) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigurationError("The demo draws with matplotlib, which is missing: pip install 'trl-refplug[demo]'.")
+    require_extra("The plot of the demo", "demo", "matplotlib")
     with console.status("Loading PyTorch and TRL"):
         from trl_refplug.arguments import ReferenceArguments
         from trl_refplug.demo import report

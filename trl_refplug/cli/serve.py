@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trl_refplug.errors import ConfigurationError
+from trl_refplug.errors import ConfigurationError, require_extra
 from trl_refplug.serving.keys import read_key
 
 
@@ -65,7 +65,7 @@ def serve(
         raise ConfigurationError("--ssl-keyfile needs --ssl-certfile.")
     if ssl_certfile:
         _check_certificate(ssl_certfile, ssl_keyfile)
-    _require_extra()
+    require_extra("`trl-refplug serve`", "serve", "msgspec", "starlette", "uvicorn", "zstandard")
 
     from trl_refplug.serving.limits import Limits
     from trl_refplug.serving.server import Server, listen
@@ -132,16 +132,6 @@ def _check_certificate(certfile: Path, keyfile: Path | None) -> None:
             f"--ssl-certfile {certfile} and --ssl-keyfile {keyfile or certfile} are not a certificate chain and its "
             f"private key, as PEM and without a passphrase: {error.strerror or error}."
         ) from None
-
-
-def _require_extra() -> None:
-    from importlib.util import find_spec
-
-    missing = [name for name in ("msgspec", "starlette", "uvicorn", "zstandard") if find_spec(name) is None]
-    if missing:
-        raise ConfigurationError(
-            f"`trl-refplug serve` needs {', '.join(missing)}. Install them with: pip install 'trl-refplug[serve]'"
-        )
 
 
 def _shown(host: str) -> str:

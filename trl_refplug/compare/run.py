@@ -46,8 +46,9 @@ class Job:
 
     def pairs(self) -> list[dict[str, Any]]:
         """The pairs of all steps; fewer, if there are not as many. A provider that scores ahead scores no others."""
-        from trl_refplug.demo.data import load_pairs, read_pairs
+        from trl_refplug.demo.data import load_pairs
         from trl_refplug.demo.job import PAIRS_PER_STEP
+        from trl_refplug.preference_files import read_pairs
 
         count = self.steps * PAIRS_PER_STEP
         return load_pairs()[0][:count] if self.data is None else read_pairs(Path(self.data), count)

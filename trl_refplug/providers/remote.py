@@ -7,11 +7,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from trl_refplug.errors import ConfigurationError, UnsupportedInputError
+from trl_refplug.errors import ConfigurationError, UnsupportedInputError, require_extra
 from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
 from trl_refplug.serving.keys import read_key
 
@@ -67,12 +66,7 @@ class RemoteProvider(ReferenceProvider):
 
     def __init__(self, options: RemoteOptions) -> None:
         super().__init__(options)
-        missing = [name for name in ("httpx", "msgspec", "tenacity", "zstandard") if find_spec(name) is None]
-        if missing:
-            raise ConfigurationError(
-                f"ref_provider='remote' needs {', '.join(missing)}. Install them with: pip install "
-                "'trl-refplug[serve]'"
-            )
+        require_extra("ref_provider='remote'", "serve", "httpx", "msgspec", "tenacity", "zstandard")
         self._urls = _checked_urls(options.url)
         option = "ref_provider='remote': option 'api_key_env'"
         self._key = None if options.api_key_env is None else read_key(options.api_key_env, option)

@@ -81,8 +81,8 @@ def _block_mask(pack: Pack, device: torch.device) -> BlockMask:
 
     def listed(blocks: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
         """For each block of queries, how many blocks of keys, and the indices of all of them, these first."""
-        count, order = blocks.sum(1), np.argsort(~blocks, axis=1, kind="stable")
-        return tuple(torch.from_numpy(part.astype(np.int32))[None, None].to(device) for part in (count, order))
+        count, order = torch.from_numpy(blocks.sum(1)), torch.from_numpy(np.argsort(~blocks, axis=1, kind="stable"))
+        return count[None, None].to(device, torch.int32), order[None, None].to(device, torch.int32)
 
     key_ends = torch.from_numpy(ends).to(device)
 
@@ -149,9 +149,9 @@ def _by_node(
     fused = query.device.type == "cpu" and softcap is None and query.shape[-1] == value.shape[-1]
     heads, tokens = query.shape[1:3]
     # Merged in float32: in half precision, rounding at every ancestor would add up
-    merged = {"dtype": torch.promote_types(query.dtype, torch.float32), "device": query.device}
-    output = torch.empty(1, tokens, heads, value.shape[-1], **merged).transpose(1, 2)
-    weight = torch.empty(1, heads, tokens, **merged)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    output = query.new_empty(1, tokens, heads, value.shape[-1], dtype=dtype).transpose(1, 2)
+    weight = query.new_empty(1, heads, tokens, dtype=dtype)
     covered = 0
     for node in nodes:
         below, own = slice(node.start, node.end), slice(node.start, node.stop)
@@ -162,7 +162,7 @@ def _by_node(
             output[:, :, below], weight[:, :, below] = part, part_weight
             continue
         share = torch.sigmoid(part_weight - weight[:, :, below]).unsqueeze(-1)
-        output[:, :, below].lerp_(part.to(output.dtype), share)
+        output[:, :, below].lerp_(part.to(dtype), share)
         weight[:, :, below] = torch.logaddexp(weight[:, :, below], part_weight)
     return output.to(query.dtype)
 
