@@ -19,8 +19,9 @@ from transformers import PrinterCallback
 from tests import tiny
 from tests.trainers.runs import build
 from trl_refplug import Capabilities, ReferenceIdentity, ReferenceProvider
-from trl_refplug.providers.caching.filling import fill, survey
+from trl_refplug.providers.caching.filling import fill
 from trl_refplug.providers.caching.row_keys import ModelFacts, RowKeys
+from trl_refplug.providers.caching.survey import survey
 from trl_refplug.scoring import Scorer
 from trl_refplug.store import LogProbStore, ScoringFacts
 from trl_refplug.trainers.planned import planned_rows

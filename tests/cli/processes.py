@@ -16,7 +16,7 @@ def run_python(python: Path | str, *arguments: str, **environment: str) -> "subp
     """Run an interpreter that finds this source tree, 80 columns wide, without colours and without plugin settings."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("TRL_REFPLUG_")}
     environment = inherited | {"PYTHONPATH": str(ROOT), "COLUMNS": "80", "NO_COLOR": "1"} | environment
-    return subprocess.run([str(python), *arguments], capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run([str(python), *arguments], capture_output=True, text=True, env=environment, timeout=1200)
 
 
 def run_here(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -34,5 +34,5 @@ def environment_with(*packages: Path, directory: Path) -> Path:
     copies = [str(shutil.copytree(package, directory / "packages" / package.name)) for package in packages]
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
     if packages:
-        subprocess.run([*pip, "--no-build-isolation", *copies], check=True, timeout=300)
+        subprocess.run([*pip, "--no-build-isolation", *copies], check=True, timeout=1200)
     return python

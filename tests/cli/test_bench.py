@@ -176,7 +176,8 @@ def test_it_goes_on_where_it_was_interrupted(model, tmp_path, sent):
 def measured(model, tmp_path_factory):
     """A folder with a finished benchmark."""
     output = tmp_path_factory.mktemp("measured")
-    run("--model", model, "--shape", "pairs", "--repeats", "2", "--output", str(output))
+    result = run("--model", model, "--shape", "pairs", "--repeats", "2", "--output", str(output))
+    (output / "stderr").write_text(result.stderr)
     return output
 
 
@@ -193,6 +194,15 @@ def test_what_has_finished_is_not_measured_again(model, measured, output):
     assert (output / "score.json").read_bytes() == (measured / "score.json").read_bytes()
     assert (output / "score.md").read_text() == (measured / "score.md").read_text()
     assert (output / "score.png").exists()
+
+
+def test_each_way_is_first_in_turn(measured):
+    told = (measured / "stderr").read_text()
+    first, second = (
+        [told.index(f"run {number} of 2, {way}") for way in ("TRL's way", "packed")] for number in (1, 2)
+    )
+    assert first == sorted(first)
+    assert second == sorted(second, reverse=True)
 
 
 def test_fewer_runs_than_the_others_are_told(model, output):
@@ -228,6 +238,7 @@ def other_model(model, tmp_path_factory):
         ("trl", "trl"),
         ("transformers", "transformers"),
         ("trl-refplug", "trl-refplug"),
+        ("measurement", "measurement"),
     ],
     ids=str,
 )

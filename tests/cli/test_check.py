@@ -101,12 +101,14 @@ def test_table(model, data):
     assert "does not give" in bad.output
 
 
-def test_a_plugins_provider(model, data, site: FakeSite):
+def test_a_plugins_provider_that_is_not_what_it_says(model, data, site: FakeSite):
     """In a process of its own, with nothing but JSON on stdout, whatever the plugin prints."""
     source = """
         from trl_refplug import Capabilities, ReferenceIdentity, ReferenceProvider, hookimpl
 
         class Provider(ReferenceProvider):
+            starts_as_policy = True
+
             def identity(self):
                 return ReferenceIdentity("constant", "0")
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,8 +101,8 @@ def test_what_is_measured(compared: tuple[Path, Any]) -> None:
     assert ema["agreement"]["loss"] > 1e-3
 
 
-def test_what_has_finished_is_kept(compared: tuple[Path, Any], model: str) -> None:
-    output, _ = compared
+def test_what_has_finished_is_kept(compared: tuple[Path, Any], model: str, tmp_path: Path) -> None:
+    output = shutil.copytree(compared[0], tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/*")}
     completed = run_compare(output, model, "cached", "adapter")
     assert completed.returncode == 0, completed.stderr
@@ -149,14 +150,16 @@ def endless(model: str, tmp_path: Path) -> Any:
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "out" / "runs" / "adapter" / "log.txt").exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.1)
-    time.sleep(1)  # into loading or training
-    yield process, psutil.Process(process.pid).children(recursive=True)
-    process.kill()
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "out" / "runs" / "adapter" / "log.txt").exists():
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.1)
+        time.sleep(1)  # into loading or training
+        yield process, psutil.Process(process.pid).children(recursive=True)
+    finally:
+        process.kill()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")

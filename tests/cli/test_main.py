@@ -120,6 +120,16 @@ def test_interrupted(tmp_path: Path) -> None:
     assert b"Traceback" not in stderr
 
 
+def test_interrupted_while_a_c_extension_is_imported() -> None:
+    completed = run_command("""
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt as interrupt:
+        raise ImportError("initialization failed") from interrupt""")
+    assert completed.returncode == 130
+    assert completed.stderr == ""
+
+
 HEAVY = "{'torch', 'transformers', 'trl', 'peft', 'accelerate', 'datasets', 'numpy'}"
 
 
@@ -143,9 +153,6 @@ try:
 finally:
     print("heavy:", sorted({HEAVY} & set(sys.modules)), file=sys.stderr)
 """
-    started = time.perf_counter()
     completed = run_python(sys.executable, "-c", code, *arguments)
-    seconds = time.perf_counter() - started
     assert completed.returncode == 0, completed.stderr
     assert completed.stderr.splitlines()[-1] == "heavy: []"
-    assert seconds < 5  # about 0.3 on an idle machine; torch alone takes longer than the difference

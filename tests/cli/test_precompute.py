@@ -62,7 +62,7 @@ def test_two_processes_of_one_launch(tmp_path: Path) -> None:
     command += ["--rdzv-endpoint=localhost:0", train.__file__, Precompute().encode(), "dpo"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     arguments = [*command, *flags(tmp_path, "--ddp_backend", "gloo")]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("All rows of this run are in") == 1
     report = verify(tmp_path / "store")

@@ -1,12 +1,20 @@
 """What a run is told by, and how two of them are compared."""
 
 import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
-from trl_refplug.compare.apart import finished_run
+from trl_refplug.compare import apart
+from trl_refplug.compare.apart import finished_run, run_apart
 from trl_refplug.compare.contenders import Contender
 from trl_refplug.compare.report import agreement, as_markdown
 from trl_refplug.compare.run import REFERENCE, Job, Run
@@ -65,6 +73,40 @@ def test_facts_of_a_job_change_with_its_files(tmp_path: Path) -> None:
     assert json.loads(json.dumps(before)) == before == job.facts()  # as they come back from disk
     data.write_text("{ }")
     assert job.facts() != before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_ctrl_c_as_a_run_begins(tmp_path: Path) -> None:
+    """A terminal sends it to both processes; the new one leaves it to its parent, which ends it."""
+    survived = []
+
+    def interrupt() -> None:
+        found: list[psutil.Process] = []
+        while not found:
+            found = [each for each in psutil.Process().children() if "spawn_main" in " ".join(each.cmdline())]
+        for _ in range(30):  # from its first moment on
+            found[0].send_signal(signal.SIGINT)
+            time.sleep(0.01)
+        if found[0].status() != psutil.STATUS_ZOMBIE:
+            survived.append(found[0])
+            os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        run_apart(Job("m", None, 1, 0, 256), Contender("adapter"), tmp_path / "run", print, print)
+    thread.join()
+    assert survived
+    assert not psutil.wait_procs(survived, timeout=10)[1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes have descriptors")
+def test_a_process_that_dies_in_the_middle_of_a_message() -> None:
+    receiving, sending = multiprocessing.Pipe(duplex=False)
+    os.write(sending.fileno(), (100).to_bytes(4, "big") + b"not a hundred bytes")
+    sending.close()
+    with receiving, pytest.raises(EOFError):
+        apart._received(receiving, print, print)
 
 
 @pytest.mark.parametrize(

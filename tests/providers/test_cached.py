@@ -1,10 +1,14 @@
 """`cached`: never stale, never paid for twice, and the same training as without it."""
 
 import math
+import shutil
+from contextlib import nullcontext
+from itertools import count
 
 import pyarrow as pa
 import pytest
 import torch
+from accelerate.utils import DeepSpeedPlugin, DistributedType
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
@@ -13,8 +17,10 @@ from trl_refplug import (
     ConfigurationError,
     MissingRowError,
     ReferenceMismatchError,
+    StoreError,
     UnsupportedInputError,
 )
+from trl_refplug.scoring import scorer
 from trl_refplug.store import LogProbStore, summarize
 from trl_refplug.testing.samples import image_preference_data, tiny_image_policy, tiny_image_processor
 
@@ -444,6 +450,88 @@ class TestVerify:
         path = tiny.saved(tmp_path)
         build("dpo", tmp_path, path, args=use(bf16=True))
         build("dpo", tmp_path, path, args=use("never", {"verify": 24}, bf16=True))
+
+    def test_what_cannot_be_done_is_refused(self, tmp_path, use, store):
+        path = tiny.saved(tmp_path)
+        with pytest.raises(ConfigurationError, match=r"verify=8.*before training asks"):
+            build("dpo", tmp_path, path, args=use("lazy", {"verify": 8}), peft_config=lora())
+        stream = {"train_dataset": DATA["dpo"]().to_iterable_dataset(), "peft_config": lora()}
+        LogProbStore(store, mode="a").close()
+        with pytest.raises(ConfigurationError, match=r"verify=8.*not known"):
+            build("dpo", tmp_path, path, args=use("never", {"verify": 8}), **stream)
+        for options in ({}, {"verify": 0}):
+            build("dpo", tmp_path, path, args=use("lazy", options), peft_config=lora())
+            build("dpo", tmp_path, path, args=use("never", options), **stream)
+
+    @pytest.mark.parametrize("options", [{}, {"verify": 2}])
+    def test_of_a_model_that_is_sharded(self, options, tmp_path, use, zero_stage):
+        """It cannot be scored before training, and with fill='never' it is not scored later, either."""
+        path = tiny.saved(tmp_path)
+        build("dpo", tmp_path, path, args=use())
+        trainer = build("dpo", tmp_path, path, args=use("never", options))
+        provider = trainer.ref_model.provider
+        zero_stage(trainer, 2)
+        provider.setup(provider._context)
+        assert provider.sample_check.rows == options.get("verify", 4)
+        zero_stage(trainer, 3)
+        with pytest.raises(ConfigurationError, match=r"verify=2.*sharded") if options else nullcontext():
+            provider.setup(provider._context)
+
+
+@pytest.fixture
+def zero_stage(monkeypatch):
+    """Puts into a trainer's accelerator what it would say under DeepSpeed."""
+
+    def put(trainer, stage):
+        state = trainer.accelerator.state
+        monkeypatch.setitem(state.__dict__, "distributed_type", DistributedType.DEEPSPEED)
+        monkeypatch.setitem(state.__dict__, "deepspeed_plugins", DeepSpeedPlugin(zero_stage=stage))
+
+    return put
+
+
+def test_parameters_that_are_whole_are_scored_as_asked(tmp_path, use, zero_stage):
+    """ZeRO-1 and ZeRO-2 shard gradients and the optimiser."""
+    trainer = build("dpo", tmp_path, tiny.saved(tmp_path), args=use("lazy"), peft_config=lora())
+    provider = trainer.ref_model.provider
+    ids = torch.arange(10, 16).reshape(2, 3)
+    for stage in (1, 2, 3):
+        zero_stage(trainer, stage)
+        provider.setup(provider._context)
+        rows = ids + 10 * stage
+        with pytest.raises(MissingRowError, match="ZeRO-3") if stage == 3 else nullcontext():
+            assert trainer.ref_model(input_ids=rows, labels=rows, fused_lm_head=True).log_probs.abs().min() > 0
+
+
+class TestEnds:
+    def test_interrupted_while_filling(self, tmp_path, use, store, monkeypatch):
+        """What was scored is kept, and for a further run in this process its writer is gone."""
+        monkeypatch.setitem(scorer.TOKEN_BUDGET, "cpu", 64)
+        policy, calls = tiny.model(), count()
+
+        def interrupt(*_):
+            if next(calls) == 4:
+                raise KeyboardInterrupt
+
+        policy.get_input_embeddings().register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt) as interrupted:
+            build("dpo", tmp_path, policy, args=use())
+        assert 0 < summarize(store).rows < 24
+        with LogProbStore(store, mode="a") as store_again:
+            assert store_again.other_writers == []
+        assert interrupted  # with its traceback, and in it the trainer, as in a notebook
+
+    def test_a_store_that_cannot_be_closed(self, tmp_path, use, store):
+        given = {"ref_model": tiny.model(seed=1)}
+        trainer = build("dpo", tmp_path, tiny.saved(tmp_path), args=use("lazy"), **given)
+        ids = torch.arange(10, 16).reshape(2, 3)
+        trainer.ref_model(input_ids=ids, labels=ids, fused_lm_head=True)
+        shutil.rmtree(store)
+        store.write_text("no directory")
+        provider = trainer.ref_model.provider
+        with pytest.raises(StoreError):
+            provider.close()
+        assert provider.module is None
 
 
 class TestSelection:

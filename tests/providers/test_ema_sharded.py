@@ -20,7 +20,7 @@ def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("sharded")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d"]
     command += ["--rdzv-endpoint=localhost:0", "-m", "tests.providers.two_ranks_ema", str(out)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ.copy(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ.copy(), capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-4000:]
     return out, [json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 

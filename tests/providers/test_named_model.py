@@ -200,8 +200,9 @@ def test_many_processes_remember_at_once(tmp_path):
     assert len(list(tmp_path.glob("**/*.json"))) == len(list(tmp_path.glob("trl-refplug/models/*"))) == 3
 
 
-def test_settled(tmp_path, named, monkeypatch):
-    monkeypatch.undo()
+def test_settled(named, monkeypatch):
+    monkeypatch.setattr(model_files, "_SETTLED_SECONDS", 3600.0)
     assert model_files.fingerprint(named, None, {}) is None
-    time.sleep(2.1)
+    monkeypatch.setattr(model_files, "_SETTLED_SECONDS", 0.1)
+    time.sleep(0.2)
     assert model_files.fingerprint(named, None, {}) is not None

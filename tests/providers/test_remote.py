@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 import os
+import signal
 import time
 
 import msgspec
@@ -211,7 +212,12 @@ class TestAnswers:
 
         child = os.fork()
         if not child:
-            os._exit(0 if undisturbed(1) else 1)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(60)
+            try:
+                os._exit(0 if undisturbed(1) else 1)
+            finally:
+                os._exit(2)
         assert undisturbed(0)
         assert os.waitpid(child, 0)[1] == 0
 
@@ -302,7 +308,7 @@ class TestWrongServer:
         started = time.monotonic()
         with pytest.raises(RemoteError, match=r"within 1 s .option 'deadline'.*cannot be reached"):
             build("dpo", tmp_path, tiny.model(), args=remote(url, deadline=1))
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 60
 
 
 class TestOptions:
@@ -338,16 +344,17 @@ class TestOptions:
         monkeypatch.setenv("REFERENCE_KEY", "s3cret-k3y")
         caplog.set_level(logging.DEBUG)
         port = free_port()
-        options = {"api_key_env": "REFERENCE_KEY", "deadline": 2, "starts_as_policy": True}
+        options = {"api_key_env": "REFERENCE_KEY", "starts_as_policy": True}
         with serving(engine(), key="s3cret-k3y", port=port) as url:
             arguments = {**remote(url, **options), "save_strategy": "steps", "save_steps": 3}
             trainer = build("dpo", tmp_path / "out", tiny.saved(tmp_path), args=arguments)
             trainer.train()
+        provider = trainer.ref_model.provider
+        provider._client.transport._deadline = 1
         with pytest.raises(RemoteError) as raised:
-            trainer.ref_model.provider.log_probs(random_batch(0))
+            provider.log_probs(random_batch(0))
         written = "".join(p.read_text(errors="replace") for p in (tmp_path / "out").rglob("*") if p.suffix == ".json")
         assert "REFERENCE_KEY" in (tmp_path / "out/checkpoint-3/refplug/reference.json").read_text() or written
-        provider = trainer.ref_model.provider
         for text in (
             written,
             caplog.text,
@@ -366,7 +373,7 @@ class TestOptions:
             started = time.monotonic()
             with pytest.raises(RemoteError, match=r"cannot be verified.*SSL_CERT_FILE"):
                 build("dpo", tmp_path, tiny.model(), args=remote(url))
-            assert time.monotonic() - started < 5  # no use to try again
+            assert time.monotonic() - started < 60  # of 300: no use to try again
             monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
             used(tmp_path, url).log_probs(random_batch(0))
 

@@ -6,7 +6,7 @@ import random
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,7 +32,7 @@ def proxied(url: str, change: Change) -> Iterator[str]:
             threading.Thread(target=relay, args=(client,), daemon=True).start()
 
     def relay(client: socket.socket) -> None:
-        with client:
+        with client, suppress(ConnectionError):
             head, body = read_message(client)
             head = head.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")
             with socket.create_connection(target) as server:
@@ -51,13 +51,20 @@ def proxied(url: str, change: Change) -> Iterator[str]:
 
 def read_message(connection: socket.socket) -> tuple[bytes, bytes]:
     """Head and body of a request that announces its length."""
+
+    def part() -> bytes:
+        received = connection.recv(1 << 16)
+        if not received:
+            raise ConnectionError("closed before the end of a request")
+        return received
+
     received = b""
     while b"\r\n\r\n" not in received:
-        received += connection.recv(1 << 16)
+        received += part()
     head, body = received.split(b"\r\n\r\n", 1)
     lengths = [line.split(b":")[1] for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")]
     while len(body) < (int(lengths[0]) if lengths else 0):
-        body += connection.recv(1 << 16)
+        body += part()
     return head + b"\r\n\r\n", body
 
 

@@ -81,12 +81,17 @@ class LifespanOf:
         await (self._ours if scope["type"] == "lifespan" else self._app)(scope, receive, send)
 
 
+_reserved: list[socket.socket] = []
+
+
 def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port: int = unused.getsockname()[1]
-        return port
+    """A port that nothing listens on, and that nobody is given from now on; only who asks for it by number gets it."""
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # so that a server that sets it, too, can bind it
+    reserved.bind(("127.0.0.1", 0))
+    _reserved.append(reserved)
+    port: int = reserved.getsockname()[1]
+    return port
 
 
 SENDING, SENT = "send_request_headers.started", "send_request_body.complete"

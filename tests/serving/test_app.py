@@ -16,7 +16,6 @@ import torch
 import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from starlette.responses import Response
 
 from trl_refplug.scoring import Row, Scorer
 from trl_refplug.serving import wire
@@ -240,16 +239,12 @@ class TestRefusals:
     def test_a_slow_body_is_given_up(self, served):
         with serving(served, limits=Limits(body_seconds=0.5)) as url, connection_to(url) as raw:
             raw.sendall(b"POST /v1/score HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n")
-            status, seconds = drip(raw)
-            assert status == b"HTTP/1.1 408"
-            assert 0.3 < seconds < 5
+            assert drip(raw) == b"HTTP/1.1 408"
 
     def test_a_slow_head_is_given_up(self, served):
         with serving(served, limits=Limits(head_seconds=0.5)) as url, connection_to(url) as raw:
             raw.sendall(b"POST /v1/score HTTP/1.1\r\nx-slow: ")
-            status, seconds = drip(raw)
-            assert status == b""
-            assert 0.3 < seconds < 5
+            assert drip(raw) == b""
 
     def test_silence_and_a_slow_second_head_are_given_up(self, served):
         with serving(served, limits=Limits(head_seconds=0.5)) as url:
@@ -259,22 +254,29 @@ class TestRefusals:
                 raw.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
                 answer = b""
                 while not answer.endswith(b"}"):
-                    answer += raw.recv(1000)
+                    part = raw.recv(1000)
+                    assert part
+                    answer += part
                 assert answer.startswith(b"HTTP/1.1 200")
                 raw.sendall(b"GET /health HTT")
-                assert drip(raw)[0] == b""
+                assert drip(raw) == b""
 
     def test_who_does_not_take_an_answer_is_given_up(self):
         """It would take memory for ever, and the server would wait for it at its end."""
-        size = 64 << 20
+        size, given_up = 64 << 20, threading.Event()
 
         async def large(scope, receive, send):
-            await Response(b"x" * size)(scope, receive, send)
+            headers = [(b"content-length", str(size).encode())]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": b"x" * size, "more_body": True})
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            given_up.set()
 
         around = lambda ours: LifespanOf(ours, large)  # noqa: E731
         with serving(engine(), limits=Limits(body_seconds=0.5), around=around) as url, connection_to(url) as raw:
             raw.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
-            time.sleep(2)
+            assert given_up.wait(30)
             received = 0
             with contextlib.suppress(ConnectionResetError):
                 while part := raw.recv(1 << 20):
@@ -300,6 +302,18 @@ class TestRefusals:
                 assert len(RefPlugClient(to).score(PaddedRows.flush_left(rows()), 1.0)) == 3
 
 
+def waiting(served, go):
+    """An engine that does not score before `go` is set."""
+    score = served.score
+
+    def when_told(units):
+        assert go.wait(60)
+        yield from score(units)
+
+    served.score = when_told
+    return served
+
+
 def delayed(served, seconds):
     score = served.score
 
@@ -316,19 +330,17 @@ def connection_to(url):
 
 
 def drip(raw):
-    """Send a byte now and then; the beginning of what comes back in the end, and after how long."""
+    """Send a byte now and then; the beginning of what comes back in the end."""
     started = time.monotonic()
     raw.settimeout(0.05)
-    while time.monotonic() - started < 10:
+    while time.monotonic() - started < 30:
         try:
-            return raw.recv(12), time.monotonic() - started
+            return raw.recv(12)
         except TimeoutError:
-            try:
+            with contextlib.suppress(OSError):  # closed since: what came before that is read first
                 raw.send(b"x")
-            except OSError:
-                return b"", time.monotonic() - started
         except OSError:
-            return b"", time.monotonic() - started
+            return b""
     raise AssertionError("the server waits for ever")
 
 
@@ -389,11 +401,19 @@ class TestLeaving:
         assert seen == [{50}, {70}]
 
     def test_shutting_down_finishes_what_was_taken(self):
-        slow = delayed(engine(), 1.0)
+        slow, begun = engine(), threading.Event()
+        score = slow.score
+
+        def slowly(units):
+            begun.set()
+            time.sleep(0.5)
+            yield from score(units)
+
+        slow.score = slowly
         with serving(slow) as url:
             made = connection(url)
             made.request("POST", "/v1/score", body_of(slow, rows()))
-            time.sleep(0.3)
+            assert begun.wait(30)
         assert made.getresponse().status == 200  # read after the server has ended
 
 

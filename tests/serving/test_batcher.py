@@ -176,6 +176,8 @@ def test_a_slow_model_has_a_short_queue(model):
     time.sleep(0.2)
     finish(model, 1)
     first.result(10)  # 10 tokens in 0.2 s: 3000 in a minute
+    while not slow._speed:  # known a moment after the answer
+        time.sleep(0.001)
     taken = slow.submit(1, request(*(unit(n, length=100) for n in range(2, 42))))
     with pytest.raises(QueueFullError) as full:
         slow.submit(2, request(unit(1)))

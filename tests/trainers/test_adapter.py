@@ -9,6 +9,8 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from trl_refplug import ConfigurationError, ImpureReferenceError
+from trl_refplug.identity import digest_tensors, tensor_dtypes
+from trl_refplug.providers.purity import rewritten_tensors
 
 from .. import tiny
 from .runs import KINDS, ONLINE, assert_same, build, train
@@ -77,6 +79,19 @@ class TestPurity:
         assert abs(first_loss(base) - math.log(2)) > 1e-4
         frozen = train("dpo", tmp_path, path, args={"ref_provider": "frozen"}, peft_config=peft_config)
         assert first_loss(frozen) == pytest.approx(math.log(2), abs=1e-4)
+
+    def test_a_cast_is_no_rewrite(self, tmp_path):
+        """GRPO may cast the LM head in place: its values stay, and any other change of it counts."""
+        policy = AutoModelForCausalLM.from_pretrained(tiny.saved(tmp_path), dtype=torch.bfloat16)
+        before, dtypes = digest_tensors(policy), tensor_dtypes(policy)
+        args = {**adapter_args(), "cast_lm_head_to_fp32": True}
+        trainer = build("grpo", tmp_path, policy, args=args, peft_config=lora(target_modules=["q_proj"]))
+        head = trainer.model.get_base_model().lm_head.weight
+        assert head.dtype == torch.float32
+        assert rewritten_tensors(before, trainer.model, dtypes) == []
+        with torch.no_grad():
+            head.mul_(1.1)
+        assert rewritten_tensors(before, trainer.model, dtypes) == ["lm_head.weight"]
 
     def test_all_problems_at_once(self, tmp_path):
         model = adapted(tiny.saved(tmp_path), lora(bias="all"))

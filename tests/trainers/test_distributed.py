@@ -17,12 +17,16 @@ from .. import tiny
 ROOT = Path(__file__).parents[2]
 
 
-def torchrun(tmp_path, *jobs, timeout=300):
+def torchrun(tmp_path, *jobs):
     common = {"out": str(tmp_path), "model": tiny.saved(tmp_path), "ours": True}
     text = json.dumps([{**common, **job} for job in jobs])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--local-addr=127.0.0.1"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "tests.trainers.two_ranks", text]
-    return subprocess.run(command, cwd=ROOT, env=os.environ.copy(), capture_output=True, text=True, timeout=timeout)
+    environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
+    if done.returncode:
+        print(done.stdout, done.stderr, sep="\n")  # shown when the test fails
+    return done
 
 
 def test_two_ranks_equal_trl(tmp_path):

@@ -113,6 +113,7 @@ def test_fsdp1_is_refused(tmp_path, monkeypatch):
         monkeypatch.setitem(state.__dict__, "fsdp_plugin", plugin)
         provider = EmaProvider(EmaOptions())
         context = trainer.ref_model.provider._context
+        context.reference_model = trainer.ref_model.provider.module
         with pytest.raises(ConfigurationError, match="fsdp_version: 2") if refused else nullcontext():
             provider.setup(context)
 

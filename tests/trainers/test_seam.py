@@ -20,6 +20,7 @@ from trl_refplug import (
     UnsupportedInputError,
     plug,
 )
+from trl_refplug.plugins import plugin_manager
 
 from .. import tiny
 from .runs import KINDS, ONLINE, assert_same, build, config, finished, train, trainer_class
@@ -248,6 +249,88 @@ def test_a_trainer_no_longer_used_is_freed(tmp_path):
     gc.collect()
     assert closed
     assert policy() is None
+
+
+class Inner(Uniform):
+    """Made by another provider, and open from `pin` until it is closed."""
+
+    open = set()
+    fails_in = ""
+
+    def pin(self, context):
+        Inner.open.add(self)
+        self.fail("inner pin")
+
+    def setup(self, context):
+        self.fail("inner setup")
+
+    def close(self):
+        Inner.open.discard(self)
+        self.fail("inner close")
+
+    def fail(self, place):
+        if place == Inner.fails_in:
+            raise KeyboardInterrupt(place)
+
+
+class Outer(Inner):
+    def pin(self, context):
+        Inner.open.add(self)
+        self.inner = context.create("inner")
+        self.fail("pin")
+
+    def setup(self, context):
+        self.fail("setup")
+
+    def close(self):
+        Inner.open.discard(self)
+        self.fail("close")
+
+
+class TestClosing:
+    @pytest.fixture(autouse=True)
+    def _registered(self, site, monkeypatch):
+        source = """
+            from trl_refplug import hookimpl
+
+            @hookimpl
+            def refplug_register_providers(register):
+                register("inner", "tests.trainers.test_seam:Inner")
+        """
+        site.install("inner", plugins={"inner": "inner_mod"}, modules={"inner_mod": source})
+        plugin_manager.cache_clear()
+        monkeypatch.setattr(Inner, "open", set())
+        monkeypatch.setattr(Inner, "fails_in", "")
+        yield
+        plugin_manager.cache_clear()
+
+    @pytest.mark.parametrize("place", ["inner pin", "pin", "inner setup", "setup"])
+    @pytest.mark.parametrize("policy", ["path", "instance"])
+    def test_what_was_opened_when_construction_fails(self, place, policy, tmp_path, monkeypatch):
+        monkeypatch.setattr(Inner, "fails_in", place)
+        model = tiny.saved(tmp_path) if policy == "path" else tiny.model()
+        with pytest.raises(KeyboardInterrupt, match=place):
+            build("dpo", tmp_path, model, reference=Outer())
+        assert not Inner.open
+
+    @pytest.mark.parametrize("place", ["inner close", "close"])
+    def test_one_that_fails_leaves_no_other_open(self, place, tmp_path, monkeypatch):
+        monkeypatch.setattr(Inner, "fails_in", place)
+        trainer = build("dpo", tmp_path, tiny.saved(tmp_path), reference=Outer())
+        assert len(Inner.open) == 2
+        with pytest.raises(KeyboardInterrupt, match=place):
+            trainer._refplug_session.close()
+        assert not Inner.open
+
+
+@pytest.mark.parametrize("provider", ["frozen", "ema"])
+def test_a_copy_is_freed_before_the_trainer_is(provider, tmp_path):
+    trainer = build("dpo", tmp_path, tiny.saved(tmp_path), args={"ref_provider": provider})
+    trainer.train()
+    reference = weakref.ref(trainer.ref_model.provider.module)
+    trainer.ref_model.provider.close()
+    gc.collect()
+    assert reference() is None
 
 
 def test_metrics_in_trls_logs(tmp_path):

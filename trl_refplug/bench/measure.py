@@ -1,15 +1,19 @@
 """
-TRL's way to score rows against the packed one: same model, same rows, one process, alternating.
+TRL's way to score rows against the packed one: same model, same rows, one process, each way first in turn.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,10 @@ from trl_refplug.scoring.rows import Row
 from trl_refplug.scoring.scorer import Scorer
 
 
+MEASUREMENT = 2
+"""Changes whenever figures of a run are no longer to be compared with those of runs before."""
+
+
 @dataclass(frozen=True)
 class Run:
     """
@@ -36,8 +44,10 @@ class Run:
         trl_memory, memory (`int`): Peak bytes of these passes, above what was in use before.
         unique_tokens, scored_tokens (`int`): What packing computes.
         operations (`float`): Counted operations of the packed pass.
-        difference (`float`): Largest difference of a row's sum, in nats.
+        difference (`float`): Largest difference of a row's sum, in nats; the sums are made in float64.
         matmul_rate (`float`): Operations a second of a large matrix product, measured after the passes.
+        fallback (`str` or `None`): Why some rows of the packed pass were scored exactly. Their operations are not
+            counted.
     """
 
     trl_seconds: float
@@ -49,6 +59,7 @@ class Run:
     operations: float
     difference: float
     matmul_rate: float
+    fallback: str | None = None
 
     def __str__(self) -> str:
         return (
@@ -106,19 +117,24 @@ class Result:
         return self.trl_seconds / self.seconds
 
     @property
-    def counted_ratio(self) -> float:
-        """TRL's counted operations by ours: the speed-up at equal efficiency."""
-        return self.trl_operations / self.runs[-1].operations
+    def fallback(self) -> str | None:
+        """Why some rows of packed passes were scored exactly."""
+        return next((run.fallback for run in self.runs if run.fallback), None)
 
     @property
-    def efficiency(self) -> float:
-        """Useful operations a second, as a share of the machine's matmul rate."""
-        return self.runs[-1].operations / self.seconds / self.matmul_rate
+    def counted_ratio(self) -> float | None:
+        """TRL's counted operations by ours: the speed-up at equal efficiency. `None` if not all rows were packed."""
+        return None if self.fallback else self.trl_operations / self.runs[-1].operations
+
+    @property
+    def efficiency(self) -> float | None:
+        """Useful operations a second, as a share of the machine's matmul rate. `None` if not all rows were packed."""
+        return None if self.fallback else self.runs[-1].operations / self.seconds / self.matmul_rate
 
 
 def measure(model: Any, workload: Workload, token_budget: int | None, repeats: int, done: int = 0) -> Iterator[Run]:
     """
-    Time a workload both ways, in turns, after one small batch of each to warm up.
+    Time a workload both ways, after a few rows to warm up. Every other run begins with the packed way.
 
     Args:
         token_budget (`int`, *optional*): As in [`Scorer`].
@@ -135,35 +151,40 @@ def measure(model: Any, workload: Workload, token_budget: int | None, repeats: i
         return
     scorer = Scorer(model, mode="packed", token_budget=token_budget)
     scored = [row for row in workload.rows if len(row.scored())]
-    list(scorer.score_rows([scored[0], min(scored, key=len)]))  # also the verification
-    if not scorer.stats.operations:  # not even of the shortest row
+    shortest = min(scored, key=len)
+    list(scorer.score_rows([scored[0], shortest]))  # also the verification
+    scorer.stats.clear()
+    list(scorer.score_rows([shortest]))
+    if not scorer.stats.operations:
         raise ConfigurationError(
             f"Nothing of shape {workload.shape!r} can be packed, because of {scorer.stats.fallback}; so there is "
             "nothing to compare with TRL's way. Use another --model."
         )
     device = causal_lm(model).get_input_embeddings().weight.device
+    ways: dict[str, Callable[[tqdm], Tensor]] = {
+        "TRL's way": lambda bar: score_like_trl(model, workload, device, bar),
+        "packed": lambda bar: _score_packed(scorer, workload.rows, bar),
+    }
     for number in range(done + 1, repeats + 1):
-        what = f"{workload.shape}, run {number} of {repeats}"
-        with _rows_done(workload, f"{what}, TRL's way") as bar:
-            expected, trl_seconds, trl_memory = _timed(lambda: score_like_trl(model, workload, device, bar), device)
         scorer.stats.clear()
-        with _rows_done(workload, f"{what}, packed") as bar:
-            found, seconds, memory = _timed(lambda: _score_packed(scorer, workload.rows, bar), device)
+        passes = {}
+        for way in ways if number % 2 else reversed(ways):
+            what = f"{workload.shape}, run {number} of {repeats}, {way}"
+            with tqdm(total=len(workload.rows), desc=what, unit="row", leave=False) as bar:
+                passes[way] = measured(partial(ways[way], bar), device)
+        trl, ours = passes["TRL's way"], passes["packed"]
         yield Run(
-            trl_seconds=trl_seconds,
-            seconds=seconds,
-            trl_memory=trl_memory,
-            memory=memory,
+            trl_seconds=trl.seconds,
+            seconds=ours.seconds,
+            trl_memory=trl.memory,
+            memory=ours.memory,
             unique_tokens=scorer.stats.unique_tokens,
             scored_tokens=scorer.stats.scored_tokens,
             operations=scorer.stats.operations,
-            difference=(found - expected).abs().max().item(),
+            difference=(ours.sums - trl.sums).abs().max().item(),
             matmul_rate=matmul_rate(device, next(causal_lm(model).parameters()).dtype),
+            fallback=scorer.stats.fallback,
         )
-
-
-def _rows_done(workload: Workload, what: str) -> tqdm:
-    return tqdm(total=len(workload.rows), desc=what, unit="row", leave=False)
 
 
 def score_like_trl(model: Any, workload: Workload, device: torch.device, bar: tqdm) -> Tensor:
@@ -192,26 +213,45 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     rates: list[float] = []
     stop = time.perf_counter() + 0.5
     while time.perf_counter() < stop or len(rates) < 3:
-        _, elapsed, _ = _timed(lambda: left @ right, device)
-        rates.append(2 * size**3 / elapsed)
+        _, seconds = _timed(lambda: left @ right, device)
+        rates.append(2 * size**3 / seconds)
     return statistics.median(rates)
 
 
-def _timed(work: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float, int]:
-    """The result, the seconds and the peak bytes of some work."""
+@dataclass(frozen=True)
+class Measured:
+    """A row's sum each, float64 `[rows]`, the seconds they took and the peak bytes above what was in use before."""
+
+    sums: Tensor
+    seconds: float
+    memory: int
+
+
+def measured(work: Callable[[], Tensor], device: torch.device) -> Measured:
+    """Do some work."""
     before = _reset_peak(device)
+    sums, seconds = _timed(work, device)
+    return Measured(sums, seconds, _peak(device) - before)
+
+
+def _timed(work: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
     result = work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return result, time.perf_counter() - start, _peak(device) - before
+    return result, time.perf_counter() - start
 
 
 def _reset_peak(device: torch.device) -> int:
+    gc.collect()
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(0)  # what work before has freed would be memory for nothing
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the peak to what is in use
     return _peak(device)

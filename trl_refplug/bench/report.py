@@ -26,16 +26,21 @@ def as_markdown(results: Sequence[Result], model_name: str, dtype: torch.dtype) 
     ]
     for result in results:
         runs = result.runs
+        counted = "-" if result.counted_ratio is None else f"{result.counted_ratio:.2f}x"
+        efficiency = "-" if result.efficiency is None else f"{result.efficiency:.0%}"
         fewer = f" ({len(runs)} run{'s' if len(runs) > 1 else ''})" if len(runs) < most else ""
         lines.append(
             f"| {result.shape}, {result.rows}{fewer} | {result.trl_tokens:,} | {runs[-1].unique_tokens:,} "
             f"| {runs[-1].scored_tokens:,} | {result.trl_seconds:.1f} | {result.seconds:.1f} "
-            f"| {result.rows / result.seconds:.1f} | {result.ratio:.2f}x ({result.counted_ratio:.2f}x) "
-            f"| {result.efficiency:.0%} of {result.matmul_rate / 1e9:.0f} GFLOP/s "
+            f"| {result.rows / result.seconds:.1f} | {result.ratio:.2f}x ({counted}) "
+            f"| {efficiency} of {result.matmul_rate / 1e9:.0f} GFLOP/s "
             f"| {max(run.difference for run in runs):.1e} nats "
             f"| {max(run.trl_memory for run in runs) / 2**20:,.0f} and "
             f"{max(run.memory for run in runs) / 2**20:,.0f} MiB |"
         )
+    for result in results:
+        if result.fallback:
+            lines += ["", f"{result.shape}: some rows were scored exactly, not packed, because of {result.fallback}."]
     return "\n".join(lines) + "\n"
 
 

@@ -18,7 +18,7 @@ import torch
 import xxhash
 
 import trl_refplug
-from trl_refplug.bench.measure import Run
+from trl_refplug.bench.measure import MEASUREMENT, Run
 from trl_refplug.bench.workloads import Workload
 from trl_refplug.errors import ConfigurationError
 from trl_refplug.scoring.execution import causal_lm
@@ -48,6 +48,7 @@ def facts(model: Any, digest: str, workload: Workload, token_budget: int | None)
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "machine": platform.node(),
+        "measurement": MEASUREMENT,
         "trl-refplug": trl_refplug.__version__,
         **{package: version(package) for package in ("torch", "trl", "transformers")},
     }

@@ -71,6 +71,17 @@ def main() -> None:
             raise
         _print_error(error)
         sys.exit(2)
+    except Exception as error:
+        if not _was_interrupted(error):
+            raise
+        sys.exit(130)
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Ctrl-C while a C extension is imported comes out as an `ImportError` that it caused."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _formatted_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from enum import Enum
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -101,12 +102,17 @@ def serve(
                 typer.echo(f"Warning: whoever reaches {url} can use it. Set a key with --api-key-env.", err=True)
 
         ssl: dict[str, Any] = {"ssl_certfile": ssl_certfile, "ssl_keyfile": ssl_keyfile} if ssl_certfile else {}
-        server = Server(make_app(engine, key=key, limits=limits), limits=limits, ready=ready, **ssl)
-        try:
-            server.run(sockets=[listener])
-        finally:
-            if server.force_exit:
-                os._exit(130)  # an interpreter that ends while a thread of it is in a forward pass is aborted
+
+        class Ended(Server):
+            """The second Ctrl-C ends it at once, also where asyncio (Python 3.12) would wait for its connections."""
+
+            def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+                super().handle_exit(sig, frame)
+                if self.force_exit:
+                    os._exit(130)  # an interpreter that ends while a thread of it is in a forward pass is aborted
+
+        server = Ended(make_app(engine, key=key, limits=limits), limits=limits, ready=ready, **ssl)
+        server.run(sockets=[listener])
 
 
 def _check_directory(model: str) -> None:

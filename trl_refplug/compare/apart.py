@@ -47,9 +47,14 @@ def run_apart(
     spawn = multiprocessing.get_context("spawn")
     receiving, sending = spawn.Pipe(duplex=False)
     process = spawn.Process(target=_work, args=(sending, job, contender, folder), name=contender.label)
-    process.start()
-    sending.close()  # ours; the end of the process is then the end of the pipe
+    # Ctrl-C is ours to handle, from the first moment of the process, which inherits that it is ignored
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        sending.close()  # ours; the end of the process is then the end of the pipe
         return _received(receiving, on_phase, on_step)
     except EOFError:
         process.join()
@@ -64,7 +69,10 @@ def run_apart(
 
 def _received(receiving: Connection, on_phase: Callable[[str], None], on_step: Callable[[Step], None]) -> Run:
     while True:
-        kind, content = receiving.recv()
+        try:
+            kind, content = receiving.recv()
+        except OSError:  # the process ended in the middle of a message
+            raise EOFError from None
         if kind == "phase":
             on_phase(content)
         elif kind == "step":
@@ -79,8 +87,9 @@ def _work(sending: Connection, job: Job, contender: Contender, folder: Path) -> 
     """What the new process does."""
     from trl_refplug.compare.run import run
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: it ends this process, by this:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an orderly end, which leaves no semaphores behind
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Windows does not pass it on
+    # How the parent ends this process: in order, which leaves no semaphores behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

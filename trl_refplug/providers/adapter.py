@@ -71,7 +71,7 @@ class AdapterProvider(ReferenceProvider):
         return self._reference_adapter
 
     def pin(self, context: ReferenceContext) -> None:
-        from trl_refplug.identity import combine_digests, digest_tensors
+        from trl_refplug.identity import combine_digests, digest_tensors, tensor_dtypes
         from trl_refplug.providers.peft_policy import is_peft, policy_adapter
         from trl_refplug.providers.purity import check_policy
 
@@ -85,7 +85,7 @@ class AdapterProvider(ReferenceProvider):
                 "ref_provider='frozen' for full fine-tuning."
             )
         start = self.options.start or ("base" if self._is_new else "adapter")
-        self._base_tensors = digest_tensors(policy)
+        self._base_tensors, self._base_dtypes = digest_tensors(policy), tensor_dtypes(policy)
         pinned: str | None
         if self.options.adapter is not None:
             pinned = self._named_adapter(policy)
@@ -121,7 +121,7 @@ class AdapterProvider(ReferenceProvider):
         if self._reference_adapter is not None:
             freeze_adapter(policy, self._reference_adapter)
         if self._is_new:
-            rewritten = rewritten_tensors(self._base_tensors, policy, context.args)
+            rewritten = rewritten_tensors(self._base_tensors, policy, self._base_dtypes)
             if rewritten and self.options.start is None:
                 method = getattr(policy.peft_config[own], "init_lora_weights", None)
                 raise ImpureReferenceError(

@@ -8,22 +8,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from trl_refplug.errors import ConfigurationError, MissingRowError, StoreError
+from trl_refplug.errors import ConfigurationError
 from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
 
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from trl_refplug.providers.caching.filling import SampleCheck
-    from trl_refplug.providers.caching.row_keys import BatchRows, RowKeys
+    from trl_refplug.providers.caching.filling import Filler
+    from trl_refplug.providers.caching.row_keys import RowKeys
+    from trl_refplug.providers.caching.verifying import SampleCheck
     from trl_refplug.store import LogProbStore
 
 
 logger = logging.getLogger("trl_refplug")
-
-_TOKENS_SHOWN = 12
-_VERIFIED_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -94,6 +92,11 @@ class CachedProvider(ReferenceProvider):
             raise ConfigurationError("ref_provider='cached': a store cannot be its own source. Name another one.")
         if chosen.verify is not None and chosen.verify < 0:
             raise ConfigurationError(f"ref_provider='cached': option 'verify' must not be negative: {chosen.verify}.")
+        if chosen.verify and chosen.fill == "lazy":
+            raise ConfigurationError(
+                f"ref_provider='cached': verify={chosen.verify} has stored rows scored again at the start, and with "
+                "fill='lazy' nothing is looked up before training asks for it. Remove 'verify', or use fill='ahead'."
+            )
 
     @property
     def starts_as_policy(self) -> bool:
@@ -146,8 +149,8 @@ class CachedProvider(ReferenceProvider):
         return self._source.pin(context) if self._owns_source else None
 
     def setup(self, context: ReferenceContext) -> None:
-        from trl_refplug.providers.caching.filling import check_known_ahead
         from trl_refplug.providers.caching.row_keys import ModelFacts
+        from trl_refplug.providers.caching.survey import check_known_ahead
 
         self._context = context
         source = self._scored_by
@@ -155,13 +158,12 @@ class CachedProvider(ReferenceProvider):
             source.setup(context)
         self._model_facts = getattr(source, "model_facts", None) or ModelFacts.of(source.module or context.policy)
         self._keys = self._row_keys(context)
-        # A model over which all ranks have a part is run by all of them at once, or not at all.
-        self._in_step = _sharded(context.accelerator) and source.capabilities.local_model
+        self._filler = self._make_filler(context)
         self._store = self._open(self.options.path or default_path())
         if self.options.fill == "ahead":
             check_known_ahead(context, source)
-        if self.options.fill != "lazy" and not self.fills_as_training_begins:
-            self._prepare(context)
+        if self.options.fill != "lazy" and not self._filler.waits_for_training:
+            self._prepare()
         if (
             self.options.fill == "lazy"
             and context.planned("train") is None
@@ -172,14 +174,19 @@ class CachedProvider(ReferenceProvider):
                 "the store never has them, and grows for nothing. Use the source itself as `ref_provider`."
             )
 
-    @property
-    def fills_as_training_begins(self) -> bool:
-        """Whether missing rows are scored not in `setup` but in `on_train_begin`: a policy is not sharded before."""
-        return self._in_step and self.options.fill == "ahead"
-
     def on_train_begin(self) -> None:
-        if self.fills_as_training_begins:
-            self._prepare(self._context)
+        if self._filler.waits_for_training:
+            self._prepare()
+
+    def _prepare(self) -> None:
+        self.sample_check = self._filler.prepare(self._store)
+        accelerator = self._context.accelerator
+        if accelerator.num_processes > 1 and self.options.fill == "ahead":
+            accelerator.wait_for_everyone()
+            # Opened anew, so that of rows with one key all ranks read the same.
+            self._store.close()
+            self._store = self._open(self._store.location)
+            self._filler.check_complete(self._store)
 
     def identity(self) -> ReferenceIdentity:
         source = self._scored_by.identity()
@@ -192,7 +199,7 @@ class CachedProvider(ReferenceProvider):
         self._hits += len(rows) - len(missing)
         self._misses += len(missing)
         if missing:
-            scored = self._score(batch, rows, missing)
+            scored = self._filler.score(self._store, batch, rows, missing)
             for line, index in enumerate(missing):
                 values[index] = rows.take(scored, index, line)
             facts = self._keys.packed if self._scores_packed else self._keys.exact
@@ -212,17 +219,12 @@ class CachedProvider(ReferenceProvider):
         self._store.flush()
 
     def close(self) -> None:
-        if self._store is not None:
-            self._store.close()
-        if self._source is not None and self._owns_source:
-            self._source.close()
-
-    # What is looked up
-
-    @property
-    def _source_at_hand(self) -> bool:
-        """Whether scoring a row takes no more than what is in this process anyway."""
-        return self._scored_by.capabilities.local_model and not getattr(self._scored_by, "idle", False)
+        try:
+            if self._store is not None:
+                self._store.close()
+        finally:
+            if self._source is not None and self._owns_source:
+                self._source.close()
 
     @property
     def _scores_packed(self) -> bool:
@@ -235,6 +237,17 @@ class CachedProvider(ReferenceProvider):
             return LogProbStore(path, mode="r")
         reference = self._scored_by.identity().to_dict()
         return LogProbStore(path, mode="a", provenance={"reference": reference, "scoring": asdict(self._keys.exact)})
+
+    def _make_filler(self, context: ReferenceContext) -> Filler:
+        import torch
+
+        from trl_refplug.providers.caching.filling import Filler
+        from trl_refplug.tolerances import tolerance_for
+
+        dtype = getattr(torch, self._model_facts.dtype)
+        tolerance = tolerance_for(str(context.accelerator.mixed_precision), dtype)
+        chosen = self.options
+        return Filler(context, self._scored_by, self._keys, tolerance, fill=chosen.fill, verify=chosen.verify)
 
     def _row_keys(self, context: ReferenceContext) -> RowKeys:
         from trl_refplug.providers.caching.row_keys import RowKeys
@@ -255,112 +268,8 @@ class CachedProvider(ReferenceProvider):
 
         return RowKeys(facts("packed"), facts("exact"), self._model_facts)
 
-    # What is scored
-
-    def _prepare(self, context: ReferenceContext) -> None:
-        """Look up all that training will ask for, score what is missing, and verify some of the rest."""
-        from trl_refplug.providers.caching.filling import check_sample, fill, planned_blocks, survey
-        from trl_refplug.providers.scorers import trainer_precision
-        from trl_refplug.ranks import any_rank, least
-
-        if context.planned("train") is None:
-            return  # fill='never': each batch is looked up as it comes
-        accelerator = context.accelerator
-        rank, ranks = accelerator.process_index, accelerator.num_processes
-        sample = _VERIFIED_ROWS if self.options.verify is None else self.options.verify
-        blocks = planned_blocks(context, self._keys)
-        found = survey(self._store, blocks, self._keys, verify=sample, rank=rank, ranks=ranks)
-        missing = bool(found.missing)
-        if self.fills_as_training_begins:  # one rank may see more of the store than others, and all do the same
-            missing = any_rank(missing)
-            found.sample = found.sample[: least(len(found.sample))]
-        source_needed = (missing and self.options.fill != "never") or self.options.verify is not None
-        # As training begins it may be resumed, so that the policy is not its own reference any more.
-        may_score = not getattr(self._scored_by, "gone", False) and (
-            not self._in_step or self.fills_as_training_begins
-        )
-        if may_score and (source_needed or self._source_at_hand):
-            with trainer_precision(accelerator):
-                tolerance = self._tolerance(context)
-                self.sample_check = check_sample(found, self._scored_by, accelerator.device, tolerance)
-        if missing:
-            if self.options.fill == "never":
-                assert found.first is not None
-                raise MissingRowError(
-                    f"{len(found.missing):,} of the {found.rows:,} rows that training will ask for are not in the "
-                    f"store {self._store.location!r}; the first is planned row {found.first.number}, "
-                    f"{self._shown(found.first.row.input_ids)}. {self._why_not_scored()}"
-                )
-            if found.mine or self._in_step:
-                with trainer_precision(accelerator):
-                    fill(
-                        self._store,
-                        planned_blocks(context, self._keys),
-                        self._keys,
-                        found,
-                        self._scored_by,
-                        accelerator.device,
-                        progress=accelerator.is_main_process and not context.args.disable_tqdm,
-                        any_rank=any_rank if self._in_step else None,
-                    )
-        if ranks > 1:
-            self._meet(context)
-
-    def _meet(self, context: ReferenceContext) -> None:
-        """Ranks wait for each other, and read what all of them have published."""
-        from trl_refplug.providers.caching.filling import planned_blocks, survey
-
-        context.accelerator.wait_for_everyone()
-        self._store.close()
-        self._store = self._open(self._store.location)
-        left = survey(self._store, planned_blocks(context, self._keys), self._keys)
-        if left.missing:
-            raise StoreError(
-                f"{len(left.missing):,} rows that other ranks have scored are not in {self._store.location!r} as rank "
-                f"{context.accelerator.process_index} sees it. Use a `path` that all nodes share."
-            )
-
-    def _score(self, batch: ReferenceBatch, rows: BatchRows, missing: list[int]) -> Tensor:
-        from trl_refplug.providers.caching.row_keys import select
-        from trl_refplug.providers.scorers import trainer_precision
-
-        first = rows.rows[missing[0]].input_ids
-        what = f"Row {missing[0]} of the batch, {self._shown(first)}, is not in the store {self._store.location!r}"
-        if self.options.fill == "never" or self._in_step:
-            raise MissingRowError(f"{what}. {self._why_not_scored()}")
-        try:
-            with trainer_precision(self._context.accelerator):
-                return self._scored_by.log_probs(select(batch, missing))
-        except MissingRowError as error:
-            raise MissingRowError(f"{what}, and {error}") from None
-
-    def _why_not_scored(self) -> str:
-        if self.options.fill == "never":
-            return "fill='never' scores nothing: use fill='ahead' or 'lazy', or another path."
-        return (
-            "A model that is sharded over ranks (FSDP, DeepSpeed) cannot score rows one rank at a time. Use "
-            "fill='ahead', which scores all rows of the run as training begins, or a source that is not in this "
-            'process: {"source": "remote", "source_kwargs": {"url": ...}}.'
-        )
-
-    def _tolerance(self, context: ReferenceContext) -> Any:
-        import torch
-
-        from trl_refplug.tolerances import tolerance_for
-
-        return tolerance_for(str(context.accelerator.mixed_precision), getattr(torch, self._model_facts.dtype))
-
-    def _shown(self, token_ids: Any) -> str:
-        decode = getattr(self._context.processing_class, "decode", None)
-        start = token_ids[:_TOKENS_SHOWN].tolist()
-        return f"which begins {decode(start) if decode else start!r}"
-
 
 def default_path() -> str:
     """Where log-probs are kept unless `path` says otherwise: one store a user, for all runs."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return str(Path(cache) / "trl-refplug" / "log-probs")
-
-
-def _sharded(accelerator: Any) -> bool:
-    return str(getattr(accelerator.distributed_type, "value", "")) in ("FSDP", "DEEPSPEED", "MEGATRON_LM")

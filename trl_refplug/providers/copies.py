@@ -62,7 +62,7 @@ def loading(options: FrozenOptions, policy: nn.Module, args: Any) -> dict[str, A
         kwargs["quantization_config"] = BitsAndBytesConfig(**options.quantization_config)
     if options.device is not None:
         kwargs["device_map"] = {"": options.device}
-    elif str(getattr(args.distributed_state, "distributed_type", "")).endswith(("MULTI_GPU", "DEEPSPEED")):
+    elif args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         kwargs["device_map"] = None
     return kwargs
 

@@ -93,7 +93,7 @@ class EmaProvider(ReferenceProvider):
         self._architecture = ""
         self._context: ReferenceContext | None = None
         self._module: nn.Module | None = None
-        self._average: MovingAverage
+        self._kept_average: MovingAverage | None = None
         self._scorers: dict[tuple[nn.Module, str], Scorer] = {}
         self._is_peft = False
         self._syncs = 0
@@ -156,7 +156,7 @@ class EmaProvider(ReferenceProvider):
         stay_in_evaluation_mode(self._module)  # a model passed as `ref_model=` may still be in train mode
         average = ModelAverage(self._module, lambda: context.policy, dtype, device)
         average.check()
-        self._average = average
+        self._kept_average = average
 
     def _setup_adapter(self, context: ReferenceContext, dtype: torch.dtype, device: torch.device | None) -> None:
         from trl_refplug.identity import combine_digests, digest_tensors
@@ -177,9 +177,14 @@ class EmaProvider(ReferenceProvider):
             self._start = combine_digests(base_model_of(policy), digest_tensors(policy))
         else:
             self._start = combine_digests(policy, digest_tensors(policy, adapter), adapter)
-        self._average = AdapterAverage(lambda: context.policy, self.options, dtype, device)
+        self._kept_average = AdapterAverage(lambda: context.policy, self.options, dtype, device)
         assert self.reference_adapter is not None
         save_without(policy, self.reference_adapter)
+
+    @property
+    def _average(self) -> MovingAverage:
+        assert self._kept_average is not None, "setup() comes first"
+        return self._kept_average
 
     def identity(self) -> ReferenceIdentity:
         import xxhash
@@ -270,12 +275,14 @@ class EmaProvider(ReferenceProvider):
         # The trainer's objects may outlive training; the copy must not.
         self._module = None
         self._given = None
+        self._kept_average = None
+        self._context = None
         self._last = None
         self._scorers.clear()
 
 
 def _refuse_fsdp1(accelerator: Any) -> None:
-    if str(getattr(accelerator.distributed_type, "value", "")) == "FSDP" and not accelerator.is_fsdp2:
+    if accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2:
         raise ConfigurationError(
             "ref_provider='ema' pairs the policy's parameters with the reference's by name, and FSDP version 1 "
             "flattens them into others. Set `fsdp_version: 2` (in the accelerate configuration, or "

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from trl_refplug.errors import ImpureReferenceError
 from trl_refplug.identity import adapter_attributes, adapter_tensor_name, digest_tensors
 
@@ -43,11 +45,14 @@ def check_policy(policy: Any, provider: str = "adapter") -> None:
         raise ImpureReferenceError(f"ref_provider={provider!r} cannot use this policy: " + " Also: ".join(problems))
 
 
-def rewritten_tensors(before: Mapping[str, str], policy: Any, args: Any) -> list[str]:
-    """Names of base tensors that wrapping with PEFT changed (PiSSA, OLoRA, CorDA, LoftQ, ... rewrite them)."""
-    after = digest_tensors(policy)
-    changed = [name for name, digest in before.items() if name in after and after[name] != digest]
-    if getattr(args, "cast_lm_head_to_fp32", False):
-        # TRL casts the head (and what is tied to it) in place; its values are the same.
-        changed = [name for name in changed if "lm_head" not in name and "embed_tokens" not in name]
-    return changed
+def rewritten_tensors(before: Mapping[str, str], policy: Any, dtypes: Mapping[str, torch.dtype]) -> list[str]:
+    """
+    Names of base tensors that wrapping with PEFT changed (PiSSA, OLoRA, CorDA, LoftQ, ... rewrite them).
+
+    Args:
+        before (`Mapping[str, str]`): The digests of all before.
+        dtypes (`Mapping[str, torch.dtype]`): Their dtypes before: a cast to a wider one (of the LM head, by
+            `cast_lm_head_to_fp32`) changes no value.
+    """
+    after = digest_tensors(policy, dtypes=dtypes)
+    return [name for name, digest in before.items() if name in after and after[name] != digest]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from trl_refplug.serving.bulk import BulkScorer
     from trl_refplug.serving.client import ScoringClient
     from trl_refplug.serving.rows import PaddedRows
+    from trl_refplug.serving.transport import Transport
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class RemoteProvider(ReferenceProvider):
                 )
         if options.protocol == "vllm":  # it ignores the temperature when it scores a prompt
             self.capabilities = replace(type(self).capabilities, temperature=False)
+        self._transport: Transport | None = None
         self._client: ScoringClient | None = None
         self._identity: ReferenceIdentity | None = None
         self._temperature = 1.0
@@ -104,7 +106,7 @@ class RemoteProvider(ReferenceProvider):
         from trl_refplug.serving.transport import Transport
 
         options = self.options
-        transport = Transport(
+        self._transport = Transport(
             self._urls,
             key=self._key,
             connect_timeout=options.connect_timeout,
@@ -113,7 +115,7 @@ class RemoteProvider(ReferenceProvider):
         )
         self._temperature = context.temperature
         connect = remote_checks.connect_vllm if options.protocol == "vllm" else remote_checks.connect
-        self._client, self._identity = connect(transport, context, options)
+        self._client, self._identity = connect(self._transport, context, options)
 
     def setup(self, context: ReferenceContext) -> None:
         from trl_refplug.providers.remote_checks import check_tokenizer
@@ -154,8 +156,8 @@ class RemoteProvider(ReferenceProvider):
         return {"url": self._urls, "protocol": self.options.protocol}
 
     def close(self) -> None:
-        if self._client is not None:
-            self._client.transport.close()
+        if self._transport is not None:
+            self._transport.close()
 
     @property
     def _asked(self) -> ScoringClient:

@@ -7,7 +7,8 @@ eager, flash, ...).
 - On CPU no mask is built: a node is one attention call, of its own tokens and all that are below it against its own
   keys, and what a token gets from its ancestors and from its own node is merged by the log-sum-exp of the scores. The
   work done is the work counted.
-- On CUDA it is one call of compiled FlexAttention, which skips the blocks in which nothing is seen.
+- On CUDA it is one call of compiled FlexAttention, which skips the blocks in which nothing is seen. Which these are
+  follows from the ends of the nodes; no mask of all pairs is built.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from trl_refplug.scoring.layout import Node, Pack
@@ -45,6 +48,12 @@ class UnsafeError(Exception):
 FLEX_DEVICES = {"cuda"}
 """Types of device on which FlexAttention is the fastest."""
 
+FLEX_BLOCK = 128
+"""Queries and keys of a block that FlexAttention skips or computes as a whole."""
+
+SCORES = 2**22
+"""Most attention scores, of all heads, that are held at once where no fused kernel gives their log-sum-exp."""
+
 
 class TreeAttention:
     """The tree of the pack being scored, and how many layers have attended so far."""
@@ -52,20 +61,37 @@ class TreeAttention:
     def __init__(self, pack: Pack) -> None:
         self.pack = pack
         self.calls = 0
-        self._block_mask: BlockMask | None = None
+        self._block_masks: dict[torch.device, BlockMask] = {}
 
     def block_mask(self, device: torch.device) -> BlockMask:
-        """The tree for FlexAttention, built once a pack."""
-        if self._block_mask is None:
-            tokens = len(self.pack.tokens)
-            spans = [(node.end, node.stop - node.start) for node in self.pack.nodes]
-            ends = torch.tensor([end for end, size in spans for _ in range(size)], device=device)
+        """The tree for FlexAttention, built once a pack and device."""
+        if device not in self._block_masks:
+            self._block_masks[device] = _block_mask(self.pack, device)
+        return self._block_masks[device]
 
-            def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-                return (key <= query) & (query < ends[key])
 
-            self._block_mask = create_block_mask(seen, None, None, tokens, tokens, device=str(device))
-        return self._block_mask
+def _block_mask(pack: Pack, device: torch.device) -> BlockMask:
+    tokens = len(pack.tokens)
+    ends = np.concatenate([np.full(node.stop - node.start, node.end) for node in pack.nodes])
+    starts = np.arange(0, tokens, FLEX_BLOCK)  # of the blocks
+    first, last = starts[:, None], starts[:, None] + FLEX_BLOCK - 1  # queries of a block
+    before = starts < first  # keys and queries of the same block are always seen in part
+    seen = before & (np.maximum.reduceat(ends, starts) > first) | (starts == first)
+    whole = before & (np.minimum.reduceat(ends, starts) > last)
+
+    def listed(blocks: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
+        """For each block of queries, how many blocks of keys, and the indices of all of them, these first."""
+        count, order = blocks.sum(1), np.argsort(~blocks, axis=1, kind="stable")
+        return tuple(torch.from_numpy(part.astype(np.int32))[None, None].to(device) for part in (count, order))
+
+    key_ends = torch.from_numpy(ends).to(device)
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < key_ends[key])
+
+    return BlockMask.from_kv_blocks(
+        *listed(seen & ~whole), *listed(whole), FLEX_BLOCK, mask_mod=sees, seq_lengths=(tokens, tokens)
+    )
 
 
 _active: ContextVar[TreeAttention | None] = ContextVar("refplug_tree_attention", default=None)
@@ -122,8 +148,10 @@ def _by_node(
 ) -> Tensor:
     fused = query.device.type == "cpu" and softcap is None and query.shape[-1] == value.shape[-1]
     heads, tokens = query.shape[1:3]
-    output = query.new_empty(1, tokens, heads, value.shape[-1]).transpose(1, 2)
-    weight = torch.empty(1, heads, tokens, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
+    # Merged in float32: in half precision, rounding at every ancestor would add up
+    merged = {"dtype": torch.promote_types(query.dtype, torch.float32), "device": query.device}
+    output = torch.empty(1, tokens, heads, value.shape[-1], **merged).transpose(1, 2)
+    weight = torch.empty(1, heads, tokens, **merged)
     covered = 0
     for node in nodes:
         below, own = slice(node.start, node.end), slice(node.start, node.stop)
@@ -134,9 +162,9 @@ def _by_node(
             output[:, :, below], weight[:, :, below] = part, part_weight
             continue
         share = torch.sigmoid(part_weight - weight[:, :, below]).unsqueeze(-1)
-        output[:, :, below].lerp_(part, share.to(part.dtype))
+        output[:, :, below].lerp_(part.to(output.dtype), share)
         weight[:, :, below] = torch.logaddexp(weight[:, :, below], part_weight)
-    return output
+    return output.to(query.dtype)
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -149,15 +177,29 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[T
 def _explicit(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
+    """The same from products of matrices, for so many queries at a time that their scores are at most [`SCORES`]."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    queries = max(1, SCORES // (key.shape[1] * key.shape[2]))
+    parts = []
+    for start in range(0, query.shape[2], queries):
+        some, seen = query[:, :, start : start + queries], slice(0, start + queries)
+        parts.append(_explicit_some(some, key[:, :, seen], value[:, :, seen], start, scaling, softcap))
+    outputs, weights = zip(*parts, strict=True)
+    return torch.cat(outputs, 2), torch.cat(weights, 2)
+
+
+def _explicit_some(
+    query: Tensor, key: Tensor, value: Tensor, first: int, scaling: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Query i sees keys 0 to `first` + i."""
     scores = (query @ key.transpose(-1, -2) * scaling).to(torch.promote_types(query.dtype, torch.float32))
     if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    unseen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    unseen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu_(first + 1)
     scores.masked_fill_(unseen, -torch.inf)
     weight = torch.logsumexp(scores, -1)
-    return (scores - weight.unsqueeze(-1)).exp_().to(value.dtype) @ value, weight
+    return scores.sub_(weight.unsqueeze(-1)).exp_().to(value.dtype) @ value, weight
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float, softcap: float | None) -> Tensor:

@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,19 +37,20 @@ def count_operations(model: PreTrainedModel) -> Operations:
     """
     Operations of a causal LM, from its configuration and the shapes of its weights.
 
-    Matrix products are counted, which is what planning and benchmarks need; norms, activations and rotary embeddings
-    are left out. Of routed experts, those active for one token count.
+    Matrix products are counted, which is what planning and benchmarks need; norms, activations, rotary embeddings and
+    look-ups in tables (of tokens, positions or, in Gemma 3n, tokens per layer) are left out. Of routed experts, those
+    active for one token count; of a model that also sees or hears, what text goes through.
     """
     config = model.config.get_text_config()
-    embeddings = {
-        id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module
-    }
+    text = model.get_decoder()
+    tables = [module for module in text.modules() if isinstance(module, nn.Embedding)]
+    left_out = {id(module.weight) for module in (*tables, model.get_output_embeddings()) if module}
     experts: int = _first(config, "num_experts", "num_local_experts", "n_routed_experts") or 1
     active: int = _first(config, "num_experts_per_tok", "top_k_experts") or 1
     weights = 0.0
-    for name, parameter in model.base_model.named_parameters():
+    for name, parameter in text.named_parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3 the parameter itself is empty
-        if id(parameter) in embeddings or len(shape) < 2:
+        if id(parameter) in left_out or len(shape) < 2:
             continue
         size = float(math.prod(shape))
         weights += size * active / experts if ".experts." in name and experts > 1 else size

@@ -123,11 +123,15 @@ class Plugged:
                 "The policy already has an adapter called 'ref', the name TRL gives to its own reference adapter. "
                 "Load yours under another name (`model.load_adapter(path, adapter_name='reference')`)."
             )
-        if not isinstance(model, str):
-            session.pin(model)
-        with flags_masked(config), policies.default_adapter_known(model), session.loading_replaced(self):
-            super().__init__(*bound.args[1:], **bound.kwargs)
-        self.ref_model = session.start(self, adapters_before)
+        try:
+            if not isinstance(model, str):
+                session.pin(model)
+            with flags_masked(config), policies.default_adapter_known(model), session.loading_replaced(self):
+                super().__init__(*bound.args[1:], **bound.kwargs)
+            self.ref_model = session.start(self, adapters_before)
+        except BaseException:  # Ctrl-C while a store is filled, too
+            session.close()
+            raise
         self._refplug_callback = SessionCallback(session)
         self.add_callback(self._refplug_callback)  # type: ignore[attr-defined]
         self._refplug_saving = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -59,9 +59,8 @@ class ReferenceSession:
         self.policy_moved = False
         self.stand_in: ReferenceModel | None = None
         self.look_ahead: LookAhead | None = None
-        self._nested: list[tuple[ReferenceProvider, TrainerContext, nn.Module | None]] = []
+        self._nested: list[tuple[ReferenceProvider, TrainerContext]] = []
         self._context = TrainerContext(self)
-        self._module: nn.Module | None = None
         self._pinned = False
         check_capabilities(provider, name, temperature=self._context.temperature)
 
@@ -80,19 +79,20 @@ class ReferenceSession:
     def pin(self, policy: nn.Module) -> None:
         """Fix the reference: `policy` is exactly as it was passed in."""
         with rng_kept():
-            self._module = self._pin(self.provider, self._context, policy)
+            self._pin(self.provider, self._context, policy)
         self._pinned = True
 
     def create_nested(self, name: str, options: Mapping[str, Any] | None, policy: nn.Module) -> ReferenceProvider:
         """A provider made by another one, for composition."""
         provider = make_provider(name, options)
         context = TrainerContext(self)
+        self._nested.append((provider, context))  # before anything can fail: closed with the others
         check_capabilities(provider, name, temperature=context.temperature)
-        self._nested.append((provider, context, self._pin(provider, context, policy)))
+        self._pin(provider, context, policy)
         return provider
 
     @staticmethod
-    def _pin(provider: ReferenceProvider, context: TrainerContext, policy: nn.Module) -> nn.Module | None:
+    def _pin(provider: ReferenceProvider, context: TrainerContext, policy: nn.Module) -> None:
         context.pinned_policy = policy
         try:
             module = provider.pin(context)
@@ -103,7 +103,7 @@ class ReferenceSession:
                 f"{type(provider).__name__}.pin() returned the policy itself, which is about to be trained. Return a "
                 "copy of it (`copy.deepcopy(context.policy)`), or None to have no model placed."
             )
-        return module
+        context.reference_model = module
 
     # While TRL constructs
 
@@ -120,7 +120,8 @@ class ReferenceSession:
     def _reference_for_trl(self) -> nn.Module | None:
         if not self._pinned:
             raise seam_error("TRL asked for its reference before it loaded the policy")
-        return self._module if self.provider.device is None else None  # else it is placed by us, later
+        # On a device of its own it is placed by us, later.
+        return self._context.reference_model if self.provider.device is None else None
 
     # When TRL has constructed
 
@@ -131,15 +132,9 @@ class ReferenceSession:
         if not self._pinned:
             raise seam_error("TRL constructed its trainer without loading the policy through the expected name")
         with rng_kept():
-            for provider, context, module in self._nested:
-                context.reference_model = self._placed(provider, context, module)
-                provider.setup(context)
-            placed = trainer.ref_model
-            if placed is None:
-                placed = self._placed(self.provider, self._context, self._module)
-            self._context.reference_model = placed
-            self._module = None
-            self.provider.setup(self._context)
+            for provider, context in reversed(self._nested):  # what others are made of first
+                self._set_up(provider, context)
+            self._set_up(self.provider, self._context, placed=trainer.ref_model)
         policies.remove_unused_reference_adapter(trainer.model, adapters_before, self.providers)
         if trainer.args.disable_dropout:
             policies.disable_functional_dropout(trainer.model)
@@ -171,14 +166,19 @@ class ReferenceSession:
     @property
     def providers(self) -> list[ReferenceProvider]:
         """The selected provider and those it is made of."""
-        return [self.provider, *(provider for provider, _, _ in self._nested)]
+        return [self.provider, *(provider for provider, _ in self._nested)]
 
-    def _placed(
-        self, provider: ReferenceProvider, context: TrainerContext, module: nn.Module | None
-    ) -> nn.Module | None:
-        if module is None:
-            return None
-        return place(module, self.trainer, temperature=context.temperature, device=provider.device)
+    def _set_up(self, provider: ReferenceProvider, context: TrainerContext, placed: nn.Module | None = None) -> None:
+        pinned = context.reference_model
+        if placed is None and pinned is not None:
+            placed = place(pinned, self.trainer, temperature=context.temperature, device=provider.device)
+        context.reference_model = placed
+        provider.setup(context)
+        context.reference_model = None  # it is the provider's, which lets go of it in close()
+
+    def close(self) -> None:
+        """Close all providers, the selected one first: whatever one of them raises keeps no other open."""
+        _close(self.providers)
 
     # While training
 
@@ -272,5 +272,6 @@ def open_session(
 
 
 def _close(providers: list[ReferenceProvider]) -> None:
-    for provider in providers:
-        provider.close()
+    with ExitStack() as stack:
+        for provider in reversed(providers):
+            stack.callback(provider.close)

@@ -1,164 +1,205 @@
-"""Filling a store before training: what is missing of the batches planned, scored in bulk."""
+"""Scoring what a store misses: all that training will ask for before it begins, or a batch's rows as it asks."""
 
 from __future__ import annotations
 
-import heapq
 import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from trl_refplug.errors import ConfigurationError, ReferenceMismatchError, UnsupportedInputError
-from trl_refplug.provider import ReferenceContext, ReferenceProvider
+from trl_refplug.errors import ConfigurationError, MissingRowError, StoreError, UnsupportedInputError
+from trl_refplug.provider import ReferenceBatch, ReferenceContext, ReferenceProvider
 from trl_refplug.providers.caching.batch_scorer import BatchScorer
-from trl_refplug.providers.caching.borrowed import BorrowedPolicy
-from trl_refplug.providers.caching.row_keys import BatchRows, RowKeys, TailScoredRows, Values
+from trl_refplug.providers.caching.row_keys import BatchRows, RowKeys, select
 from trl_refplug.providers.caching.sharing import SharedWork
+from trl_refplug.providers.caching.survey import RowBlock, Survey, planned_blocks, survey
+from trl_refplug.providers.caching.verifying import SampleCheck, check_sample
+from trl_refplug.providers.scorers import trainer_precision
+from trl_refplug.ranks import any_rank, least
 from trl_refplug.scoring import Row
-from trl_refplug.scoring.exact import pad_rows
-from trl_refplug.store import KEY_BYTES, LogProbStore
+from trl_refplug.store import LogProbStore
 from trl_refplug.tolerances import Tolerance
 
 
 logger = logging.getLogger("trl_refplug")
 
-RowBlock = BatchRows | TailScoredRows
-_SHARE = 128  # rows in a row that one rank scores: neighbours have prompts in common
-_VERIFIED_AT_ONCE = 4  # rows of a sample
+_TOKENS_SHOWN = 12
+_VERIFIED_ROWS = 4
 
 
-@dataclass(frozen=True)
-class _Descending:
-    """A key that is smaller the larger it is: heaps keep the smallest."""
-
-    key: bytes
-
-    def __lt__(self, other: _Descending) -> bool:
-        return self.key > other.key
-
-
-@dataclass(frozen=True)
-class MissingRow:
-    """A row the store does not have: its number among the planned ones, and its tokens."""
-
-    number: int
-    row: Row
-
-
-@dataclass
-class Survey:
+class Filler:
     """
-    What a store has of the rows planned.
+    Has the rows scored that a store misses.
 
     Args:
-        rows (`int`): Different rows planned.
-        missing (`set[bytes]`): Keys of those the store misses.
-        mine (`set[bytes]`): The part of `missing` that is this rank's to score.
-        tokens (`int`): Log-probs in `mine`.
-        first (`MissingRow` or `None`): The first that is missing.
-        sample (`list[tuple[Row, Values]]`): Some rows the store has, chosen by their keys, for verification.
+        context ([`ReferenceContext`]): Of the run, once its trainer is built.
+        source ([`ReferenceProvider`]): Scores.
+        keys ([`RowKeys`]): Of its rows.
+        tolerance ([`Tolerance`]): Between a stored row and the same row scored again.
+        fill, verify: What the options of `cached` say.
+
+    Attributes:
+        waits_for_training (`bool`): Whether `prepare` belongs in `on_train_begin` and not in `setup`: FSDP and
+            DeepSpeed shard a policy, and cast it, only then.
     """
 
-    rows: int = 0
-    missing: set[bytes] = field(default_factory=set)
-    mine: set[bytes] = field(default_factory=set)
-    tokens: int = 0
-    first: MissingRow | None = None
-    sample: list[tuple[Row, Values]] = field(default_factory=list)
+    def __init__(
+        self,
+        context: ReferenceContext,
+        source: ReferenceProvider,
+        keys: RowKeys,
+        tolerance: Tolerance,
+        *,
+        fill: Literal["ahead", "lazy", "never"],
+        verify: int | None,
+    ) -> None:
+        self._context = context
+        self._source = source
+        self._keys = keys
+        self._tolerance = tolerance
+        self._fill = fill
+        self._verify = verify
+        local = source.capabilities.local_model
+        # A model over which all ranks have a part is run by all of them at once, or not at all.
+        self._in_step = local and _shards_parameters(context.accelerator)
+        kind = context.accelerator.distributed_type
+        self.waits_for_training = local and fill == "ahead" and kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
+    def prepare(self, store: LogProbStore) -> SampleCheck | None:
+        """
+        Look up all that training will ask for, score some of it again, and score what is missing.
 
-def check_known_ahead(context: ReferenceContext, source: ReferenceProvider) -> None:
-    """
-    Refuse to fill ahead what is not known ahead.
+        Returns:
+            `SampleCheck` or `None`: How far what was scored again is from what the store has, if anything was.
 
-    Raises:
-        ConfigurationError: The data set is a stream, or its completions are generated.
-    """
-    if context.planned("train") is None:
-        raise ConfigurationError(
-            "ref_provider='cached' (what `precompute_ref_log_probs=True` means): fill='ahead' is not supported "
-            "with IterableDataset, or with a trainer that generates its completions: it scores rows before "
-            "training, and here they are not known beforehand. Use fill='lazy'."
+        Raises:
+            ConfigurationError: `verify` was given, and nothing can be scored again.
+            MissingRowError: With fill='never', a row is missing.
+            ReferenceMismatchError: The store has other values than the source.
+        """
+        if self._verify and (obstacle := self._obstacle()):
+            raise ConfigurationError(
+                f"ref_provider='cached': verify={self._verify} has stored rows scored again at the start, and "
+                f"{obstacle}. Remove the option, or set it to 0."
+            )
+        if self._context.planned("train") is None:
+            return None  # fill='never': each batch is looked up as it comes
+        accelerator = self._context.accelerator
+        found = survey(
+            store,
+            self._planned(),
+            self._keys,
+            verify=_VERIFIED_ROWS if self._verify is None else self._verify,
+            rank=accelerator.process_index,
+            ranks=accelerator.num_processes,
         )
-    if context.planned("eval") is None and isinstance(source, BorrowedPolicy):
-        raise ConfigurationError(
-            "ref_provider='cached' (what `precompute_ref_log_probs=True` means) is not supported with "
-            "IterableDataset for evaluation in full fine-tuning: its rows are first seen when the policy, which "
-            'scores them, has moved. Evaluate on a Dataset, or name a source, such as {"source": "frozen"}.'
+        missing = bool(found.missing)
+        if self._in_step and self.waits_for_training:
+            # One rank may see more of the store than others, and all do the same.
+            missing = any_rank(missing)
+            found.sample = found.sample[: least(len(found.sample))]
+        check = None
+        source_needed = (missing and self._fill != "never") or bool(self._verify)
+        if (source_needed or self._source_at_hand) and not self._obstacle():
+            with trainer_precision(accelerator):
+                check = check_sample(found, self._source, accelerator.device, self._tolerance)
+        if missing and self._fill == "never":
+            assert found.first is not None
+            raise MissingRowError(
+                f"{len(found.missing):,} of the {found.rows:,} rows that training will ask for are not in the store "
+                f"{store.location!r}; the first is planned row {found.first.number}, "
+                f"{self._shown(found.first.row)}. {self._why_not_scored()}"
+            )
+        if missing and (found.mine or self._in_step):
+            with trainer_precision(accelerator):
+                fill(
+                    store,
+                    self._planned(),
+                    self._keys,
+                    found,
+                    self._source,
+                    accelerator.device,
+                    progress=accelerator.is_main_process and not self._context.args.disable_tqdm,
+                    any_rank=any_rank if self._in_step else None,
+                )
+        return check
+
+    def check_complete(self, store: LogProbStore) -> None:
+        """
+        After `prepare` on all ranks, with the store opened anew.
+
+        Raises:
+            StoreError: Rows that other ranks have scored are not seen from here.
+        """
+        left = survey(store, self._planned(), self._keys)
+        if left.missing:
+            raise StoreError(
+                f"{len(left.missing):,} rows that other ranks have scored are not in {store.location!r} as rank "
+                f"{self._context.accelerator.process_index} sees it. Use a `path` that all nodes share."
+            )
+
+    def score(self, store: LogProbStore, batch: ReferenceBatch, rows: BatchRows, missing: list[int]) -> Tensor:
+        """
+        Score the rows of `batch` that `store` misses: float32 `[missing, seq - 1]`.
+
+        Raises:
+            MissingRowError: Nothing may score them now.
+        """
+        which = self._shown(rows.rows[missing[0]])
+        what = f"Row {missing[0]} of the batch, {which}, is not in the store {store.location!r}"
+        if self._fill == "never" or self._in_step:
+            raise MissingRowError(f"{what}. {self._why_not_scored()}")
+        try:
+            with trainer_precision(self._context.accelerator):
+                return self._source.log_probs(select(batch, missing))
+        except MissingRowError as error:
+            raise MissingRowError(f"{what}, and {error}") from None
+
+    def _planned(self) -> Iterator[RowBlock]:
+        return planned_blocks(self._context, self._keys)
+
+    @property
+    def _source_at_hand(self) -> bool:
+        """Whether scoring a row takes no more than what is in this process anyway."""
+        return self._source.capabilities.local_model and not getattr(self._source, "idle", False)
+
+    def _obstacle(self) -> str:
+        """Why no stored row can be scored again now; an empty string if one can."""
+        if self._context.planned("train") is None:
+            return "the rows of this run are not known at the start"
+        if getattr(self._source, "gone", False):  # as training begins it may be resumed
+            return "the reference is the policy as it started, which has moved since"
+        if self._in_step and not self.waits_for_training:
+            return "a model that is sharded over ranks is scored only with fill='ahead'"
+        return ""
+
+    def _why_not_scored(self) -> str:
+        if self._fill == "never":
+            return "fill='never' scores nothing: use fill='ahead' or 'lazy', or another path."
+        return (
+            "A model that is sharded over ranks (FSDP, DeepSpeed ZeRO-3) cannot score rows one rank at a time. Use "
+            "fill='ahead', which scores all rows of the run as training begins, or a source that is not in this "
+            'process: {"source": "remote", "source_kwargs": {"url": ...}}.'
         )
 
-
-def planned_blocks(context: ReferenceContext, keys: RowKeys) -> Iterator[RowBlock]:
-    """All rows that training and evaluation are going to ask for."""
-    for split in ("train", "eval"):
-        plain = context.planned_rows(split)
-        if plain is not None:
-            yield from map(keys.of_planned, plain)
-        else:
-            yield from map(keys.of, context.planned(split) or ())
+    def _shown(self, row: Row) -> str:
+        decode = getattr(self._context.processing_class, "decode", None)
+        start = row.input_ids[:_TOKENS_SHOWN].tolist()
+        return f"which begins {decode(start) if decode else start!r}"
 
 
-def survey(
-    store: LogProbStore,
-    blocks: Iterable[RowBlock],
-    keys: RowKeys,
-    *,
-    verify: int = 0,
-    rank: int = 0,
-    ranks: int = 1,
-) -> Survey:
-    """
-    Look up every row planned.
-
-    Args:
-        blocks (`Iterable[BatchRows | TailScoredRows]`): The same on every rank, in the same order.
-        verify (`int`): How many of the rows found are kept as a sample.
-    """
-    report = Survey()
-    every: list[bytes] = []
-    # The largest of the keys kept comes first: keys are hashes, so those with the smallest ones are a random sample.
-    sample: list[tuple[_Descending, Row, Values]] = []
-    number = 0
-    for rows in blocks:
-        packed = rows.keys(keys.packed)
-        counts = rows.scored_counts()
-        there = store.contains(packed) | (counts == 0)  # what has no scored token has nothing to be stored
-        missed = np.flatnonzero(~there)
-        if len(missed):
-            there[missed] = store.contains(rows.keys(keys.exact, missed.tolist()))
-        for index in np.flatnonzero(~there).tolist():
-            if packed[index] not in report.missing:
-                report.missing.add(packed[index])
-                report.first = report.first or MissingRow(number + index, rows.row(index))
-                if (number + index) // _SHARE % ranks == rank:
-                    report.mine.add(packed[index])
-                    report.tokens += int(counts[index])
-        if verify:
-            for index in np.flatnonzero(there & (counts > 0)).tolist():
-                key = packed[index]
-                if (len(sample) < verify or key < sample[0][0].key) and all(key != kept.key for kept, *_ in sample):
-                    entry = (_Descending(key), rows.row(index), _stored(store, keys, rows, index))
-                    (heapq.heappush if len(sample) < verify else heapq.heappushpop)(sample, entry)
-        every.append(b"".join(packed))
-        number += len(rows)
-    report.rows = len(np.unique(np.frombuffer(b"".join(every), f"V{KEY_BYTES}")))
-    report.sample = [(row, values) for _, row, values in sample]
-    return report
-
-
-def _stored(store: LogProbStore, keys: RowKeys, rows: RowBlock, index: int) -> Values:
-    answer = store.lookup([*rows.keys(keys.packed, [index]), *rows.keys(keys.exact, [index])])
-    values = answer[1] if answer[0] is None else answer[0]
-    assert values is not None
-    return values
+def _shards_parameters(accelerator: Any) -> bool:
+    """Whether each rank holds a part of the policy only. ZeRO-1 and ZeRO-2 leave its parameters whole."""
+    if accelerator.distributed_type == "DEEPSPEED":
+        return bool(accelerator.state.deepspeed_plugin.zero_stage == 3)
+    return accelerator.distributed_type in ("FSDP", "MEGATRON_LM")
 
 
 def fill(
@@ -245,44 +286,3 @@ def fill(
     logger.info("%s.", line)
     if progress:
         tqdm.write(f"{line}.", file=sys.stderr)
-
-
-@dataclass(frozen=True)
-class SampleCheck:
-    """How far stored rows are from the same rows scored again: nats per token, at most and on average."""
-
-    rows: int
-    largest: float
-    mean: float
-
-
-def check_sample(
-    found: Survey, source: ReferenceProvider, device: torch.device, tolerance: Tolerance
-) -> SampleCheck | None:
-    """
-    Score some stored rows again. `None` if there are none.
-
-    Raises:
-        ReferenceMismatchError: They differ by more than rounding.
-    """
-    if not found.sample:
-        return None
-    sample = sorted(found.sample, key=lambda entry: len(entry[0]))
-    differences = []
-    for start in range(0, len(sample), _VERIFIED_AT_ONCE):
-        some = sample[start : start + _VERIFIED_AT_ONCE]
-        again = source.log_probs(pad_rows([row for row, _ in some], device)).float().cpu().numpy()
-        differences += [
-            np.abs(line[row.scored() - 1].astype(np.float64) - stored)
-            for line, (row, stored) in zip(again, some, strict=True)
-        ]
-    every = np.concatenate(differences)
-    check = SampleCheck(len(sample), float(every.max()), float(every.mean()))
-    if not (check.largest <= tolerance.largest and check.mean <= tolerance.mean):  # so that NaN is refused
-        raise ReferenceMismatchError(
-            f"{check.rows} rows of the store were scored again, and differ from what it has by up to "
-            f"{check.largest:.3g} nats per token (tolerance {tolerance.largest:g}), {check.mean:.3g} on average "
-            f"(tolerance {tolerance.mean:g}). The store holds wrong values for this reference, or this machine "
-            "computes differently. Use another `path`; `trl-refplug store verify` checks the files."
-        )
-    return check
