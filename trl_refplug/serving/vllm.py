@@ -16,8 +16,9 @@ import numpy as np
 
 from trl_refplug.errors import InvalidLogProbsError, ReferenceMismatchError, RemoteError, UnsupportedInputError
 from trl_refplug.scoring import Row
+from trl_refplug.serving.http_errors import DamagedAnswerError
 from trl_refplug.serving.rows import PaddedRows, Values
-from trl_refplug.serving.transport import DamagedAnswerError, Transport
+from trl_refplug.serving.transport import Transport
 from trl_refplug.tolerances import Tolerance
 
 
