@@ -198,7 +198,9 @@ def test_what_has_finished_is_not_measured_again(model, measured, output):
 
 def test_each_way_is_first_in_turn(measured):
     told = (measured / "stderr").read_text()
-    first, second = ([told.index(f"run {number} of 2, {way}") for way in ("TRL's way", "packed")] for number in (1, 2))
+    first, second = (
+        [told.index(f"run {number} of 2, {way}") for way in ("TRL's way", "packed")] for number in (1, 2)
+    )
     assert first == sorted(first)
     assert second == sorted(second, reverse=True)
 
