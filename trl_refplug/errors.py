@@ -12,7 +12,7 @@ RefPlugError
 ├── ReferenceMismatchError               the log-probs, or the reference itself, are not those that were declared
 ├── InvalidLogProbsError                 a provider answered with a wrong shape, dtype or a non-finite value
 ├── RemoteError                          a reference server cannot be reached, refuses, or cannot be trusted
-│   └── serving.transport.UnreachableError   no server has answered in time
+│   └── serving.http_errors.UnreachableError   no server has answered in time
 ├── UnsupportedInputError (ValueError)   this provider cannot score this batch
 ├── StoreError                           a log-prob store cannot be opened, read or written
 │   ├── MissingRowError                  a row is not in the store, and nothing may score it now

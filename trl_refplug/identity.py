@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -109,8 +108,8 @@ def _digest_tensors_here(model: nn.Module, adapter: str | None, dtypes: Mapping[
         for name, tensor in tensors.items():
             if len(pending) >= 2 * workers:  # of a model on an accelerator, only so much is on the host at once
                 pending[-2 * workers].result()
-            with _gathered(tensor) as whole:
-                pending.append(pool.submit(_digest_tensor, whole.to("cpu", dtypes.get(name, whole.dtype))))
+            whole = _whole(tensor)
+            pending.append(pool.submit(_digest_tensor, whole.to("cpu", dtypes.get(name, whole.dtype))))
         return {name: future.result() for name, future in zip(tensors, pending, strict=True)}
 
 
@@ -193,29 +192,14 @@ def _strip_peft(name: str) -> str:
     return ".".join(c for c in name.split(".") if c not in ("base_layer", "original_module"))
 
 
-def _gathered(tensor: Tensor) -> Any:
-    """A context with the whole of a tensor that may be sharded by ZeRO-3 or as a DTensor."""
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded by ZeRO-3 or as a DTensor."""
     if hasattr(tensor, "ds_id"):
         import deepspeed
 
-        return _ThenYield(deepspeed.zero.GatheredParameters([tensor]), tensor)
-    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return nullcontext(whole.detach())
-
-
-class _ThenYield:
-    """Enters a context manager that yields nothing useful and hands out `value` instead."""
-
-    def __init__(self, context: Any, value: Tensor) -> None:
-        self.context, self.value = context, value
-
-    def __enter__(self) -> Tensor:
-        self.context.__enter__()
-        # A copy: the gathered storage is freed when the context ends, while hashing goes on in a thread.
-        return self.value.detach().clone()
-
-    def __exit__(self, *exc: Any) -> None:
-        self.context.__exit__(*exc)
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()  # the gathered storage is freed here, while hashing goes on in a thread
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
 
 
 def _digest_tensor(tensor: Tensor) -> str:

@@ -19,6 +19,8 @@ from typing import Any
 
 import xxhash
 
+from trl_refplug.caches import cache_directory
+
 
 _VERSION = 1  # of what is remembered: another way to digest needs another number
 _PACKAGES = ("torch", "transformers", "trl")  # which turn the files into a model
@@ -108,5 +110,4 @@ def forget(known_by: str | None) -> None:
 
 
 def _entry(known_by: str) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "trl-refplug" / "models" / f"{xxhash.xxh3_128_hexdigest(known_by.encode())}.json"
+    return cache_directory("models") / f"{xxhash.xxh3_128_hexdigest(known_by.encode())}.json"

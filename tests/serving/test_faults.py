@@ -193,7 +193,7 @@ class TestReplicas:
         with serving(engine()) as there, transport(there, f"http://127.0.0.1:{port}", connect_timeout=0.5) as to:
             client = RefPlugClient(to)
             with serving(engine(), port=port) as late:
-                first, second = to._servers
+                first, second = to._servers.all
                 assert (second.url, second.failures > 0) == (late, True)
                 first.not_before = time.monotonic() + 60  # as if it were in trouble
                 client.score(PaddedRows.flush_left(rows()), 1.0)
@@ -202,7 +202,7 @@ class TestReplicas:
     def test_one_that_stays_away_is_asked_rarely_while_another_answers(self):
         with serving(engine()) as there, transport(f"http://127.0.0.1:{free_port()}", there, deadline=300) as to:
             client = RefPlugClient(to)
-            away, _ = to._servers
+            away, _ = to._servers.all
             away.failures, away.not_before = 20, 0.0  # as after some minutes
             client.score(PaddedRows.flush_left(rows()), 1.0)
             assert 10 < away.not_before - time.monotonic() <= 60
@@ -228,8 +228,8 @@ class TestLoad:
             client = RefPlugClient(to)
             asked = [rows(1, seed=n) for n in range(6)]
             answers = [pool.submit(client.score, PaddedRows.flush_left(each), 1.0) for each in asked]
-            wait_until(lambda: sum(server.in_flight for server in to._servers) == 6)
-            assert [server.in_flight for server in to._servers] == [2, 2, 2]
+            wait_until(lambda: sum(server.in_flight for server in to._servers.all) == 6)
+            assert [server.in_flight for server in to._servers.all] == [2, 2, 2]
             go.set()
             for each, answer in zip(asked, answers, strict=True):
                 assert_near(answer.result(30), expected(each))
@@ -366,7 +366,7 @@ def test_clients_that_were_sent_away_do_not_all_come_back_at_once():
             started = time.monotonic()
             with transport(url, deadline=5) as to, pytest.raises(RemoteError, match="429"):
                 to.send("GET", "/health", repr)
-            pauses.append(to._servers[0].not_before - started)
+            pauses.append(to._servers.all[0].not_before - started)
     assert min(pauses) >= 10
     assert max(pauses) - min(pauses) > 0.2
 
@@ -400,7 +400,7 @@ def test_a_proxy_that_asks_to_be_left_alone_for_an_hour_does_not_end_the_run():
         threading.Timer(1, to.close).start()
         with pytest.raises(RemoteError, match="closed"):  # it was still waiting
             to.send("GET", "/health", repr)
-        assert to._servers[0].not_before - time.monotonic() <= 72
+        assert to._servers.all[0].not_before - time.monotonic() <= 72
 
 
 def test_closing_between_two_steps_of_an_attempt():
@@ -420,7 +420,7 @@ def test_closing_between_two_steps_of_an_attempt():
 def test_a_fork_does_not_wait_for_the_locks_of_threads_it_does_not_have():
     with serving(engine()) as url, transport(url) as to:
         client = RefPlugClient(to)
-        locks = to._lock, to.stats.lock, to._closing._cond
+        locks = to._lock, to._servers.lock, to.stats.lock, to._closing._cond
         for lock in locks:
             lock.acquire()
         child = os.fork()

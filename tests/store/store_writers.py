@@ -29,10 +29,10 @@ def fill(store: LogProbStore, numbers: Sequence[int]) -> None:
 def right_rows(store: LogProbStore, numbers: Sequence[int]) -> set[int]:
     """Which of `numbers` the store has. Fails if it has any of them wrong."""
     answer = store.lookup([key_of(number) for number in numbers])
-    for i, number in enumerate(numbers):
-        row = answer[i]
-        assert row is None or np.array_equal(row, row_of(number)), f"row {number} is wrong"
-    return {number for number, found in zip(numbers, answer.found.tolist(), strict=True) if found}
+    found = {number: row for number, row in zip(numbers, answer, strict=True) if row is not None}
+    for number, row in found.items():
+        assert np.array_equal(row, row_of(number)), f"row {number} is wrong"
+    return set(found)
 
 
 def files_of(path: Path, suffix: str) -> list[Path]:

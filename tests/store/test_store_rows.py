@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from store_writers import fill, key_of, right_rows, row_of
 
 from trl_refplug.errors import InvalidLogProbsError, StoreError
-from trl_refplug.store import LogProbStore
+from trl_refplug.store import LogProbStore, summarize
 from trl_refplug.store.index import SortedIndex
 
 
@@ -53,8 +53,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def refresh(self) -> None:
-        assert self.reader.refresh() == len(self.expected.keys() - self.seen_by_reader)  # published or only put
-        self.seen_by_reader = set(self.expected)
+        self.reader.refresh()
+        self.seen_by_reader = set(self.expected)  # published or only put
 
     @rule()
     def reopen(self) -> None:
@@ -73,16 +73,13 @@ class StoreMachine(RuleBasedStateMachine):
 
     def check(self, store: LogProbStore, wanted: list[bytes], there: set[bytes]) -> None:
         answer = store.lookup(wanted)
-        assert len(answer) == len(wanted)
-        assert answer.found.tolist() == [key in there for key in wanted] == store.contains(wanted).tolist()
-        for i, key in enumerate(wanted):
-            row = answer[i]
+        assert store.contains(wanted).tolist() == [key in there for key in wanted]
+        for key, row in zip(wanted, answer, strict=True):
             if key in there:
                 assert row.tobytes() == self.expected[key].tobytes()  # the sign of zero, too
+                row[:] = 1  # the caller's own: the store keeps its own
             else:
                 assert row is None
-        expected = [self.expected[key] for key in wanted if key in there]
-        assert answer.values.tobytes() == b"".join(row.tobytes() for row in expected)
 
     def teardown(self) -> None:
         if hasattr(self, "writer"):
@@ -101,7 +98,7 @@ def test_many_rows_in_many_shards(tmp_path: Path) -> None:
             fill(store, numbers[i : i + 50])
     shuffled = np.random.default_rng(0).permutation(6_000).tolist()
     with LogProbStore(tmp_path) as store:
-        assert len(store.manifests) == 5_000 // 97 + 1
+        assert len(summarize(tmp_path).manifests) == 5_000 // 97 + 1
         assert right_rows(store, shuffled) == set(numbers)
 
 
@@ -131,7 +128,7 @@ def test_a_shard_is_published_after_so_many_rows_bytes_or_seconds(tmp_path: Path
         with LogProbStore(tmp_path / name, mode="a", **{**off, **limits}) as store:
             for i in range(0, 20, 2):
                 store.put([key_of(i), key_of(i + 1)], [np.zeros(10, np.float32)] * 2)
-            return len(store.manifests)
+            return len(summarize(tmp_path / name).manifests)
 
     assert shards("never") == 0
     assert shards("rows", publish_rows=3) == 6
@@ -144,8 +141,7 @@ def test_rows_are_readable_by_plain_arrow_and_carry_their_provenance(tmp_path: P
 
     with LogProbStore(tmp_path, mode="a", provenance={"identity": {"digest": "ü"}}) as store:
         fill(store, range(30))
-    with LogProbStore(tmp_path) as store:
-        (manifest,) = store.manifests
+    (manifest,) = summarize(tmp_path).manifests
     table = pa.ipc.open_file(tmp_path / f"{manifest.name}.arrow").read_all()
     table.validate(full=True)
     assert table["key"].to_pylist() == [key_of(number) for number in range(30)]
@@ -234,8 +230,8 @@ def test_of_two_writers_of_a_row_the_first_to_publish_counts(tmp_path: Path) -> 
         second.flush()
         keys = [bytes([number] * 16) for number in range(5)]
         for store in (second, LogProbStore(tmp_path)):
-            assert store.lookup(keys).values[::2].tolist() == [-1.0, -1.0, -1.0, -2.0, -2.0]
-        assert sum(manifest.rows for manifest in second.manifests) == 5
+            assert [row[0] for row in store.lookup(keys)] == [-1.0, -1.0, -1.0, -2.0, -2.0]
+        assert summarize(tmp_path).rows == 5
         second.put(keys[:1], [np.full(2, -3.0, np.float32)])
         second.flush()  # nothing is left to publish
-        assert len(second.manifests) == 2
+        assert len(summarize(tmp_path).manifests) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -37,7 +37,7 @@ def info(location: Location, as_json: AsJson = False) -> None:
     """Say what is in a store and where it comes from. Reads the manifests only."""
     from trl_refplug.store import summarize
 
-    summary = _or_exit(summarize, location)
+    summary = summarize(location)
     if as_json:
         typer.echo(json.dumps({**asdict(summary), "rows": summary.rows, "tokens": summary.tokens}, indent=2))
         return
@@ -81,7 +81,7 @@ def verify(
     """
     from trl_refplug.store import verify as verify_store
 
-    report = _or_exit(verify_store, location, tolerance)
+    report = verify_store(location, tolerance)
     if as_json:
         typer.echo(json.dumps({**asdict(report), "ok": report.ok}, indent=2))
     else:
@@ -119,18 +119,8 @@ def export(
     """
     from trl_refplug.store import summarize
 
-    _or_exit(summarize, location)
+    summarize(location)  # refuses a place without a store before anything is loaded
     launch_task(Export(location, output, split), command, usage="trl-refplug store export PATH OUTPUT --")
-
-
-def _or_exit(action: Any, *arguments: Any) -> Any:
-    from trl_refplug.errors import StoreError
-
-    try:
-        return action(*arguments)
-    except StoreError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from error
 
 
 def _sources(summary: StoreSummary) -> list[str]:

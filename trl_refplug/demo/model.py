@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from trl_refplug.caches import cache_directory
 from trl_refplug.errors import RefPlugError
 
 
@@ -40,13 +41,6 @@ class DemoModelError(RefPlugError):
     """The demo's model can neither be found nor fetched. The message says what to do about it."""
 
 
-def cache_dir() -> Path:
-    """Where the converted model is kept: `$XDG_CACHE_HOME/trl-refplug`, `~/.cache/trl-refplug` by default."""
-    # The XDG specification asks to ignore a relative path.
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "trl-refplug"
-
-
 def find_model(say: Say) -> str:
     """
     A directory with SmolLM2-135M-Instruct that `from_pretrained` loads, fetched if need be.
@@ -59,7 +53,7 @@ def find_model(say: Say) -> str:
     Raises:
         DemoModelError: Where none of them has it.
     """
-    converted = cache_dir() / "smollm2-135m-instruct"
+    converted = cache_directory("smollm2-135m-instruct")
     downloaded = _from_hub(local_files_only=True)
     if isinstance(downloaded, str):
         return downloaded

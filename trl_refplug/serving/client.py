@@ -14,8 +14,9 @@ import msgspec
 from trl_refplug.errors import ReferenceMismatchError, RemoteError, UnsupportedInputError
 from trl_refplug.serving import wire
 from trl_refplug.serving.facts import ServerFacts
+from trl_refplug.serving.http_errors import DamagedAnswerError
 from trl_refplug.serving.rows import PaddedRows, Values
-from trl_refplug.serving.transport import DamagedAnswerError, Transport
+from trl_refplug.serving.transport import Transport
 
 
 class ScoringClient(Protocol):

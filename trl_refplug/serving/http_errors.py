@@ -4,9 +4,32 @@ What went wrong with a request, in words that name what to change.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import httpx
 
 from trl_refplug.errors import ReferenceMismatchError, RemoteError
+
+
+class DamagedAnswerError(Exception):
+    """An answer that is cut short, changed on its way, or does not belong to the request. Worth another attempt."""
+
+
+class UnreachableError(RemoteError):
+    """No server has answered in time."""
+
+    last = ""
+    """What came of the last attempt."""
+
+
+def unreachable(what: str, seconds: float, urls: Sequence[str], attempts: str, last: str) -> UnreachableError:
+    """The error of a request that no server has answered before the deadline."""
+    error = UnreachableError(
+        f"No reference server answered {what} within {seconds:g} s (option 'deadline'); tried {attempts}at "
+        f"{', '.join(urls)}. The last attempt, at {last}."
+    )
+    error.last = last
+    return error
 
 
 def refused(url: str, path: str, response: httpx.Response) -> Exception:

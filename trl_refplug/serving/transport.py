@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,16 @@ import httpx
 import tenacity
 
 from trl_refplug.errors import RemoteError
-from trl_refplug.serving.http_errors import described, reason_of, refused, untrusted
+from trl_refplug.serving.http_errors import (
+    DamagedAnswerError,
+    UnreachableError,
+    described,
+    reason_of,
+    refused,
+    unreachable,
+    untrusted,
+)
+from trl_refplug.serving.servers import Server, Servers
 
 
 logger = logging.getLogger("trl_refplug")
@@ -30,20 +38,8 @@ logger = logging.getLogger("trl_refplug")
 T = TypeVar("T")
 
 _KEEP_ALIVE = 60  # seconds; less than servers do, so that no request meets a connection that is being closed
-_PAUSE = 5.0  # longest between two attempts at a server, in seconds, unless it asks for more
-_LONGEST_PAUSE = 60.0  # whatever it asks for: a proxy's idea of when it will be back must not end the run
+_LONGEST_PAUSE = 60.0  # seconds, whatever it asks for: a proxy's idea of when it will be back must not end the run
 _NOT_NEEDED = ("accept", "accept-encoding", "connection", "user-agent")  # 100 bytes in every request
-
-
-class DamagedAnswerError(Exception):
-    """An answer that is cut short, changed on its way, or does not belong to the request. Worth another attempt."""
-
-
-class UnreachableError(RemoteError):
-    """No server has answered in time."""
-
-    last = ""
-    """What came of the last attempt."""
 
 
 class _AttemptError(Exception):
@@ -54,27 +50,14 @@ class _AttemptError(Exception):
         self.pause = pause
 
 
-@dataclass(eq=False)
-class _Server:
-    url: str
-    in_flight: int = 0
-    failures: int = 0  # since it last answered
-    not_before: float = 0.0  # when to try again
-
-    def __str__(self) -> str:
-        return self.url
-
-
 @dataclass
 class TransportStats:
     """
     Args:
-        requests (`int`): Answered.
         retries (`int`): Attempts that failed and were made again.
         bytes_sent (`int`), bytes_received (`int`): Of answered requests, with HTTP's own lines.
     """
 
-    requests: int = 0
     retries: int = 0
     bytes_sent: int = 0
     bytes_received: int = 0
@@ -102,23 +85,22 @@ class Transport:
         deadline: float = 300.0,
     ) -> None:
         self.stats = TransportStats()
-        self._servers = [_Server(url.rstrip("/")) for url in urls]
+        self._servers = Servers(urls, longest_pause=deadline / 5)
         self._key = key
         self._timeout = httpx.Timeout(read_timeout, connect=connect_timeout)
         self._deadline = deadline
         self._lock = threading.Lock()
-        self._random = random.Random()  # the global stream is training's
         self._closing = threading.Event()
         self._client: httpx.Client | None = None
         self._begin()
 
     def __repr__(self) -> str:
-        return f"Transport({', '.join(map(str, self._servers))})"
+        return f"Transport({', '.join(self.urls)})"
 
     @property
     def urls(self) -> list[str]:
         """The servers."""
-        return [server.url for server in self._servers]
+        return [server.url for server in self._servers.all]
 
     def send(
         self,
@@ -147,22 +129,21 @@ class Transport:
         if self._process != os.getpid():
             self._begin()
         seconds = self._deadline if deadline is None else deadline
-        servers = [server for server in self._servers if url is None or server.url == url]
+        servers = [server for server in self._servers.all if url is None or server.url == url]
         ends = time.monotonic() + seconds
-        last: _Server | None = None
+        last: Server | None = None
 
         def attempt() -> T:
             nonlocal last
-            last = self._pick(servers)
+            last = self._servers.take(servers)
             try:
                 result = self._attempt(last, method, path, parse, content, content_type, ends)
             except _AttemptError as error:
-                self._leave_alone(last, error.pause)
+                self._servers.failed(last, error.pause)
                 raise
             finally:
-                with self._lock:
-                    last.in_flight -= 1
-            last.failures, last.not_before = 0, 0.0
+                self._servers.give_back(last)
+            self._servers.answered(last)
             return result
 
         def wait(state: tenacity.RetryCallState) -> float:
@@ -186,7 +167,8 @@ class Transport:
             if self._closing.is_set():
                 raise RemoteError("The connection to the reference server was closed.") from None
             attempts = f"{retrying.statistics.get('attempt_number', 1)} times "
-            raise _unreachable(f"{method} {path}", seconds, servers, attempts, f"{last}: {error}") from error.__cause__
+            urls = [server.url for server in servers]
+            raise unreachable(f"{method} {path}", seconds, urls, attempts, f"{last}: {error}") from error.__cause__
 
     def each(self, method: str, path: str, parse: Callable[[httpx.Response], T]) -> dict[str, T]:
         """
@@ -198,7 +180,7 @@ class Transport:
         Raises:
             RemoteError: None could be reached before the deadline, or one refuses.
         """
-        if len(self._servers) == 1:
+        if len(self.urls) == 1:
             return {url: self.send(method, path, parse) for url in self.urls}
         ends = time.monotonic() + self._deadline
         found: dict[str, T] = {}
@@ -209,7 +191,7 @@ class Transport:
                 except UnreachableError as error:
                     if time.monotonic() >= ends and not found:
                         what = f"{method} {path}"
-                        raise _unreachable(what, self._deadline, self._servers, "", error.last) from error.__cause__
+                        raise unreachable(what, self._deadline, self.urls, "", error.last) from error.__cause__
                     logger.warning("Reference server %s. It is tried again when it is needed.", error.last)
         return found
 
@@ -231,31 +213,13 @@ class Transport:
             self._closing.set()
         self._lock, self.stats.lock = threading.Lock(), threading.Lock()
         self._client = None
-        for server in self._servers:
-            server.in_flight = 0
+        self._servers.begin()
 
     # One attempt
 
-    def _pick(self, servers: Sequence[_Server]) -> _Server:
-        now = time.monotonic()
-        with self._lock:
-            best = min(servers, key=lambda s: (max(s.not_before - now, 0.0), s.in_flight))
-            best.in_flight += 1
-        return best
-
-    def _leave_alone(self, server: _Server, seconds: float) -> None:
-        with self._lock:
-            server.failures += 1
-            spare = any(not other.failures for other in self._servers)
-            # While another answers, this one is asked less and less often: each time can cost `connect_timeout`
-            longest = max(_PAUSE, self._deadline / 5) if spare else _PAUSE
-            pause = self._random.uniform(0.5, 1.0) * min(0.1 * 2 ** min(server.failures, 10), longest)
-            asked = self._random.uniform(1.0, 1.2) * seconds  # or all clients of a full queue would be back at once
-            server.not_before = time.monotonic() + max(pause, asked)
-
     def _attempt(
         self,
-        server: _Server,
+        server: Server,
         method: str,
         path: str,
         parse: Callable[[httpx.Response], T],
@@ -314,11 +278,10 @@ class Transport:
     def _count(self, request: httpx.Request, response: httpx.Response) -> None:
         sent, received = _size(request.headers, request.content), _size(response.headers, response.content)
         with self.stats.lock:
-            self.stats.requests += 1
             self.stats.bytes_sent += sent + len(f"{request.method}  HTTP/1.1\r\n") + len(request.url.raw_path)
             self.stats.bytes_received += received + len(f"HTTP/1.1 200 {response.reason_phrase}\r\n")
 
-    def _note(self, state: tenacity.RetryCallState, server: _Server | None) -> None:
+    def _note(self, state: tenacity.RetryCallState, server: Server | None) -> None:
         with self.stats.lock:
             self.stats.retries += 1
         assert state.outcome is not None
@@ -341,15 +304,6 @@ class _Timely(httpx.SyncByteStream):
 
     def close(self) -> None:
         self._stream.close()
-
-
-def _unreachable(what: str, seconds: float, servers: Sequence[_Server], attempts: str, last: str) -> UnreachableError:
-    error = UnreachableError(
-        f"No reference server answered {what} within {seconds:g} s (option 'deadline'); tried {attempts}at "
-        f"{', '.join(map(str, servers))}. The last attempt, at {last}."
-    )
-    error.last = last
-    return error
 
 
 def _size(headers: httpx.Headers, content: bytes) -> int:

@@ -16,8 +16,9 @@ import numpy as np
 
 from trl_refplug.errors import InvalidLogProbsError, ReferenceMismatchError, RemoteError, UnsupportedInputError
 from trl_refplug.scoring import Row
+from trl_refplug.serving.http_errors import DamagedAnswerError
 from trl_refplug.serving.rows import PaddedRows, Values
-from trl_refplug.serving.transport import DamagedAnswerError, Transport
+from trl_refplug.serving.transport import Transport
 from trl_refplug.tolerances import Tolerance
 
 
@@ -92,7 +93,8 @@ class VllmClient:
         chosen = {url: _chosen(url, models.data, model) for url, models in found.items()}
         self.model = _agreed({url: entry.id for url, entry in chosen.items()})
         limits = [(entry.max_model_len, url) for url, entry in chosen.items() if entry.max_model_len is not None]
-        self._limit, self._limited_by = min(limits, default=(float("inf"), ""))
+        shortest: tuple[float, str] = min(limits, default=(float("inf"), ""))
+        self._limit, self._limited_by = shortest
         answers = {url: self._request([], url)[-1] for url in found}
         (first, self.known_values), *others = answers.items()
         for url, values in others:

@@ -17,14 +17,13 @@ with LogProbStore("ref-store", mode="a", provenance={"identity": identity.to_dic
 from trl_refplug.store.format import FORMAT_VERSION, Manifest
 from trl_refplug.store.keys import KEY_BYTES, RowKey, ScoringFacts, tail_scored_keys
 from trl_refplug.store.maintenance import Conflict, StoreSummary, VerifyReport, summarize, verify
-from trl_refplug.store.store import LogProbRows, LogProbStore, StoreWarning
+from trl_refplug.store.store import LogProbStore, StoreWarning
 
 
 __all__ = [
     "FORMAT_VERSION",
     "KEY_BYTES",
     "Conflict",
-    "LogProbRows",
     "LogProbStore",
     "Manifest",
     "RowKey",

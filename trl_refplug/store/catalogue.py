@@ -20,13 +20,13 @@ class Catalogue:
         self.shards: list[Shard] = []
         self.manifests: dict[str, Manifest] = {}
         """By name, in the order of `shards`."""
-        self.damaged: dict[str, Exception] = {}
+        self._damaged: set[str] = set()
         self._folder = folder
 
     def refresh(self) -> dict[str, Exception]:
         """Open the shards that are new in the folder, oldest first. Returns those that cannot be used, and why."""
         present = set(self._folder.names())
-        names = [name for name in published_names(present) if name not in self.manifests and name not in self.damaged]
+        names = [name for name in published_names(present) if name not in self.manifests and name not in self._damaged]
         self._folder.fetch([file for name in names for file in files_of(name) if file in present])
         return self.add(names)
 
@@ -44,7 +44,7 @@ class Catalogue:
         self.index.add([(first + i, shard.keys) for i, (_, shard) in enumerate(opened.values())])
         self.shards += [shard for _, shard in opened.values()]
         self.manifests.update({name: manifest for name, (manifest, _) in opened.items()})
-        self.damaged.update(damaged)
+        self._damaged.update(damaged)
         return damaged
 
     def rows(self, keys: NDArray[np.uint64]) -> list[NDArray[np.float32] | None]:

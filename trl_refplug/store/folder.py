@@ -18,6 +18,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import xxhash
 
+from trl_refplug.caches import cache_directory
 from trl_refplug.errors import StoreError
 
 
@@ -79,7 +80,7 @@ def open_folder(location: str | os.PathLike[str], cache_dir: str | os.PathLike[s
         ) from error
     if isinstance(filesystem, LocalFileSystem):
         return LocalFolder(Path(path))
-    root = Path(cache_dir) if cache_dir is not None else _user_cache()
+    root = Path(cache_dir) if cache_dir is not None else cache_directory("store")
     return RemoteFolder(filesystem, path, root / xxhash.xxh3_128_hexdigest(location.rstrip("/").encode()))
 
 
@@ -102,10 +103,6 @@ def open_existing(location: str | os.PathLike[str], cache_dir: str | os.PathLike
                 "`trl-refplug precompute`"
             )
     return folder
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl-refplug" / "store"
 
 
 class LocalFolder:

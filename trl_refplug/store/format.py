@@ -10,10 +10,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ _SCHEMA = pa.schema(
     ]
 )
 _CHUNK_BYTES = 1 << 20
+_PROVENANCE_PACKAGES = ("trl-refplug", "torch", "transformers", "trl", "peft", "numpy", "pyarrow")
 
 
 # What is not named so is no part of a store, whatever its suffix.
@@ -116,6 +120,15 @@ class Manifest:
                 f"{FORMAT_VERSION}. Upgrade trl-refplug, or use another path"
             )
         return cls(**body)
+
+
+def installed_versions() -> dict[str, str]:
+    """What every manifest's provenance says of the packages that rows were made with."""
+    found = {"python": sys.version.split()[0]}
+    for package in _PROVENANCE_PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def _envelope(body: Any) -> bytes:

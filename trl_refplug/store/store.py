@@ -3,61 +3,28 @@
 from __future__ import annotations
 
 import os
-import sys
-import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timezone
-from importlib import metadata
-from itertools import accumulate
 from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from trl_refplug.errors import InvalidLogProbsError, RefPlugWarning, StoreError, StoreWriteError
 from trl_refplug.store.catalogue import Catalogue
 from trl_refplug.store.folder import open_existing, open_folder, reading
-from trl_refplug.store.format import DamagedFileError, Manifest, encode_shard, files_of, new_name
-from trl_refplug.store.journal import Journal, OtherJournals, abandoned
+from trl_refplug.store.format import DamagedFileError, Manifest, files_of, installed_versions
+from trl_refplug.store.journal import OtherJournals, abandoned
 from trl_refplug.store.keys import as_key_array
+from trl_refplug.store.waiting import WaitingRows
 
 
-_PROVENANCE_PACKAGES = ("trl-refplug", "torch", "transformers", "trl", "peft", "numpy", "pyarrow")
 _NO_VALUES = np.empty(0, np.float32)
 
 
 class StoreWarning(RefPlugWarning):
     """Part of a store cannot be used: its rows are missing and will be scored again."""
-
-
-@dataclass(frozen=True)
-class LogProbRows:
-    """
-    The answer to a look-up, rows in the order of the keys.
-
-    Args:
-        found (`NDArray[np.bool_]`): `[rows]`, whether the store has the row.
-        offsets (`NDArray[np.int64]`): `[rows + 1]`; a row that is missing has length 0.
-        values (`NDArray[np.float32]`): Log-probs in nats, `values[offsets[i] : offsets[i + 1]]` for row `i`. A copy.
-    """
-
-    found: NDArray[np.bool_]
-    offsets: NDArray[np.int64]
-    values: NDArray[np.float32]
-
-    def __len__(self) -> int:
-        return len(self.found)
-
-    def __getitem__(self, row: int) -> NDArray[np.float32] | None:
-        """float32 `[tokens]`, or `None` where the row is missing."""
-        if not self.found[row]:
-            return None
-        row = range(len(self))[row]
-        return self.values[self.offsets[row] : self.offsets[row + 1]]
 
 
 class LogProbStore:
@@ -103,49 +70,36 @@ class LogProbStore:
         self.mode = mode
         self._folder = (open_existing if mode == "r" else open_folder)(location, cache_dir)
         self._published = Catalogue(self._folder)
-        self._publish_limits = (publish_rows, publish_bytes, publish_seconds)
-        self._waiting: dict[bytes, NDArray[np.float32]] = {}
-        self._waiting_bytes = 0
-        self._waiting_since = 0.0
+        self._waiting = WaitingRows(
+            self._folder.directory, most_rows=publish_rows, most_bytes=publish_bytes, most_seconds=publish_seconds
+        )
         self._closed = False
         if mode == "a":
-            self._provenance = {**(provenance or {}), "versions": _versions()}
+            self._provenance = {**(provenance or {}), "versions": installed_versions()}
             Manifest("", 0, 0, 0, "", "", self._provenance).encode()  # not JSON? Say so now and not after scoring.
             try:
                 self._folder.create()
             except OSError as error:
                 raise self._refused(error) from error
-        self._journal = Journal(self._folder.directory)
-        self._others = OtherJournals(self._folder.directory, self._journal.name)
+        self._others = OtherJournals(self._folder.directory, self.writer)
         self.refresh()
         if mode == "a":
             self._recover()
 
     def __len__(self) -> int:
         """Number of different rows, waiting ones included."""
-        unpublished = list(self._waiting.keys() | self._others.rows.keys())
-        published = self._published.index.find(as_key_array(unpublished)).found
-        return len(self._published.index) + len(unpublished) - int(published.sum())
+        unpublished = list(self._waiting.rows.keys() | self._others.rows.keys())
+        return len(self._published.index) + len(unpublished) - len(self._those_published(unpublished))
 
     @property
     def writer(self) -> str:
         """A name that no other writer has."""
-        return self._journal.name
+        return self._waiting.journal.name
 
     @property
     def other_writers(self) -> list[str]:
         """Names of those that had put rows at the last `refresh`, as far as they are seen from here."""
         return list(self._others.names)
-
-    @property
-    def manifests(self) -> list[Manifest]:
-        """The manifests of all shards in use, in the order they were opened."""
-        return list(self._published.manifests.values())
-
-    @property
-    def damaged(self) -> dict[str, str]:
-        """Shards that were left out, by name, and why."""
-        return {name: str(error) for name, error in self._published.damaged.items()}
 
     # Reading
 
@@ -153,33 +107,31 @@ class LogProbStore:
         """Which of these keys the store has: bool `[keys]`."""
         self._check_open()
         found = self._published.index.find(as_key_array(keys)).found
-        if self._waiting or self._others.rows:
+        if self._waiting.rows or self._others.rows:
             for i in np.flatnonzero(~found).tolist():
-                found[i] = keys[i] in self._waiting or keys[i] in self._others.rows
+                found[i] = keys[i] in self._waiting.rows or keys[i] in self._others.rows
         return found
 
-    def lookup(self, keys: Sequence[bytes]) -> LogProbRows:
-        """The rows with these keys, from memory-mapped shards. A key may be asked for more than once."""
+    def lookup(self, keys: Sequence[bytes]) -> list[NDArray[np.float32] | None]:
+        """
+        The rows with these keys: of each a copy, float32 `[tokens]` in nats, or `None` where the store does not have
+        it. A key may be asked for more than once.
+        """
         self._check_open()
         rows = self._published.rows(as_key_array(keys))
-        for unpublished in (self._waiting, self._others.rows):
+        for unpublished in (self._waiting.rows, self._others.rows):
             if unpublished:
                 rows = [unpublished.get(key) if row is None else row for key, row in zip(keys, rows, strict=True)]
-        found = np.array([row is not None for row in rows], bool)
-        pieces = [_NO_VALUES if row is None else row for row in rows]
-        offsets = np.array([0, *accumulate(map(len, pieces))], np.int64)
-        return LogProbRows(found, offsets, np.concatenate([_NO_VALUES, *pieces]))
+        return [None if row is None else row.copy() for row in rows]
 
-    def refresh(self) -> int:
+    def refresh(self) -> None:
         """
         Take in what others have published since, and what they have put where this process sees it: in the same
-        directory or, of a remote store, on the same machine. Returns the number of rows that are new.
+        directory or, of a remote store, on the same machine.
         """
         self._check_open()
-        before = len(self)
         self._others.look()  # first: what is published in between is seen twice rather than not at all
         self._refresh_published()
-        return len(self) - before
 
     # Writing
 
@@ -229,22 +181,15 @@ class LogProbStore:
             bad = next(key for key, row in zip(keys, rows, strict=True) if not np.isfinite(row).all())
             raise InvalidLogProbsError(f"row {bad.hex()}: log-probs must be finite")
         ends = np.cumsum([len(row) for row in rows]).tolist()
-        fresh: list[bytes] = []
         for i in np.flatnonzero(~self.contains(keys)).tolist():
-            if keys[i] in self._waiting:  # the same row twice in one call
+            if keys[i] in self._waiting.rows:  # the same row twice in one call
                 continue
-            if not self._waiting:
-                self._waiting_since = time.monotonic()
-            row = self._waiting[keys[i]] = values[ends[i] - len(rows[i]) : ends[i]]
-            self._waiting_bytes += row.nbytes
-            fresh.append(keys[i])
-            if len(self._waiting) >= self._publish_limits[0] or self._waiting_bytes >= self._publish_limits[1]:
+            self._waiting.add(keys[i], values[ends[i] - len(rows[i]) : ends[i]])
+            if self._waiting.full:
                 self._publish()
-                fresh.clear()
-        if self._waiting and time.monotonic() - self._waiting_since >= self._publish_limits[2]:
+        if self._waiting.overdue:
             self._publish()
-        elif fresh:
-            self._journal.append(fresh, [self._waiting[key] for key in fresh])
+        self._waiting.write_journal()
 
     def flush(self) -> None:
         """
@@ -264,7 +209,7 @@ class LogProbStore:
         if self._closed:
             return
         self.flush()
-        self._journal.close()
+        self._waiting.journal.close()
         self._closed = True
         self._published = Catalogue(self._folder)
 
@@ -279,21 +224,11 @@ class LogProbStore:
     # Behind both
 
     def _publish(self) -> None:
-        if self._waiting:
+        if self._waiting.rows:
             self._leave_to_others()
-        if not self._waiting:
+        if not self._waiting.rows:
             return
-        data = encode_shard(list(self._waiting), list(self._waiting.values()))
-        now = datetime.now(timezone.utc)
-        manifest = Manifest(
-            name=new_name(now),
-            rows=len(self._waiting),
-            tokens=self._waiting_bytes // np.dtype(np.float32).itemsize,
-            size=len(data),
-            xxh3_128=xxhash.xxh3_128_hexdigest(data),
-            created=now.isoformat(timespec="seconds"),
-            provenance=self._provenance,
-        )
+        manifest, data = self._waiting.encoded(self._provenance)
         manifest_file, shard_file = files_of(manifest.name)
         try:
             self._folder.publish(shard_file, data)
@@ -303,18 +238,18 @@ class LogProbStore:
         for name, reason in self._published.add([manifest.name]).items():
             self._leave_out(name, reason)
             raise self._write_error(f"a shard reads back otherwise than it was written: {reason}") from reason
-        self._waiting.clear()
-        self._waiting_bytes = 0
-        self._journal.clear()
+        self._waiting.published(self._waiting.rows)
 
     def _refresh_published(self) -> None:
         with reading(self.location):
             damaged = self._published.refresh()
         for name, reason in damaged.items():
             self._leave_out(name, reason)
-        if keys := list(self._others.rows):
-            published = self._published.index.find(as_key_array(keys)).found.tolist()
-            self._others.forget(key for key, there in zip(keys, published, strict=True) if there)
+        self._others.forget(self._those_published(list(self._others.rows)))
+
+    def _those_published(self, keys: Sequence[bytes]) -> list[bytes]:
+        found = self._published.index.find(as_key_array(keys)).found
+        return [keys[i] for i in np.flatnonzero(found).tolist()]
 
     def _leave_to_others(self) -> None:
         """Drop what waits and is published: of processes that score the same rows at once, the first one counts."""
@@ -322,12 +257,7 @@ class LogProbStore:
             self.refresh()
         except StoreError:
             return  # it costs only a row that is there twice, and publishing says more clearly what is wrong
-        published = self._published.index.find(as_key_array(list(self._waiting))).found
-        for key, there in zip(list(self._waiting), published.tolist(), strict=True):
-            if there:
-                self._waiting_bytes -= self._waiting.pop(key).nbytes
-        if not self._waiting:
-            self._journal.clear()
+        self._waiting.published(self._those_published(list(self._waiting.rows)))
 
     def _recover(self) -> None:
         """Publish what writers that are gone had put and not published."""
@@ -346,8 +276,8 @@ class LogProbStore:
 
     def _write_error(self, cause: object) -> StoreWriteError:
         return StoreWriteError(
-            f"cannot publish {len(self._waiting):,} rows to the store {self.location!r}: {cause}. The "
-            f"{sum(manifest.rows for manifest in self.manifests):,} rows published before are kept"
+            f"cannot publish {len(self._waiting.rows):,} rows to the store {self.location!r}: {cause}. The "
+            f"{sum(manifest.rows for manifest in self._published.manifests.values()):,} rows published before are kept"
         )
 
     def _leave_out(self, name: str, error: Exception) -> None:
@@ -360,13 +290,3 @@ class LogProbStore:
             StoreWarning,
             stacklevel=4,
         )
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for package in _PROVENANCE_PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trl_refplug.errors import ConfigurationError
-from trl_refplug.identity import adapter_attributes, adapter_tensor_name, strip_wrappers
+from trl_refplug.identity import adapter_attributes, adapter_tensor_name
+from trl_refplug.providers.averaging.lora import (
+    added_by,
+    base_weight,
+    factors,
+    lora_layers,
+    max_rank,
+    refuse_unsupported,
+    second_config,
+)
 from trl_refplug.providers.averaging.low_rank import LowRank, weighted_sum
-from trl_refplug.providers.averaging.shards import Part, fill, full_shape, gathered, is_sharded, reshard
+from trl_refplug.providers.averaging.shards import Part, fill, full_shape, gathered, reshard
 from trl_refplug.providers.averaging.tensor_files import TensorReader, write_tensors
 from trl_refplug.providers.peft_policy import (
     REFERENCE_ADAPTER,
@@ -34,22 +40,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger("trl_refplug")
-
-_DEFAULT_MAX_RANK = 4  # times the policy's rank: enough for a tolerance of 1e-4 at any alpha in the runs measured
-_UNSUPPORTED = (
-    "lora_bias",
-    "target_parameters",
-    "layer_replication",
-    "megatron_config",
-    "ensure_weight_tying",
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "velora_config",
-)
 
 
 @dataclass
@@ -101,12 +91,12 @@ class AdapterAverage:
         self._dtype, self._device = torch.promote_types(dtype, torch.float32), device
         self._overflow_told = False
         config = model.peft_config[self._source]
-        _refuse_unsupported(config)
-        layers = dict(_lora_layers(model, self._source))
+        refuse_unsupported(config)
         self._max_ranks: dict[str, int] = {}
         if self._exact:
-            self._max_ranks = {name: _max_rank(name, layer, self._source, options) for name, layer in layers.items()}
-        _add_second_adapter(model, _second_config(config, layers, self._max_ranks))
+            for name, layer in lora_layers(model, self._source):
+                self._max_ranks[name] = max_rank(name, layer, self._source, options)
+        _add_second_adapter(model, second_config(config, self._max_ranks))
         second = adapter_parameters(model, REFERENCE_ADAPTER)
         for name, parameter in adapter_parameters(model, self._source).items():
             second[name].data = second[name].data.to(parameter.dtype)  # the precision the policy computes in
@@ -125,7 +115,7 @@ class AdapterAverage:
         """Move the reference towards the policy; with `alpha` 1 it becomes the policy, whatever it was."""
         overflows: list[tuple[int, str, float]] = []
         for name, layer in self._layers():
-            with _adapter_of(layer, self._source, self._dtype, self._device) as (matrix, scale):
+            with added_by(layer, self._source, self._dtype, self._device) as (matrix, scale):
                 product = self._products.get(name)
                 if product is None or alpha == 1:
                     self._products[name] = product = _Product(_owned(matrix), scale)
@@ -164,7 +154,7 @@ class AdapterAverage:
         """`|policy - reference| / |policy|` over what the adapters add; gathers one module at a time if sharded."""
         difference = size = 0.0
         for name, layer in self._layers():
-            with _adapter_of(layer, self._source, self._dtype, self._device) as (matrix, _):
+            with added_by(layer, self._source, self._dtype, self._device) as (matrix, _):
                 difference += weighted_sum([(1.0, matrix), (-1.0, self._products[name].matrix)]).norm() ** 2
                 size += matrix.norm() ** 2
         for name, theirs, _ in self._other_parameters():
@@ -243,7 +233,7 @@ class AdapterAverage:
 
     def _layers(self) -> Iterator[tuple[str, Any]]:
         """The modules whose products are averaged."""
-        return _lora_layers(self._model, self._source) if self._exact else iter(())
+        return lora_layers(self._model, self._source) if self._exact else iter(())
 
     def _other_parameters(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name, the policy's and the reference's tensor of what is averaged value by value."""
@@ -255,11 +245,11 @@ class AdapterAverage:
     def _write(self, layer: Any, product: _Product) -> None:
         """Into the second adapter: zero-padded, its scaling being 1."""
         left, right = product.matrix.left, product.matrix.right
-        right_parameter, left_parameter = _factors(layer, REFERENCE_ADAPTER)
+        right_parameter, left_parameter = factors(layer, REFERENCE_ADAPTER)
         if product.scale is not None:
             matrix = LowRank(left / product.scale[:, None], right)
             left = matrix.left
-            with _base_weight(layer, left.device) as weight:
+            with base_weight(layer, left.device) as weight:
                 magnitude = product.scale * matrix.row_norms(weight)
             fill(layer.lora_magnitude_vector[REFERENCE_ADAPTER].weight, magnitude)
         padded_left = left.new_zeros(full_shape(left_parameter))
@@ -270,118 +260,11 @@ class AdapterAverage:
         fill(right_parameter, padded_right)
 
 
-@contextmanager
-def _adapter_of(
-    layer: Any, adapter: str, dtype: torch.dtype, device: torch.device | None
-) -> Iterator[tuple[LowRank, Tensor | None]]:
-    """
-    What an adapter adds to a module's weight, gathered if it is sharded, and with DoRA the factor on every row:
-    the module's weight is `scale * W + matrix`.
-    """
-    right_parameter, left_parameter = _factors(layer, adapter)
-    dora = layer.use_dora.get(adapter, False)
-    tensors = [right_parameter, left_parameter]
-    if dora:
-        tensors.append(layer.lora_magnitude_vector[adapter].weight)
-    with gathered(tensors) as wholes:
-        right, left, *magnitude = (whole.to(device=device, dtype=dtype) for whole in wholes)
-        matrix = LowRank(left * layer.scaling[adapter], right)
-        if not dora:
-            yield matrix, None
-            return
-        with _base_weight(layer, left.device) as weight:
-            scale = magnitude[0].reshape(-1) / matrix.row_norms(weight)
-        yield LowRank(scale[:, None] * matrix.left, right), scale
-
-
-@contextmanager
-def _base_weight(layer: Any, device: torch.device) -> Iterator[Tensor]:
-    """The weight that DoRA scales, `[rows, columns]`."""
-    from peft.utils.integrations import dequantize_module_weight
-
-    base = layer.get_base_layer()
-    if is_sharded(base.weight):
-        with gathered([base.weight]) as (whole,):
-            yield (whole.T if layer.fan_in_fan_out else whole).to(device)
-    else:
-        weight = dequantize_module_weight(base).detach()
-        yield (weight.T if layer.fan_in_fan_out else weight).to(device)
-
-
 def _owned(matrix: LowRank) -> LowRank:
     """A copy; without rank if it is zero, as that of a new adapter."""
     if not matrix.left.any() or not matrix.right.any():
         return LowRank(matrix.left[:, :0].clone(), matrix.right[:0].clone())
     return LowRank(matrix.left.clone(), matrix.right.clone())
-
-
-def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
-    """The parameters `A`, `[rank, columns]`, and `B`, `[rows, rank]`."""
-    if adapter in layer.lora_embedding_A:
-        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-
-
-def _lora_layers(model: Any, adapter: str) -> Iterator[tuple[str, Any]]:
-    """The modules that have such an adapter, by the name they have in the model itself."""
-    from peft.tuners.lora import LoraLayer
-
-    for name, module in model.base_model.model.named_modules():
-        if isinstance(module, LoraLayer) and adapter in module.r:
-            yield strip_wrappers(name), module
-
-
-def _refuse_unsupported(config: Any) -> None:
-    from peft import PeftType
-
-    if config.peft_type != PeftType.LORA:
-        raise ConfigurationError(
-            f"ref_provider='ema' averages LoRA adapters, and the policy's is {config.peft_type.value}. Use "
-            "ref_provider='adapter' or 'frozen' with it."
-        )
-    found = [name for name in _UNSUPPORTED if getattr(config, name, None)]
-    if found:
-        raise ConfigurationError(
-            f"ref_provider='ema' cannot average an adapter with {', '.join(found)}. Leave that out of the adapter's "
-            "configuration, or use ref_provider='adapter' or 'frozen'."
-        )
-
-
-def _max_rank(name: str, layer: Any, adapter: str, options: EmaOptions) -> int:
-    right, left = _factors(layer, adapter)
-    if len(full_shape(right)) != 2 or (layer.use_dora.get(adapter) and adapter in layer.lora_embedding_A):
-        kind = f"DoRA on the embedding {name}" if len(full_shape(right)) == 2 else f"LoRA on the convolution {name}"
-        raise ConfigurationError(
-            f"ref_provider='ema' cannot average {kind} exactly. Use ref_provider_kwargs={{'average': 'factors'}}, or "
-            "leave it out of the adapter's target modules."
-        )
-    rank, columns = full_shape(right)
-    asked = _DEFAULT_MAX_RANK * rank if options.max_rank is None else options.max_rank
-    if asked < rank:
-        raise ConfigurationError(
-            f"ref_provider='ema': option max_rank={asked} is less than the rank {rank} of the policy's adapter at "
-            f"{name}, so the reference could not even become the policy. Use at least {rank}."
-        )
-    return max(rank, min(asked, columns, full_shape(left)[0]))  # a matrix has no higher rank than its shorter side
-
-
-def _second_config(config: Any, layers: dict[str, Any], max_ranks: dict[str, int]) -> Any:
-    """The configuration of the second adapter: with `max_ranks`, of these ranks and with scaling 1."""
-    second = copy.deepcopy(config)
-    # Other initialisations would rewrite the base, or draw on data; what it holds is written right after.
-    second.init_lora_weights = True
-    second.loftq_config = {}
-    for name in ("eva_config", "corda_config", "lora_ga_config"):
-        if hasattr(second, name):
-            setattr(second, name, None)
-    second.lora_dropout = 0.0
-    second.inference_mode = True
-    if max_ranks:
-        second.r = second.lora_alpha = max(max_ranks.values())
-        second.rank_pattern = {name: rank for name, rank in max_ranks.items() if rank != second.r}
-        second.alpha_pattern = dict(second.rank_pattern)
-        second.use_rslora = False
-    return second
 
 
 def _add_second_adapter(model: Any, config: Any) -> None:
