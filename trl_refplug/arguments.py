@@ -22,7 +22,9 @@ class ReferenceArguments:
     Parameters:
         ref_provider (`str`, *optional*, defaults to `"auto"`):
             Name of the reference provider. `trl-refplug plugins` lists those installed. `"auto"` is what TRL's own
-            flags mean: a PEFT policy with its adapter disabled, otherwise a frozen copy.
+            flags mean: `"cached"` with `precompute_ref_log_probs`, `"ema"` with `sync_ref_model`, `"frozen"` for a
+            `ref_model`; else `"adapter"` for a PEFT policy (adapters disabled, or a frozen copy of the adapter it
+            comes with) and `"frozen"` for any other.
         ref_provider_kwargs (`dict` or `str`, *optional*):
             Options of the provider, as a dictionary or as JSON text. They end in logs and checkpoints, so they never
             carry secrets: a provider takes the name of an environment variable instead.
@@ -39,7 +41,9 @@ class ReferenceArguments:
         default="auto",
         metadata={
             "help": "Name of the reference provider; `trl-refplug plugins` lists those installed. `auto` is what "
-            "TRL's own flags mean: a PEFT policy with its adapter disabled, otherwise a frozen copy."
+            "TRL's own flags mean: `cached` with `precompute_ref_log_probs`, `ema` with `sync_ref_model`; else "
+            "`adapter` for a PEFT policy (adapters disabled, or a frozen copy of the adapter it comes with) and "
+            "`frozen` for any other."
         },
     )
     ref_provider_kwargs: dict[str, Any] | str | None = field(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,3 +21,13 @@ def rng_kept() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+def random_state() -> dict[str, Any]:
+    """Where the streams of the CPU are, by the library that they are of: equal if no number was drawn in between."""
+    numpy: Any = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (numpy[1].tobytes(), *numpy[2:]),
+        "torch": torch.get_rng_state().numpy().tobytes(),
+    }

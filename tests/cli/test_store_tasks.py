@@ -131,6 +131,10 @@ class TestExport:
             with pytest.raises(ConfigurationError, match="split"):
                 reference_table(trainer, split)
 
+    def test_a_trainer_of_trl(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigurationError, match=r"DPOTrainer.*RefPlugDPOTrainer"):
+            reference_table(build("dpo", tmp_path, tiny.saved(tmp_path), ours=False))
+
     def test_no_such_format(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match=r"table\.arrows.*\.parquet"):
             Export("store", "table.arrows", "train")

@@ -202,6 +202,7 @@ class TestAnswers:
     @pytest.mark.parametrize(
         ("answer", "message"),
         [
+            (lambda b: b.labels.tolist(), "returned a list; expected a torch.Tensor"),
             (lambda b: torch.zeros(b.labels.shape), "expected torch.float32"),
             (lambda b: torch.zeros(b.labels[:, 1:].shape, dtype=torch.bfloat16), "bfloat16"),
             (lambda b: torch.full(b.labels[:, 1:].shape, float("nan")), "not finite"),

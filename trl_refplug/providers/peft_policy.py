@@ -22,16 +22,22 @@ if TYPE_CHECKING:
 REFERENCE_ADAPTER = "ref"  # TRL's own name for it
 
 
-def is_peft(model: nn.Module) -> bool:
-    """Whether `model` is a `PeftModel`, wrapped or not."""
+def is_peft(model: Any) -> bool:
+    """Whether `model` is a `PeftModel`, wrapped or not; the path of a model is none."""
     from peft import PeftModel
 
-    return isinstance(_unwrapped(model), PeftModel)
+    return isinstance(peft_model_of(model), PeftModel)
 
 
-def peft_model_of(model: nn.Module) -> Any:
-    """The `PeftModel` inside DDP, DeepSpeed or `torch.compile` wrappers."""
-    return _unwrapped(model)
+def peft_model_of(policy: Any) -> Any:
+    """The model inside DDP, DeepSpeed or `torch.compile` wrappers: of a PEFT policy, the `PeftModel`."""
+    while True:
+        if hasattr(policy, "_orig_mod"):
+            policy = policy._orig_mod
+        elif hasattr(policy, "module") and isinstance(policy.module, torch.nn.Module):
+            policy = policy.module
+        else:
+            return policy
 
 
 def base_model_of(model: Any) -> Any:
@@ -129,7 +135,7 @@ def reference_active(model: nn.Module, adapter: str | None) -> Iterator[None]:
     On exit the active adapters, every `requires_grad` flag and every module's mode are what they were. No random
     number is drawn inside: eval mode switches off dropout, functional attention dropout included.
     """
-    peft_model = _unwrapped(model)
+    peft_model = peft_model_of(model)
     with ExitStack() as stack:
         stack.enter_context(_flags_kept(peft_model))
         # Casts made under no_grad must not be reused by the policy's own pass: they carry no gradient.
@@ -169,13 +175,3 @@ def _flags_kept(model: nn.Module) -> Iterator[None]:
         for parameter, flag in flags:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
-
-
-def _unwrapped(model: Any) -> Any:
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif hasattr(model, "module") and isinstance(model.module, torch.nn.Module):
-            model = model.module
-        else:
-            return model

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from trl_refplug.answers import form_problem
 from trl_refplug.errors import ConfigurationError
 from trl_refplug.provider import ReferenceBatch
-from trl_refplug.testing.bench import Attached, Bench, form_problem, largest_difference, require
+from trl_refplug.testing.bench import Attached, Bench, largest_difference, require
 from trl_refplug.testing.samples import Row, copy_of, image_preference_data, make_batch, scored, tiny_image_processor
 from trl_refplug.testing.setting import Setting
 

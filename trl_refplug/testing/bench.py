@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from trl_refplug.answers import form_problem
 from trl_refplug.errors import InvalidLogProbsError, RefPlugError
 from trl_refplug.options import parse_options
 from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceProvider
@@ -219,20 +220,6 @@ def largest_difference(found: list[Tensor], other: list[Tensor]) -> tuple[float,
             largest = off[place].item()
             where = f"row {row}, scored token {place}: {one[place].item():.6g} against {two[place].item():.6g}"
     return largest, where
-
-
-def form_problem(answer: Any, batch: ReferenceBatch) -> str:
-    """What is wrong with an answer's form; an empty string if nothing is."""
-    rows, seq = batch.input_ids.shape
-    if not isinstance(answer, Tensor):
-        return f"log_probs() returned a {type(answer).__name__}; expected a torch.Tensor"
-    if answer.dtype != torch.float32 or tuple(answer.shape) != (rows, seq - 1):
-        return f"log_probs() returned {answer.dtype} {list(answer.shape)}; expected torch.float32 [{rows}, {seq - 1}]"
-    if answer.device != batch.input_ids.device:
-        return f"log_probs() answered on {answer.device}; expected {batch.input_ids.device}"
-    if not answer[scored(batch)].isfinite().all():
-        return "log_probs() returned values that are not finite"
-    return ""
 
 
 def _shape(batch: ReferenceBatch) -> list[int]:

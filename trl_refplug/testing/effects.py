@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
+from trl_refplug.random_state import random_state
 from trl_refplug.testing.bench import Attached, Bench, require
 from trl_refplug.testing.samples import copy_of
 from trl_refplug.testing.setting import Setting
@@ -28,9 +27,9 @@ class SideEffectTests(Setting):
         )
 
     def test_random_streams(self, attached: Attached) -> None:
-        before = _random_streams()
+        before = random_state()
         _use(attached)
-        moved = [name for name, state in _random_streams().items() if state != before[name]]
+        moved = [name for name, state in random_state().items() if state != before[name]]
         if moved:
             attached.needs_determinism()  # what draws the numbers is told there
         require(
@@ -82,7 +81,7 @@ class SideEffectTests(Setting):
         require(not changed, f"{len(changed)} of the policy's weights were changed ({_some(changed)}).")
 
     def test_active_adapter(self, attached: Attached) -> None:
-        from trl_refplug.trainers.policy import is_peft
+        from trl_refplug.providers.peft_policy import is_peft
 
         if not is_peft(attached.policy):
             pytest.skip("the policy has no adapter; give a `peft_config` if yours may")
@@ -129,15 +128,6 @@ def _use(attached: Attached) -> None:
         if provider.capabilities.moving:
             provider.on_step_end(1)
         provider.counters()
-
-
-def _random_streams() -> dict[str, Any]:
-    numpy: Any = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": (numpy[1].tobytes(), *numpy[2:]),
-        "torch": torch.get_rng_state().numpy().tobytes(),
-    }
 
 
 def _reference_adapter(attached: Attached) -> str:

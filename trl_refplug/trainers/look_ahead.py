@@ -11,7 +11,6 @@ from the global random streams is not read ahead.
 from __future__ import annotations
 
 import logging
-import random
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -19,11 +18,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from trl_refplug.provider import ReferenceBatch, ReferenceProvider
+from trl_refplug.random_state import random_state
 from trl_refplug.ranks import all_ranks
 from trl_refplug.scoring import Autocast
 from trl_refplug.trainers.requests import predicted_requests
@@ -206,7 +205,7 @@ class _Epoch:
         return newest is None or (newest.error is None and newest.loader is not None and not newest.loader_state[0])
 
     def _read(self) -> _Batch:
-        before = _random_state()
+        before = random_state()
         inputs = error = None
         try:
             inputs = next(self.source)
@@ -214,16 +213,11 @@ class _Epoch:
             raise
         except Exception as raised:  # delivered in its turn
             error = raised
-        self.draws = self.draws or (self.read > 0 and before != _random_state())
+        self.draws = self.draws or (self.read > 0 and before != random_state())
         self.read += 1
         loader = self.gradient_state.active_dataloader
         state = (False, -1) if loader is None else (loader.end_of_dataloader, loader.remainder)
         return _Batch(inputs, error, loader, state)
-
-
-def _random_state() -> tuple[Any, ...]:
-    numpy: Any = np.random.get_state()
-    return random.getstate(), torch.get_rng_state().numpy().tobytes(), numpy[1].tobytes(), numpy[2]
 
 
 def _cancel(questions: list[_Question]) -> None:

@@ -1,4 +1,4 @@
-"""What is read from the policy, or put right about it."""
+"""The policy around TRL's construction: its adapters, and what it answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trl_refplug.provider import ReferenceBatch, ReferenceProvider
-from trl_refplug.providers.peft_policy import REFERENCE_ADAPTER
+from trl_refplug.providers.peft_policy import REFERENCE_ADAPTER, is_peft
 from trl_refplug.scoring import evaluation_mode, exact_log_probs
 
 
@@ -19,13 +19,6 @@ def output_dtype(accelerator: Any) -> torch.dtype:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     dtype: torch.dtype | None = getattr(getattr(plugin, "mixed_precision_policy", None), "output_dtype", None)
     return dtype or torch.float32
-
-
-def is_peft(model: Any) -> bool:
-    """Whether `model` is a `PeftModel`."""
-    from peft import PeftModel
-
-    return isinstance(model, PeftModel)
 
 
 def adapter_names(model: Any) -> frozenset[str]:
@@ -52,33 +45,6 @@ def remove_unused_reference_adapter(model: Any, before: frozenset[str], provider
     used = any(getattr(provider, "reference_adapter", None) == REFERENCE_ADAPTER for provider in providers)
     if is_peft(model) and REFERENCE_ADAPTER in model.peft_config and REFERENCE_ADAPTER not in before and not used:
         model.delete_adapter(REFERENCE_ADAPTER)
-
-
-def disable_functional_dropout(model: nn.Module) -> None:
-    """
-    What `disable_dropout` promises, also for dropout that is a number and not an `nn.Dropout`: TRL misses
-    `attention_dropout`, so the policy would be compared with its reference under noise.
-    """
-    for module in model.modules():
-        for name in _dropout_attributes(module):
-            setattr(module, name, 0.0)
-
-
-def has_dropout(model: nn.Module) -> bool:
-    """Whether any dropout is active in train mode."""
-    return any(
-        (isinstance(module, nn.Dropout) and module.p > 0) or _dropout_attributes(module) for module in model.modules()
-    )
-
-
-def _dropout_attributes(module: nn.Module) -> list[str]:
-    if isinstance(module, nn.Dropout):
-        return []
-    return [
-        name
-        for name, value in vars(module).items()
-        if isinstance(value, float) and value > 0 and ("dropout" in name or name.endswith("pdrop"))
-    ]
 
 
 def policy_log_probs(model: nn.Module, batch: ReferenceBatch) -> Tensor:

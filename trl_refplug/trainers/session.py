@@ -9,11 +9,13 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
 from trl_refplug.arguments import ReferenceArguments
 from trl_refplug.errors import ConfigurationError, SeamError
 from trl_refplug.provider import ReferenceBatch, ReferenceProvider
+from trl_refplug.providers.peft_policy import is_peft
 from trl_refplug.random_state import rng_kept
 from trl_refplug.ranks import all_ranks
 from trl_refplug.trainers import policy as policies
@@ -21,6 +23,7 @@ from trl_refplug.trainers.agreement import agree
 from trl_refplug.trainers.check import check_against_policy
 from trl_refplug.trainers.checkpoint import compare_with_checkpoint
 from trl_refplug.trainers.context import TrainerContext
+from trl_refplug.trainers.dropout import disable_functional_dropout, has_dropout
 from trl_refplug.trainers.look_ahead import LookAhead
 from trl_refplug.trainers.placement import place
 from trl_refplug.trainers.seam import Seam, check_flags, loading_replaced, seam_error
@@ -111,7 +114,7 @@ class ReferenceSession:
         """TRL's loading of its own reference replaced by ours."""
 
         def expected() -> int:
-            return int(not self.passes_ref_model and not policies.is_peft(trainer.model))
+            return int(not self.passes_ref_model and not is_peft_model(trainer.model))  # what TRL asks
 
         return loading_replaced(
             self.seam, trainer, policy_loaded=self.pin, reference=self._reference_for_trl, expected=expected
@@ -137,8 +140,8 @@ class ReferenceSession:
             self._set_up(self.provider, self._context, placed=trainer.ref_model)
         policies.remove_unused_reference_adapter(trainer.model, adapters_before, self.providers)
         if trainer.args.disable_dropout:
-            policies.disable_functional_dropout(trainer.model)
-        elif policies.has_dropout(trainer.model) and self.provider.capabilities.local_model:
+            disable_functional_dropout(trainer.model)
+        elif has_dropout(trainer.model) and self.provider.capabilities.local_model:
             logger.warning(
                 "The policy has dropout and `disable_dropout=False`: the reference is scored without dropout (TRL's "
                 "own adapter reference would draw random numbers), the policy with it, so their log-ratio is noisy "
@@ -262,7 +265,7 @@ def open_session(
         return ReferenceSession(seam, reference, type(reference).__name__, args, peft_config, passes_ref_model)
     selection = Selection(
         args=args,
-        policy_is_peft=peft_config is not None or policies.is_peft(model),
+        policy_is_peft=peft_config is not None or is_peft(model),
         has_ref_model=ref_model is not None,
         online=seam.online,
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from trl.trainer.utils import FusedCausalLMOutput
 
+from trl_refplug.answers import form_problem
 from trl_refplug.errors import InvalidLogProbsError, UnsupportedInputError
 from trl_refplug.plugins import plugin_manager
 from trl_refplug.provider import ReferenceBatch, ReferenceProvider
@@ -74,8 +75,12 @@ class ReferenceModel(nn.Module):
         started = time.perf_counter()
         with torch.no_grad():
             coming = None if self._look_ahead is None else self._look_ahead.take(batch)
-            log_probs = provider.log_probs(batch) if coming is None else coming.result().detach()
-            check_log_probs(provider, batch, log_probs)
+            log_probs = provider.log_probs(batch) if coming is None else coming.result()
+            if problem := form_problem(log_probs, batch):  # which the loss would silently turn into nonsense
+                raise InvalidLogProbsError(
+                    f"Reference provider {provider.identity().provider!r}: {problem}. Nothing was trained on it."
+                )
+            log_probs = log_probs.detach()
         seconds = time.perf_counter() - started
         self.seconds += seconds
         self.calls += 1
@@ -99,32 +104,3 @@ class ReferenceModel(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.provider.identity())
-
-
-def check_log_probs(provider: ReferenceProvider, batch: ReferenceBatch, log_probs: Tensor) -> None:
-    """
-    Refuse an answer that the loss would silently turn into nonsense.
-
-    Raises:
-        InvalidLogProbsError: Wrong shape or dtype, or a value that is not finite.
-    """
-    rows, seq = batch.input_ids.shape
-    name = provider.identity().provider
-    if tuple(log_probs.shape) != (rows, seq - 1) or log_probs.dtype != torch.float32:
-        raise InvalidLogProbsError(
-            f"Reference provider {name!r} answered with {log_probs.dtype} {list(log_probs.shape)}; expected "
-            f"torch.float32 [{rows}, {seq - 1}], one value per shifted label."
-        )
-    if log_probs.device != batch.input_ids.device:
-        raise InvalidLogProbsError(
-            f"Reference provider {name!r} answered on {log_probs.device}; expected {batch.input_ids.device}."
-        )
-    finite = torch.isfinite(log_probs)
-    if not finite.all():
-        row, position = (~finite).nonzero()[0].tolist()
-        raise InvalidLogProbsError(
-            f"Reference provider {name!r} answered {log_probs[row, position].item()} for token "
-            f"{int(batch.labels[row, position + 1])} at row {row}, position {position + 1}; {int((~finite).sum())} of "
-            f"{finite.numel()} values are not finite. The reference's weights or its precision are broken; nothing "
-            "was trained on it."
-        )

@@ -26,8 +26,17 @@ def reference_table(trainer: Any, split: str = "train") -> Dataset:
         `Dataset`: The rows that the trainer kept, in their order, with the float32 columns `ref_chosen_logps` and
         `ref_rejected_logps` (DPO), or `ref_logps` and, where the loss has a KL term, `ref_KL_logps` (KTO): sums over a
         completion, as the trainer reduces them (so `ld_alpha` counts).
+
+    Raises:
+        ConfigurationError: It is another trainer, or has no such data set.
     """
-    datasets = indexed_datasets(trainer, trainer._refplug_session.seam, split)
+    session = getattr(trainer, "_refplug_session", None)
+    if session is None:
+        raise ConfigurationError(
+            f"Found a {type(trainer).__name__} without a reference of this package; expected a trainer like "
+            "RefPlugDPOTrainer or RefPlugKTOTrainer, or plug(TrainerClass)(...)."
+        )
+    datasets = indexed_datasets(trainer, session.seam, split)
     if datasets is None or len(datasets) != 1:
         raise ConfigurationError(
             f"Found {'rows that are not known beforehand' if datasets is None else f'{len(datasets)} data sets'} in "
