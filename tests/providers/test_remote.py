@@ -9,6 +9,7 @@ import time
 
 import msgspec
 import numpy as np
+import psutil
 import pytest
 import torch
 import trustme
@@ -239,6 +240,15 @@ class TestWrongServer:
     def test_other_weights(self, tmp_path):
         with serving(engine(seed=5)) as url, pytest.raises(ReferenceMismatchError, match="starts_as_policy=false"):
             build("dpo", tmp_path, tiny.model(), args=remote(url))
+
+    def test_a_server_that_is_refused_is_left_in_peace(self, tmp_path):
+        with serving(engine(seed=5)) as url:
+            with pytest.raises(ReferenceMismatchError) as refused:
+                build("dpo", tmp_path, tiny.model(), args=remote(url))
+            port = int(url.rsplit(":", 1)[1])
+            connected = [c for c in psutil.Process().net_connections("tcp") if c.raddr and c.raddr.port == port]
+            assert not any(connection.status == psutil.CONN_ESTABLISHED for connection in connected)
+        assert refused  # with its traceback, and in it all that was made, as in a notebook
 
     def test_other_precision_says_how_to_serve(self, tmp_path):
         policy = tiny.model().bfloat16()
