@@ -329,8 +329,11 @@ LONG_ROPE = {"rope_parameters": LONG, "original_max_position_embeddings": 8}
 REFUSED = {
     "an encoder-decoder": (encoder_decoder, "encoder-decoder"),
     "experts of limited capacity": (lambda: tiny("mixtral", expert_capacity=4), "limited capacity"),
-    "bidirectional attention": (lambda: tiny("gemma3_text", use_bidirectional_attention=True), "not causal"),
-    "declared not to be causal": (lambda: tiny("llama", is_causal=False), "not causal"),
+    "bidirectional attention": (
+        lambda: tiny("gemma3_text", use_bidirectional_attention=True),
+        "configured not to be causal",
+    ),
+    "declared not to be causal": (lambda: tiny("llama", is_causal=False), "configured not to be causal"),
     "chunked attention": (lambda: tiny("llama", attention_chunk_size=8), "attention chunk of 8"),
     "temperatures by position": (lambda: tiny("llama", attn_temperature_tuning=4), "attention temperatures"),
     "attention sinks": (lambda: tiny("gpt_oss", num_key_value_heads=2, head_dim=8), "option 's_aux'"),
