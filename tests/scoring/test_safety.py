@@ -333,7 +333,7 @@ REFUSED = {
         lambda: tiny("gemma3_text", use_bidirectional_attention=True),
         "configured not to be causal",
     ),
-    "declared not to be causal": (lambda: tiny("llama", is_causal=False), "configured not to be causal"),
+    "declared not to be causal": (lambda: tiny("llama", is_causal=False), "configured not"),
     "chunked attention": (lambda: tiny("llama", attention_chunk_size=8), "attention chunk of 8"),
     "temperatures by position": (lambda: tiny("llama", attn_temperature_tuning=4), "attention temperatures"),
     "attention sinks": (lambda: tiny("gpt_oss", num_key_value_heads=2, head_dim=8), "option 's_aux'"),
