@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import BartConfig, BartForConditionalGeneration
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaModel
 
 from tests.scoring.models import VOCAB, batch_of, random_batch, tiny
 from tests.scoring.test_scorer import TOLERANCE, trl_log_probs
@@ -309,26 +309,39 @@ def encoder_decoder():
     return BartForConditionalGeneration(BartConfig(vocab_size=VOCAB, d_model=16, **options)).eval()
 
 
+class Prefixed(LlamaModel):
+    """Reads something of its own first."""
+
+    def forward(self, input_ids, **kwargs):
+        super().forward(input_ids[:, :1])
+        return super().forward(input_ids, **kwargs)
+
+
+def prefixed():
+    model = tiny("llama")
+    model.model.__class__ = Prefixed
+    return model
+
+
 LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+LONG_ROPE = {"rope_parameters": LONG, "original_max_position_embeddings": 8}
 
 REFUSED = {
     "an encoder-decoder": (encoder_decoder, "encoder-decoder"),
     "experts of limited capacity": (lambda: tiny("mixtral", expert_capacity=4), "limited capacity"),
-    "bidirectional attention": (lambda: tiny("gemma3_text", use_bidirectional_attention=True), "not causal"),
-    "declared not to be causal": (lambda: tiny("llama", is_causal=False), "not causal"),
+    "bidirectional attention": (
+        lambda: tiny("gemma3_text", use_bidirectional_attention=True),
+        "configured not to be causal",
+    ),
+    "declared not to be causal": (lambda: tiny("llama", is_causal=False), "configured not"),
     "chunked attention": (lambda: tiny("llama", attention_chunk_size=8), "attention chunk of 8"),
     "temperatures by position": (lambda: tiny("llama", attn_temperature_tuning=4), "attention temperatures"),
-    "attention sinks": (
-        lambda: tiny("gpt_oss", num_key_value_heads=2, num_local_experts=4, head_dim=8),
-        "option 's_aux'",
-    ),
+    "attention sinks": (lambda: tiny("gpt_oss", num_key_value_heads=2, head_dim=8), "option 's_aux'"),
     "a mask of its own": (lambda: tiny("doge", num_key_value_heads=2), "mask of its own"),
     "another way through the model": (lambda: tiny("opt", ffn_dim=48, word_embed_proj_dim=32), "ran 0 times"),
     "two attentions in a layer": (lambda: tiny("diffllama", num_key_value_heads=2), "attention interface"),
-    "rotary embeddings by length": (
-        lambda: tiny("phi3", rope_parameters=LONG, original_max_position_embeddings=8),
-        "longer than 8 tokens",
-    ),
+    "rotary embeddings by length": (lambda: tiny("phi3", **LONG_ROPE), "longer than 8 tokens"),
+    "tokens of its own": (prefixed, "attention over other tokens"),
 }
 
 

@@ -24,7 +24,7 @@ def unsafe_model(model: nn.Module, inner: PreTrainedModel) -> str | None:
     if getattr(inner.config, "is_encoder_decoder", False):
         return "an encoder-decoder architecture"
     if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", None):
-        return "attention that is not causal"
+        return "attention that is configured not to be causal"
     if getattr(config, "alibi", False) or getattr(config, "model_type", "") in ("bloom", "mpt"):
         return "ALiBi position biases"
     if any(getattr(config, name, None) for name in ("expert_capacity", "capacity_factor", "moe_capacity_factor")):
