@@ -21,7 +21,8 @@ RefPlugError
 └── demo.model.DemoModelError            the demo's model can neither be found nor fetched
 
 RefPlugWarning (UserWarning)             something is wrong that does not concern the reference in use
-└── store.StoreWarning                   part of a store cannot be used: its rows are scored again
+├── store.StoreWarning                   part of a store cannot be used: its rows are scored again
+└── scoring.ExactFallbackWarning         rows that were to be packed are scored exactly
 ```
 
 Every message says what was found, what was expected and which option to change.

@@ -16,7 +16,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
-from trl_refplug.errors import UnsupportedInputError
+from trl_refplug.errors import RefPlugWarning, UnsupportedInputError
 from trl_refplug.provider import ReferenceBatch
 from trl_refplug.scoring.attention import UnsafeError
 from trl_refplug.scoring.exact import ensure_fused_head, exact_log_probs, pad_rows
@@ -38,7 +38,7 @@ WINDOW = 32
 """How many forward passes' worth of a stream of rows is planned together."""
 
 
-class ExactFallbackWarning(UserWarning):
+class ExactFallbackWarning(RefPlugWarning):
     """Rows that were to be scored packed are scored by the exact call; the text says why."""
 
 
