@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 
@@ -62,19 +61,11 @@ class Head:
         Returns:
             `Tensor`: `[scored]`, float32 (float64 where the projection is).
         """
-        from trl.trainer.utils import maybe_gather_lm_head_ctx
-
         hidden, targets = hidden.to(weight.device), targets.to(weight.device)
         device = hidden.device.type
         if self.float32:
             hidden = hidden.float()
-        if isinstance(weight, DTensor):
-            weight = weight.full_tensor()
-            bias = bias.full_tensor() if isinstance(bias, DTensor) else bias
-        with (
-            torch.autocast(device, enabled=False) if self.float32 else nullcontext(),
-            maybe_gather_lm_head_ctx(weight, bias),
-        ):
+        with torch.autocast(device, enabled=False) if self.float32 else nullcontext():
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
             if device == "cpu":
                 return self._tiled(hidden.to(dtype), targets, weight, bias)
