@@ -279,7 +279,7 @@ def _instead_of_training(method: str, task: Task) -> Iterator[None]:
     import trl
 
     def run(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
-        if getattr(self.ref_model.provider, "fills_as_training_begins", False):
+        if self.ref_model.provider.fills_as_training_begins:
             with suppress(_DoneError):
                 self.add_callback(_stop_as_training_begins())
                 trainer_class.train(self, *args, **kwargs)

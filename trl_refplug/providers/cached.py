@@ -162,7 +162,7 @@ class CachedProvider(ReferenceProvider):
         self._store = self._open(self.options.path or default_path())
         if self.options.fill == "ahead":
             check_known_ahead(context, source)
-        if self.options.fill != "lazy" and not self._filler.waits_for_training:
+        if self.options.fill != "lazy" and not self.fills_as_training_begins:
             self._prepare()
         if (
             self.options.fill == "lazy"
@@ -174,8 +174,13 @@ class CachedProvider(ReferenceProvider):
                 "the store never has them, and grows for nothing. Use the source itself as `ref_provider`."
             )
 
+    @property
+    def fills_as_training_begins(self) -> bool:
+        """Whether missing rows are scored not in `setup` but in `on_train_begin`: a policy is not sharded before."""
+        return self._filler.waits_for_training
+
     def on_train_begin(self) -> None:
-        if self._filler.waits_for_training:
+        if self.fills_as_training_begins:
             self._prepare()
 
     def _prepare(self) -> None:
