@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from trl_refplug.caches import cache_directory
 from trl_refplug.errors import ConfigurationError
 from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
 
@@ -276,5 +276,4 @@ class CachedProvider(ReferenceProvider):
 
 def default_path() -> str:
     """Where log-probs are kept unless `path` says otherwise: one store a user, for all runs."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return str(Path(cache) / "trl-refplug" / "log-probs")
+    return str(cache_directory("log-probs"))

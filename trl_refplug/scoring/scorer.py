@@ -114,7 +114,7 @@ class Scorer:
             if self.mode == "exact":
                 return self._exact(batch)
             try:
-                if reason := self._untrusted(_token_ids(batch)):
+                if reason := self._untrusted(lambda: _token_ids(batch)):
                     raise UnsafeError(reason)
                 rows, starts = self._packed.cut(batch)
                 return place(batch, rows, starts, self._packed.run(rows))
@@ -220,7 +220,7 @@ class Scorer:
         """Which of the pending rows to pack."""
         if not pending:
             return []
-        if reason := self._untrusted([rows[index].input_ids for index in pending]):
+        if reason := self._untrusted(lambda: [rows[index].input_ids for index in pending]):
             self._warn(reason)
             return []
         short = [index for index in pending if len(rows[index]) <= self._packed.limit]
@@ -228,11 +228,11 @@ class Scorer:
             self._warn(self._packed.limit_reason)
         return short
 
-    def _untrusted(self, rows: Sequence[Ints]) -> str | None:
+    def _untrusted(self, rows: Callable[[], Sequence[Ints]]) -> str | None:
         """Why nothing may be packed now. The first time, packed answers are compared with the exact call's."""
         reason = self._packed.unsafe_model()
         if reason is None and not self._verified:
-            self._distrusted = verify(self._packed, rows)
+            self._distrusted = verify(self._packed, rows())
             self._verified = True
         return reason or self._distrusted
 

@@ -50,21 +50,21 @@ class Servers:
 
     def begin(self) -> None:
         """Start anew, in a process that was forked: with locks as they were, and nothing of its own in flight."""
-        self.lock = threading.Lock()
+        self._lock = threading.Lock()
         for server in self.all:
             server.in_flight = 0
 
     def take(self, among: Sequence[Server]) -> Server:
         """The one of these that has the least to do, which has one request more from now on, until [`give_back`]."""
         now = time.monotonic()
-        with self.lock:
+        with self._lock:
             best = min(among, key=lambda s: (max(s.not_before - now, 0.0), s.in_flight))
             best.in_flight += 1
         return best
 
     def give_back(self, server: Server) -> None:
         """The request is over."""
-        with self.lock:
+        with self._lock:
             server.in_flight -= 1
 
     def answered(self, server: Server) -> None:
@@ -73,7 +73,7 @@ class Servers:
 
     def failed(self, server: Server, asked: float) -> None:
         """Leave it alone for a while, for at least as many seconds as it has `asked` for."""
-        with self.lock:
+        with self._lock:
             server.failures += 1
             spare = any(not other.failures for other in self.all)
             # While another answers, this one is asked less and less often: each time can cost `connect_timeout`
