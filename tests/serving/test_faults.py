@@ -420,7 +420,7 @@ def test_closing_between_two_steps_of_an_attempt():
 def test_a_fork_does_not_wait_for_the_locks_of_threads_it_does_not_have():
     with serving(engine()) as url, transport(url) as to:
         client = RefPlugClient(to)
-        locks = to._lock, to._servers.lock, to.stats.lock, to._closing._cond
+        locks = to._lock, to._servers._lock, to.stats.lock, to._closing._cond
         for lock in locks:
             lock.acquire()
         child = os.fork()
