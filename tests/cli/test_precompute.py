@@ -10,7 +10,8 @@ import pytest
 
 from tests import tiny
 from tests.cli.processes import run_here
-from trl_refplug.cli import train
+from tests.trainers.two_ranks import FSDP
+from trl_refplug.cli import launched
 from trl_refplug.cli.tasks import Precompute
 from trl_refplug.store import summarize, verify
 
@@ -42,31 +43,47 @@ def test_fills_and_does_not_train(tmp_path: Path) -> None:
     # The training command finds every row, whatever only reduces or adapts.
     options = json.dumps({"path": str(tmp_path / "store"), "fill": "never"})
     training = [*flags(tmp_path, "--ref_provider", "cached", "--use_peft"), "--ref_provider_kwargs", options]
-    train.train("dpo", training)
+    launched.train("dpo", training)
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
 def test_again_scores_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train.train("dpo", flags(tmp_path), Precompute())
+    launched.train("dpo", flags(tmp_path), Precompute())
     shards = sorted((tmp_path / "store").iterdir())
-    train.train("dpo", flags(tmp_path), Precompute())
+    launched.train("dpo", flags(tmp_path), Precompute())
     assert sorted((tmp_path / "store").iterdir()) == shards
     assert capsys.readouterr().out.count("All rows of this run are in") == 2
 
 
-def test_two_processes_of_one_launch(tmp_path: Path) -> None:
-    """Started by torchrun, as `accelerate launch` starts only one process on a machine without accelerators."""
-    data = tmp_path / "data.jsonl"
-    tiny.preference_data(150).to_json(data)  # ranks share a data set in blocks of 64 of its rows
+def two_ranks(tmp_path: Path, *launch: str) -> Path:
+    """
+    The store that two processes filled, each with its part.
+
+    Started by torchrun, as `accelerate launch` starts only one process on a machine without accelerators.
+    """
+    tiny.preference_data(150).to_json(tmp_path / "data.jsonl")  # ranks share a data set in blocks of 64 of its rows
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=localhost:0", train.__file__, Precompute().encode(), "dpo"]
+    arguments = [*command, "--rdzv-endpoint=localhost:0", *launch, *flags(tmp_path, "--ddp_backend", "gloo")]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    arguments = [*command, *flags(tmp_path, "--ddp_backend", "gloo")]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("All rows of this run are in") == 1
     report = verify(tmp_path / "store")
-    assert (report.rows, report.duplicates) == (300, 0)  # each rank its part
+    assert (report.rows, report.duplicates) == (300, 0)
+    return tmp_path / "store"
+
+
+def test_two_processes_of_one_launch(tmp_path: Path) -> None:
+    two_ranks(tmp_path, launched.__file__, Precompute().encode(), "dpo")
+
+
+def test_a_sharded_policy(tmp_path: Path) -> None:
+    """What two ranks with half the weights each have scored, a run with all of them finds."""
+    settings = tmp_path / "fsdp.json"
+    settings.write_text(json.dumps(FSDP["fsdp_config"]))
+    store = two_ranks(tmp_path, "-m", "tests.cli.sharded_precompute", "--fsdp", "--fsdp_config", str(settings))
+    options = json.dumps({"path": str(store), "fill": "never"})
+    launched.train("dpo", [*flags(tmp_path), "--ref_provider", "cached", "--ref_provider_kwargs", options])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tests import tiny
 from tests.cli.processes import run_here
 from tests.trainers.runs import DATA, build
 from trl_refplug import ConfigurationError, MissingRowError, ReferenceMismatchError
-from trl_refplug.cli import train as command
+from trl_refplug.cli import launched
 from trl_refplug.cli.tasks import Export, Precompute, Verify
 from trl_refplug.store import LogProbStore
 from trl_refplug.trainers.table import reference_table
@@ -32,7 +32,7 @@ def flags(tmp_path: Path, kind: str = "dpo", rows: int = 12) -> list[str]:
 def fill(tmp_path: Path, kind: str = "dpo", rows: int = 12) -> str:
     store = str(tmp_path / "store")
     options = json.dumps({"path": store})
-    command.train(kind, [*flags(tmp_path, kind, rows), "--ref_provider_kwargs", options], Precompute())
+    launched.train(kind, [*flags(tmp_path, kind, rows), "--ref_provider_kwargs", options], Precompute())
     return store
 
 
@@ -72,18 +72,18 @@ def test_as_commands(tmp_path: Path) -> None:
 
 class TestVerify:
     def test_says_how_many(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        command.train("dpo", flags(tmp_path), Verify(fill(tmp_path), sample=1000))
+        launched.train("dpo", flags(tmp_path), Verify(fill(tmp_path), sample=1000))
         assert "24 rows scored again" in capsys.readouterr().out
 
     def test_wrong_values(self, tmp_path: Path) -> None:
         wrong = wrong_copy(fill(tmp_path), tmp_path / "wrong")
         with pytest.raises(ReferenceMismatchError, match=r"3 rows of the store .* 0\.01"):
-            command.train("dpo", flags(tmp_path), Verify(wrong, sample=3))
+            launched.train("dpo", flags(tmp_path), Verify(wrong, sample=3))
 
     def test_nothing_to_score(self, tmp_path: Path) -> None:
         LogProbStore(tmp_path / "store", mode="a").close()
         with pytest.raises(MissingRowError, match="24 of the 24 rows"):
-            command.train("dpo", flags(tmp_path), Verify(str(tmp_path / "store"), sample=3))
+            launched.train("dpo", flags(tmp_path), Verify(str(tmp_path / "store"), sample=3))
 
     def test_takes_a_training_command(self, tmp_path: Path) -> None:
         done = run_here("store", "verify", fill(tmp_path), "--", "dop")
@@ -97,7 +97,7 @@ class TestExport:
         """The very table that TRL's own `precompute_ref_log_probs` makes."""
         output = tmp_path / "table"
         arguments = flags(tmp_path) if ld_alpha is None else [*flags(tmp_path), "--ld_alpha", str(ld_alpha)]
-        command.train("dpo", arguments, Export(fill(tmp_path), str(output), "train"))
+        launched.train("dpo", arguments, Export(fill(tmp_path), str(output), "train"))
         table = load_from_disk(str(output))
         args = {"precompute_ref_log_probs": True, "ld_alpha": ld_alpha}
         theirs = build("dpo", tmp_path, tiny.saved(tmp_path), ours=False, args=args).train_dataset
@@ -108,7 +108,7 @@ class TestExport:
 
     def test_kto(self, tmp_path: Path) -> None:
         output = tmp_path / "table.jsonl"
-        command.train("kto", flags(tmp_path, "kto"), Export(fill(tmp_path, "kto"), str(output), "train"))
+        launched.train("kto", flags(tmp_path, "kto"), Export(fill(tmp_path, "kto"), str(output), "train"))
         table = Dataset.from_json(str(output))
         args = {"precompute_ref_log_probs": True, "per_device_train_batch_size": 8}
         theirs = build("kto", tmp_path, tiny.saved(tmp_path), ours=False, args=args).train_dataset
@@ -118,7 +118,7 @@ class TestExport:
     def test_missing_rows(self, tmp_path: Path) -> None:
         store = fill(tmp_path, rows=8)
         with pytest.raises(MissingRowError, match="8 of the 24 rows"):
-            command.train("dpo", flags(tmp_path), Export(store, str(tmp_path / "table"), "train"))
+            launched.train("dpo", flags(tmp_path), Export(store, str(tmp_path / "table"), "train"))
         assert not (tmp_path / "table").exists()
 
     def test_evaluation_sets(self, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from tests import tiny
 from tests.cli.processes import run_here
 from trl_refplug.arguments import ReferenceArguments
-from trl_refplug.cli import train as command
+from trl_refplug.cli import launched
 from trl_refplug.cli.main import app
 from trl_refplug.errors import RefPlugError, SeamError
 
@@ -75,7 +75,7 @@ def test_trains_with_the_provider(method: str, model: str, tmp_path: Path, monke
         )
         monkeypatch.chdir(tmp_path)  # where TRL's scripts look for reward functions
         arguments += [*ONLINE, "--reward_funcs", "brevity.reward"]
-    command.train(method, [*arguments, "--ref_provider", "frozen", "--use_peft", "--lora_r", "4"])
+    launched.train(method, [*arguments, "--ref_provider", "frozen", "--use_peft", "--lora_r", "4"])
     assert trained_with(tmp_path / "out") == "frozen"
     assert all(entry["ref/time"] > 0 for entry in logged(tmp_path / "out"))
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
@@ -86,7 +86,7 @@ def test_the_same_as_trls_own_script(model: str, tmp_path: Path) -> None:
 
     data = write(tiny.preference_data(), tmp_path / "data" / "train.jsonl").parent
     arguments = [*flags(model, data, tmp_path / "ours"), "--bf16", "false"]
-    command.train("dpo", arguments)
+    launched.train("dpo", arguments)
     arguments[arguments.index(str(tmp_path / "ours"))] = str(tmp_path / "theirs")
     trl.scripts.dpo.main(*trl.scripts.dpo.make_parser().parse_args_and_config(arguments))
     ours, theirs = logged(tmp_path / "ours"), logged(tmp_path / "theirs")
@@ -99,14 +99,14 @@ def test_the_same_as_trls_own_script(model: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", ["json", "parquet", "csv"])
 def test_local_files(ending: str, model: str, tmp_path: Path) -> None:
     data = write(tiny.preference_data(), tmp_path / f"data.{ending}")
-    command.train("dpo", flags(model, data, tmp_path / "out"))
+    launched.train("dpo", flags(model, data, tmp_path / "out"))
     assert len(logged(tmp_path / "out")) == 2
 
 
 def test_directory_with_an_evaluation_split(model: str, tmp_path: Path) -> None:
     write(tiny.preference_data(), tmp_path / "data" / "train.jsonl")
     write(tiny.preference_data(4), tmp_path / "data" / "test.jsonl")
-    command.train(
+    launched.train(
         "dpo", [*flags(model, tmp_path / "data", tmp_path / "out"), "--eval_strategy", "steps", "--eval_steps", "1"]
     )
     history = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
@@ -115,7 +115,7 @@ def test_directory_with_an_evaluation_split(model: str, tmp_path: Path) -> None:
 
 def test_streamed_file(model: str, tmp_path: Path) -> None:
     data = write(tiny.preference_data(), tmp_path / "data.jsonl")
-    command.train("dpo", [*flags(model, data, tmp_path / "out"), "--dataset_streaming"])
+    launched.train("dpo", [*flags(model, data, tmp_path / "out"), "--dataset_streaming"])
     assert len(logged(tmp_path / "out")) == 2
 
 
@@ -190,11 +190,20 @@ def test_every_method_checks_its_reference(method: str) -> None:
         (["--dataset_name", "no/data"], "--model_name_or_path"),
         (["--model_name_or_path", "no/model"], "--dataset_name"),
         (["--model_name_or_path", "no/model", "--dataset_name", "missing.jsonl"], "there is no such file"),
+        (["--model_name_or_path", "no/model", "--dataset_name", "no/such/data"], "no/such/data: there is no such"),
+        (["--model_name_or_path", "./modle", "--dataset_name", "no/data"], "./modle: there is no such file or dir"),
         (["--model_name_or_path", "no/model", "--dataset_name", __file__], "expected a file that ends in"),
     ],
 )
 def test_model_and_data_must_be_named(arguments: list[str], message: str) -> None:
     assert message in refusal("dpo", "--use_cpu", *arguments)
+
+
+def test_misspelt_files_are_no_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tiny.preference_data(), tmp_path / "pairs.jsonl")
+    monkeypatch.chdir(tmp_path)
+    message = refusal("dpo", "--use_cpu", "--model_name_or_path", "no/model", "--dataset_name", "pairs.jsnl")
+    assert message == "--dataset_name pairs.jsnl: there is no such file. Did you mean 'pairs.jsonl'?"
 
 
 def test_single_file_has_no_evaluation_split(tmp_path: Path) -> None:
@@ -239,7 +248,7 @@ def test_help_all_is_trls_with_the_reference_flags(method: str) -> None:
 def test_trl_keeps_its_classes() -> None:
     before = (trl.DPOConfig, trl.DPOTrainer)
     with pytest.raises(SystemExit):
-        command.train("dpo", ["--help"])
+        launched.train("dpo", ["--help"])
     assert (trl.DPOConfig, trl.DPOTrainer) == before
 
 
@@ -252,4 +261,4 @@ def test_changed_trl_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(trl.scripts.dpo, "main", main)
     with pytest.raises(SeamError, match="TRL"):
-        command.train("dpo", ["--use_cpu"])
+        launched.train("dpo", ["--use_cpu"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_refplug.cli import train
+from trl_refplug.cli import launched
 from trl_refplug.cli.tasks import Precompute
 from trl_refplug.identity import digest_model
 from trl_refplug.store import summarize
@@ -111,7 +111,7 @@ def test_precompute(tmp_path):
     tiny.preference_data().to_json(data)
     Path(settings).write_text(json.dumps(zero(3)))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=localhost:0", train.__file__, Precompute().encode(), "dpo", "--bf16", "false"]
+    command += ["--rdzv-endpoint=localhost:0", launched.__file__, Precompute().encode(), "dpo", "--bf16", "false"]
     command += ["--model_name_or_path", tiny.saved(tmp_path), "--dataset_name", data, "--deepspeed", settings]
     command += ["--output_dir", str(tmp_path / "out"), "--report_to", "none", "--use_cpu"]
     command += ["--ref_provider_kwargs", json.dumps({"path": store})]

@@ -1,26 +1,25 @@
 """
 `trl-refplug dpo|kto|grpo|rloo`: TRL's own training scripts, with the reference from a provider.
 
-Run as a file, this module is what `accelerate launch` starts in every process; imported, it is the commands that check
-the flags and launch it.
+The commands check the flags, and launch `launched.py` in every process as `accelerate launch` does.
 """
 
 from __future__ import annotations
 
-import importlib
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from subprocess import CalledProcessError
-from typing import Any, NoReturn
+from typing import Any
 
 import typer
 
-from trl_refplug.cli.tasks import Precompute, Task, decode
-from trl_refplug.errors import ConfigurationError, RefPlugError, SeamError, did_you_mean
+from trl_refplug.cli import launched
+from trl_refplug.cli.tasks import Precompute, Task
+from trl_refplug.cli.trl_scripts import LOADERS, PREFIXES, make_parser
+from trl_refplug.errors import ConfigurationError, RefPlugError, did_you_mean
 
 
 # Everything on the command line goes to TRL's parser as it is. Its `--help` has a thousand lines, and takes seconds to
@@ -29,8 +28,6 @@ COMMAND_SETTINGS: dict[str, Any] = {
     "add_help_option": False,
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
 }
-PREFIXES = {"dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO"}  # of TRL's class names
-LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 def dpo(context: typer.Context) -> None:
@@ -81,7 +78,7 @@ def launch_task(task: Task, command: Sequence[str], *, usage: str) -> None:
 
 
 def _launch(method: str, arguments: Sequence[str], task: Task | None = None) -> None:
-    """Check what can be checked at once, then start this file in every process as `accelerate launch` does."""
+    """Check what can be checked at once, then launch."""
     if arguments[:1] in (["--help"], ["-h"]):
         print(_help(method))
         return
@@ -89,7 +86,7 @@ def _launch(method: str, arguments: Sequence[str], task: Task | None = None) -> 
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
     arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
-    parser = _parser(method)
+    parser = make_parser(method)
     *parsed, from_config, from_cli = _parse(parser, arguments)
     if task is not None:
         task.configure(parsed[1])
@@ -103,8 +100,8 @@ def _launch(method: str, arguments: Sequence[str], task: Task | None = None) -> 
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
     what = [method] if task is None else [task.encode(), method]
-    launch_args = launch_parser.parse_args([*launch_flags, __file__, *what, *_without(arguments, from_cli)])
-    if launch_args.training_script != __file__:
+    launch_args = launch_parser.parse_args([*launch_flags, launched.__file__, *what, *_without(arguments, from_cli)])
+    if launch_args.training_script != launched.__file__:
         raise ConfigurationError(f"Unexpected argument {launch_args.training_script!r}: it belongs to no flag.")
     _run(launch_command, launch_args)
 
@@ -171,14 +168,14 @@ def _check(method: str, script_args: Any, training_args: Any, model_args: Any, m
     check_reference(training_args, policy_is_peft=model_args.use_peft, online=method in ("grpo", "rloo"))
     if model_args.model_name_or_path is None:
         raise ConfigurationError("No model: pass --model_name_or_path with a directory or hub id.")
+    _check_there_is("--model_name_or_path", model_args.model_name_or_path)
     name = script_args.dataset_name
     if mixture.datasets:
         return
     if name is None:
         raise ConfigurationError("No data: pass --dataset_name with a file, a directory or a hub id.")
     if not Path(name).is_file():
-        if Path(name).suffix in LOADERS:
-            raise ConfigurationError(f"--dataset_name {name}: there is no such file.")
+        _check_there_is("--dataset_name", name)
         return
     if Path(name).suffix not in LOADERS:
         raise ConfigurationError(f"--dataset_name {name}: expected a file that ends in {', '.join(LOADERS)}.")
@@ -187,6 +184,22 @@ def _check(method: str, script_args: Any, training_args: Any, model_args: Any, m
             f"--dataset_name {name} is a single file, which has no evaluation split. Pass a directory with one file a "
             "split (train.jsonl and test.jsonl, say), or --eval_strategy no."
         )
+
+
+def _check_there_is(flag: str, name: str) -> None:
+    """A name that is no path here may be a hub id, unless it cannot be one or looks like a misspelt path."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    path = Path(name)
+    if path.exists() or "://" in name:
+        return
+    meant = did_you_mean(path.name, [entry.name for entry in path.parent.glob("*")])
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise ConfigurationError(f"{flag} {name}: there is no such file or directory.{meant}") from None
+    if path.suffix in LOADERS or (path.suffix and meant):
+        raise ConfigurationError(f"{flag} {name}: there is no such file.{meant}")
 
 
 def _check_launch_flags(arguments: list[str], launch_parser: Any, parser: Any) -> None:
@@ -208,137 +221,3 @@ def _without(arguments: list[str], removed: list[str]) -> list[str]:
         else:
             kept.append(argument)
     return kept
-
-
-# TRL's scripts import their classes from `trl` when their functions are called. Running those very functions with our
-# classes in that place keeps every flag of every TRL release, where a copy of the scripts would fall behind.
-
-
-@contextmanager
-def _our_classes(method: str) -> Iterator[None]:
-    import trl
-
-    import trl_refplug
-
-    prefix = PREFIXES[method]
-    names = [f"{prefix}Config", f"{prefix}Trainer"]
-    originals = {name: getattr(trl, name) for name in names}
-    for name in names:
-        setattr(trl, name, getattr(trl_refplug, f"RefPlug{name}"))
-    try:
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(trl, name, original)
-
-
-def _script(method: str) -> Any:
-    script = importlib.import_module(f"trl.scripts.{method}")
-    # A trainer imported any earlier would be TRL's own: the reference flags would be ignored silently.
-    if f"{PREFIXES[method]}Trainer" not in script.main.__code__.co_varnames:
-        _raise_unsupported(method)
-    return script
-
-
-def _parser(method: str) -> Any:
-    import trl_refplug
-
-    with _our_classes(method):
-        parser = _script(method).make_parser(prog=f"trl-refplug {method}")
-    if getattr(trl_refplug, f"RefPlug{PREFIXES[method]}Config") not in parser.dataclass_types:
-        _raise_unsupported(method)
-    return parser
-
-
-def _raise_unsupported(method: str) -> NoReturn:
-    import trl
-
-    raise SeamError(
-        f"`trl-refplug {method}` runs the training script of TRL, which TRL {trl.__version__} has changed. Install "
-        "another release of TRL or of trl-refplug, or use the trainer classes in a script of your own."
-    )
-
-
-class _DoneError(Exception):
-    """Ends TRL's script where it would train."""
-
-
-def _stop_as_training_begins() -> Any:
-    """A callback that ends a `train()` when the policy is sharded and what fills a store has filled it."""
-    from transformers import TrainerCallback
-
-    class Stop(TrainerCallback):  # type: ignore[misc]
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> NoReturn:
-            raise _DoneError
-
-    return Stop()
-
-
-@contextmanager
-def _instead_of_training(method: str, task: Task) -> Iterator[None]:
-    import trl
-
-    def run(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
-        if self.ref_model.provider.fills_as_training_begins:
-            with suppress(_DoneError):
-                self.add_callback(_stop_as_training_begins())
-                trainer_class.train(self, *args, **kwargs)
-        done = task.run(self)
-        if self.is_world_process_zero():
-            print(done)
-        raise _DoneError
-
-    name = f"{PREFIXES[method]}Trainer"
-    trainer_class = getattr(trl, name)
-    setattr(trl, name, type(name, (trainer_class,), {"train": run}))
-    try:
-        yield
-    except _DoneError:
-        pass
-    finally:
-        setattr(trl, name, trainer_class)
-
-
-def train(method: str, arguments: Sequence[str], task: Task | None = None) -> None:
-    """What every launched process runs: TRL's script for `method`, with the flags that it understands."""
-    *parsed, _ = _parser(method).parse_args_and_config(list(arguments), return_remaining_strings=True)
-    script_args, training_args, model_args, mixture = parsed
-    if script_args.dataset_name and not mixture.datasets and Path(script_args.dataset_name).is_file():
-        _load_as_file(script_args, mixture)
-    if task is not None:
-        task.configure(training_args)
-    with _our_classes(method), nullcontext() if task is None else _instead_of_training(method, task):
-        _script(method).main(script_args, training_args, model_args, mixture)
-
-    from torch import distributed
-
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()  # its threads would now and then abort a process that ends with them
-
-
-def _load_as_file(script_args: Any, mixture: Any) -> None:
-    """TRL's scripts load directories and hub ids by name; a file they take as the one member of a mixture."""
-    from trl.scripts.utils import DatasetConfig
-
-    path = Path(script_args.dataset_name)
-    mixture.datasets = [DatasetConfig(path=LOADERS[path.suffix], data_files=str(path), split="train")]
-    mixture.streaming = script_args.dataset_streaming
-    script_args.dataset_name = None
-
-
-def _main() -> None:
-    task = decode(sys.argv[1])
-    method, *arguments = sys.argv[1:] if task is None else sys.argv[2:]
-    try:
-        train(method, arguments, task)
-    except RefPlugError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-if __name__ == "__main__":
-    # Python put this directory first on the path, where modules of these names do not belong.
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
-    _main()
