@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_refplug.bench.workloads import synthetic_pairs, tokenize_pairs, workload
 from trl_refplug.preference_files import read_pairs
 from trl_refplug.scoring import Row, Scorer
-from trl_refplug.scoring.exact import exact_log_probs, pad_rows
+from trl_refplug.scoring.exact import exact_log_probs
+from trl_refplug.scoring.padding import PaddedRows
 
 
 def main() -> None:
@@ -51,21 +52,17 @@ def show(dtype: torch.dtype, name: str, found: list[torch.Tensor], expected: lis
     print(f"| {str(dtype)[6:]} | {name} | {figures} |")
 
 
-def scored(row: Row) -> torch.Tensor:
-    return torch.from_numpy(row.scored())
-
-
 def packed(model: torch.nn.Module, rows: list[Row]) -> list[torch.Tensor]:
     answers = dict(Scorer(model, mode="packed").score_rows(rows))
-    return [answers[index][scored(row) - 1] for index, row in enumerate(rows)]
+    return [answers[index] for index in range(len(rows))]
 
 
 def exact(model: torch.nn.Module, rows: list[Row], size: int) -> list[torch.Tensor]:
     answers: list[torch.Tensor] = []
     for start in range(0, len(rows), size):
         some = rows[start : start + size]
-        log_probs = exact_log_probs(model, pad_rows(some, torch.device("cpu")))
-        answers += [line[scored(row) - 1] for line, row in zip(log_probs, some, strict=True)]
+        padded = PaddedRows.flush_left(some)
+        answers += map(torch.from_numpy, padded.gather(exact_log_probs(model, padded.batch())))
     return answers
 
 
@@ -79,7 +76,7 @@ def float64(model: torch.nn.Module, rows: list[Row]) -> list[torch.Tensor]:
     for row in rows:
         with torch.no_grad():
             logits = double(input_ids=torch.from_numpy(row.input_ids)[None]).logits[0]
-        positions = scored(row)
+        positions = torch.from_numpy(row.scored)
         values = logits[positions - 1].log_softmax(-1)
         answers.append(values.gather(1, torch.from_numpy(row.labels)[positions][:, None]).squeeze(1))
     return answers

@@ -17,8 +17,8 @@ import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from trl_refplug.scoring import Row, Scorer
+from trl_refplug.scoring.padding import PaddedRows
 from trl_refplug.serving.client import RefPlugClient
-from trl_refplug.serving.rows import PaddedRows
 
 from ..serving.servers import ServerProcess, transport
 

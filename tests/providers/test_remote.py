@@ -25,10 +25,10 @@ from trl_refplug import (
     RemoteError,
     UnsupportedInputError,
 )
+from trl_refplug.scoring.padding import PaddedRows
 from trl_refplug.serving.engine import Engine
 from trl_refplug.serving.limits import Limits
 from trl_refplug.serving.loading import load_engine
-from trl_refplug.serving.rows import PaddedRows
 
 from .. import tiny
 from ..serving.servers import LifespanOf, engine, free_port, serving

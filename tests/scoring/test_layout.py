@@ -43,12 +43,12 @@ def test_every_scored_position_is_predicted_from_exactly_its_own_row(rows, budge
         for index, answers in zip(pack.rows, pack.answers, strict=True):
             row = rows[index]
             answered.append(index)
-            assert pack.targets[answers].tolist() == row.labels[row.scored()].tolist()
-            for position, source in zip(row.scored(), pack.sources[answers], strict=True):
+            assert pack.targets[answers].tolist() == row.labels[row.scored].tolist()
+            for position, source in zip(row.scored, pack.sources[answers], strict=True):
                 seen = visible(pack, source)
                 assert pack.tokens[seen].tolist() == row.input_ids[:position].tolist()
                 assert pack.positions[seen].tolist() == list(range(position))
-    assert sorted(answered) == [index for index, row in enumerate(rows) if len(row.scored())]
+    assert sorted(answered) == [index for index, row in enumerate(rows) if len(row.scored)]
 
 
 @settings(deadline=None, max_examples=100)

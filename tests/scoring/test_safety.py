@@ -13,6 +13,7 @@ from tests.scoring.models import VOCAB, batch_of, random_batch, tiny
 from tests.scoring.test_scorer import TOLERANCE, trl_log_probs
 from trl_refplug.errors import UnsupportedInputError
 from trl_refplug.scoring import ExactFallbackWarning, Row, Scorer
+from trl_refplug.scoring.padding import PaddedRows
 
 
 SLIDING = {"sliding_window": 8}
@@ -34,13 +35,10 @@ UNSAFE = {
 
 
 def stream(scorer, batch):
-    """The rows of a batch padded on the right, without their padding, and the answers put back."""
-    own = [mask.bool() for mask in batch.attention_mask]
-    rows = [Row(batch.input_ids[index, mask], batch.labels[index, mask]) for index, mask in enumerate(own)]
-    answers = torch.zeros(len(rows), batch.input_ids.shape[1] - 1)
-    for index, answer in scorer.score_rows(rows):
-        answers[index, : len(answer)] = answer
-    return answers
+    """The rows of a batch, without their padding, and the answers put back."""
+    padded = PaddedRows.of(batch)
+    answers = dict(scorer.score_rows(padded.rows))
+    return padded.place([answers[index].numpy() for index in range(len(padded))])
 
 
 @pytest.mark.parametrize("kind", UNSAFE)

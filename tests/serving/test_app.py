@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trl_refplug.scoring import Row, Scorer
+from trl_refplug.scoring.padding import PaddedRows
 from trl_refplug.serving import wire
 from trl_refplug.serving.client import RefPlugClient
 from trl_refplug.serving.limits import Limits
-from trl_refplug.serving.rows import PaddedRows
 
 from .. import tiny
 from .servers import LifespanOf, engine, serving, transport
@@ -141,7 +141,7 @@ class TestScoring:
         wanted = [Row([5, 6, 7], [-100] * 3), *rows(1), Row([5], [5])]
         with transport(url) as to:
             values = RefPlugClient(to).score(PaddedRows.flush_left(wanted), 1.0)
-        assert [len(v) for v in values] == [0, len(wanted[1].scored()), 0]
+        assert [len(v) for v in values] == [0, len(wanted[1].scored), 0]
 
     def test_a_model_without_a_finite_answer_refuses_the_row(self):
         model = tiny.model()

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from trl_refplug.scoring import Row
+from trl_refplug.scoring.padding import PaddedRows
 from trl_refplug.serving.batcher import Batcher, ClosedError, QueueFullError
 from trl_refplug.serving.engine import Unit
-from trl_refplug.serving.rows import PaddedRows
 
 
 def unit(token, length=10, temperature=1.0, whole=False):

@@ -20,10 +20,10 @@ from transformers import TrainerCallback
 
 from trl_refplug import ReferenceMismatchError, RemoteError
 from trl_refplug.scoring import Row
+from trl_refplug.scoring.padding import PaddedRows
 from trl_refplug.serving import wire
 from trl_refplug.serving.background import in_background
 from trl_refplug.serving.client import RefPlugClient
-from trl_refplug.serving.rows import PaddedRows
 
 from .. import tiny
 from ..trainers.runs import assert_same, build, finished, train
@@ -283,7 +283,7 @@ def test_an_answer_of_another_reference_stops_the_run(path, tmp_path):
                 return
             body = await Request(scope, receive).body()
             asked = wire.decode_request(body, max_rows=100, max_tokens=10_000).rows.rows
-            values = [np.zeros(len(row.scored()), np.float32) for row in asked]
+            values = [np.zeros(len(row.scored), np.float32) for row in asked]
             answer = wire.encode_answer(wire.ScoringAnswer("ab" * 16, values, {}), body)
             await Response(answer)(scope, receive, send)
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from trl_refplug import ReferenceBatch
 from trl_refplug.scoring import Row
+from trl_refplug.scoring.padding import PaddedRows
 from trl_refplug.serving import wire
-from trl_refplug.serving.rows import PaddedRows
 
 
 DIGEST = "0123456789abcdef" * 2
@@ -47,7 +47,7 @@ def exchanges(draw):
     values = [
         None
         if index in refused
-        else np.array(draw(st.lists(number, min_size=len(row.scored()), max_size=len(row.scored()))), np.float32)
+        else np.array(draw(st.lists(number, min_size=len(row.scored), max_size=len(row.scored))), np.float32)
         for index, row in enumerate(rows.rows)
     ]
     return request, wire.ScoringAnswer(DIGEST, values, refused)

@@ -23,9 +23,10 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from trl_refplug.bench.workloads import Workload
 from trl_refplug.errors import ConfigurationError
-from trl_refplug.scoring.exact import exact_log_probs, pad_rows
+from trl_refplug.scoring.exact import exact_log_probs
 from trl_refplug.scoring.execution import causal_lm
 from trl_refplug.scoring.operations import count_operations
+from trl_refplug.scoring.padding import PaddedRows
 from trl_refplug.scoring.rows import Row
 from trl_refplug.scoring.scorer import Scorer
 
@@ -150,7 +151,7 @@ def measure(model: Any, workload: Workload, token_budget: int | None, repeats: i
     if done >= repeats:
         return
     scorer = Scorer(model, mode="packed", token_budget=token_budget)
-    scored = [row for row in workload.rows if len(row.scored())]
+    scored = [row for row in workload.rows if len(row.scored)]
     list(scorer.score_rows([min(scored, key=len)]))  # also the verification, both ways
     if not scorer.stats.operations:
         raise ConfigurationError(
@@ -188,7 +189,7 @@ def score_like_trl(model: Any, workload: Workload, device: torch.device, bar: tq
     """TRL's precompute: batches in the order of the data set, padded on the right. Sums, one a row."""
     sums = torch.zeros(len(workload.rows), dtype=torch.float64)
     for indices in workload.batches:
-        batch = pad_rows([workload.rows[index] for index in indices], device)
+        batch = PaddedRows.flush_left([workload.rows[index] for index in indices]).batch(device)
         sums[indices] = exact_log_probs(model, batch).double().sum(1).cpu()
         bar.update(len(indices))
     return sums

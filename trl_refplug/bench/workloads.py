@@ -49,7 +49,7 @@ def workload(shape: str, pairs: Sequence[Pair], max_length: int) -> Workload:
         )
     rows, batches = SHAPES[shape](pairs)
     rows = [Row(row.input_ids[:max_length], row.labels[:max_length]) for row in rows]
-    if not any(len(row.scored()) for row in rows):
+    if not any(len(row.scored) for row in rows):
         raise ConfigurationError(
             f"Found nothing to score in the rows of shape {shape!r} once cut to {max_length} tokens, expected "
             "completions to begin before that; raise --max-length."

@@ -188,7 +188,8 @@ def _check(method: str, script_args: Any, training_args: Any, model_args: Any, m
 
 def _check_there_is(flag: str, name: str) -> None:
     """A name that is no path here may be a hub id, unless it cannot be one or looks like a misspelt path."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     path = Path(name)
     if path.exists() or "://" in name:

@@ -205,11 +205,11 @@ class CachedProvider(ReferenceProvider):
         self._misses += len(missing)
         if missing:
             scored = self._filler.score(self._store, batch, rows, missing)
-            for line, index in enumerate(missing):
-                values[index] = rows.take(scored, index, line)
+            for index, found in zip(missing, scored, strict=True):
+                values[index] = found
             facts = self._keys.packed if self._scores_packed else self._keys.exact
-            self._store.put(rows.keys(facts, missing), [values[index] for index in missing])
-        return rows.place(values, batch)
+            self._store.put(rows.keys(facts, missing), scored)
+        return rows.padded.place(values).to(batch.input_ids.device)
 
     def counters(self) -> dict[str, float]:
         return {"hits": self._hits, "misses": self._misses}

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from trl_refplug.scoring.padding import PaddedRows
     from trl_refplug.serving.bulk import BulkScorer
     from trl_refplug.serving.client import ScoringClient
-    from trl_refplug.serving.rows import PaddedRows
     from trl_refplug.serving.transport import Transport
 
 
@@ -159,7 +159,7 @@ class RemoteProvider(ReferenceProvider):
         return self._client
 
     def _rows(self, batch: ReferenceBatch) -> PaddedRows:
-        from trl_refplug.serving.rows import PaddedRows
+        from trl_refplug.scoring.padding import PaddedRows
 
         try:
             return PaddedRows.of(batch)

@@ -15,10 +15,10 @@ from trl_refplug.provider import ReferenceContext, ReferenceIdentity
 from trl_refplug.providers.peft_policy import is_peft
 from trl_refplug.scoring import Row, evaluation_mode
 from trl_refplug.scoring.execution import causal_lm
+from trl_refplug.scoring.padding import PaddedRows
 from trl_refplug.scoring.safety import absolute_positions, batch_length_limit
 from trl_refplug.serving.client import RefPlugClient, ScoringClient
 from trl_refplug.serving.facts import tokenizer_digest
-from trl_refplug.serving.rows import PaddedRows
 from trl_refplug.serving.transport import Transport
 from trl_refplug.serving.vllm import VllmClient
 from trl_refplug.tolerances import TOLERANCES, Tolerance, tolerance_for

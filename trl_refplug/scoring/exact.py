@@ -5,16 +5,13 @@ TRL's own reference call, on a batch as it is.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from trl_refplug.provider import ReferenceBatch
 from trl_refplug.scoring.execution import causal_lm
-from trl_refplug.scoring.rows import IGNORED, Row
 
 
 def ensure_fused_head(model: nn.Module, temperature: float, cast_lm_head_to_fp32: bool) -> None:
@@ -50,20 +47,3 @@ def exact_log_probs(model: nn.Module, batch: ReferenceBatch) -> Tensor:
     log_probs: Tensor = output.log_probs.float()  # FSDP2's mixed precision rounds all that a model returns
     virtual_tokens = log_probs.shape[1] - (batch.input_ids.shape[1] - 1)  # of a prompt-learning adapter
     return log_probs[:, virtual_tokens:]
-
-
-def pad_rows(rows: Sequence[Row], device: torch.device) -> ReferenceBatch:
-    """Rows as a batch, padded on the right with token 0."""
-    columns = max(map(len, rows))
-
-    def padded(values: Callable[[Row], Any], fill: int) -> Tensor:
-        table = np.full((len(rows), columns), fill, np.int64)
-        for line, row in zip(table, rows, strict=True):
-            line[: len(row)] = values(row)
-        return torch.from_numpy(table).to(device)
-
-    return ReferenceBatch(
-        input_ids=padded(lambda row: row.input_ids, 0),
-        attention_mask=padded(lambda row: 1, 0),
-        labels=padded(lambda row: row.labels, IGNORED),
-    )

@@ -106,7 +106,7 @@ def _branches(rows: Sequence[Row]) -> list[_Branch]:
     """The rows with a scored token, sorted by what has to be computed of them."""
     needed = []
     for index, row in enumerate(rows):
-        positions = row.scored()
+        positions = row.scored
         if len(positions):
             needed.append((row.input_ids[: positions[-1]], (index, positions, row.labels[positions])))
     # Big-endian bytes sort like the numbers they stand for; in descending order a prefix comes after what it is one of

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,8 @@ from trl_refplug.scoring.head import Head
 from trl_refplug.scoring.layout import Pack, plan
 from trl_refplug.scoring.operations import count_operations
 from trl_refplug.scoring.order import ChooseNext, chosen
-from trl_refplug.scoring.rows import IGNORED, Ints, Row, check_labels, rows_of
+from trl_refplug.scoring.padding import PaddedRows
+from trl_refplug.scoring.rows import IGNORED, Row, check_labels
 from trl_refplug.scoring.stats import ScoreStats
 
 
@@ -62,34 +62,33 @@ class PackedPass:
         """Why no rows may be packed, as a phrase that completes "because of". Asked anew: adapters come and go."""
         return safety.unsafe_model(self.model, causal_lm(self.model))
 
-    def check(self, labels: Ints) -> None:
+    def check(self, rows: Iterable[Row]) -> None:
         """
         Raises:
             UnsupportedInputError: A label is not a token id.
         """
-        check_labels(labels, self.config.get_text_config().vocab_size)
+        vocab_size = self.config.get_text_config().vocab_size
+        for row in rows:
+            check_labels(row.labels, vocab_size)
 
-    def cut(self, batch: ReferenceBatch) -> tuple[list[Row], Ints]:
+    def cut(self, batch: ReferenceBatch) -> PaddedRows:
         """
-        The rows of a batch, and the column at which each begins.
+        The rows of a batch.
 
         Raises:
             UnsafeError: Packed, this batch would not give the exact call's numbers.
             UnsupportedInputError: A label is not a token id.
         """
-        if batch.extras or not batch.rows_sliceable:
-            raise UnsafeError(f"model inputs beyond token ids ({', '.join(sorted(batch.extras)) or 'not by row'})")
-        if batch.input_ids.shape[1] > self.limit:
-            raise UnsafeError(self.limit_reason)
-        arrays = [tensor.cpu().numpy() for tensor in (batch.input_ids, batch.attention_mask, batch.labels)]
-        self.check(arrays[-1])
         try:
-            rows, starts = rows_of(*arrays)
+            padded = PaddedRows.of(batch, own_labels=False)
         except ValueError as error:
             raise UnsafeError(str(error)) from None
-        if self._absolute and starts.any():
+        if padded.width > self.limit:
+            raise UnsafeError(self.limit_reason)
+        if self._absolute and any(padded.lefts):
             raise UnsafeError("padding on the left of a model with absolute positions")
-        return rows, starts
+        self.check(padded.rows)
+        return padded
 
     def plan(self, rows: Sequence[Row], budget: int | None) -> list[Pack]:
         """[`plan`] with the cost of this model."""
@@ -157,14 +156,3 @@ def why(error: Exception) -> str:
     """An exception as a phrase that completes "because of"."""
     first_line = (str(error).splitlines() or [""])[0]
     return first_line if isinstance(error, (UnsafeError, PackedError)) else f"{type(error).__name__}: {first_line}"
-
-
-def place(
-    batch: ReferenceBatch, rows: Sequence[Row], starts: Ints, passes: Iterable[list[tuple[int, Tensor]]]
-) -> Tensor:
-    """Put the scored values of a batch's rows where they belong: float32 `[batch, seq - 1]` on the batch's device."""
-    answer = torch.zeros(len(rows), batch.labels.shape[1] - 1, device=batch.labels.device)
-    for index, values in chain.from_iterable(passes):
-        columns = torch.from_numpy(starts[index] + rows[index].scored() - 1)
-        answer[index, columns.to(answer.device)] = values.to(answer.device, answer.dtype)
-    return answer

@@ -5,6 +5,7 @@ Rows to score, free of padding. Plain numpy: nothing here knows a model.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -55,8 +56,9 @@ class Row:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    @cached_property
     def scored(self) -> Ints:
-        """Positions whose token is scored, ascending."""
+        """Positions whose token is scored, ascending: int64 `[scored]`."""
         positions: Ints = np.flatnonzero(self.labels != IGNORED)
         return positions[positions > 0]
 

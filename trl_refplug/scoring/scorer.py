@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import Literal
 
-import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
@@ -19,11 +18,12 @@ from torch import Tensor, nn
 from trl_refplug.errors import RefPlugWarning, UnsupportedInputError
 from trl_refplug.provider import ReferenceBatch
 from trl_refplug.scoring.attention import UnsafeError
-from trl_refplug.scoring.exact import ensure_fused_head, exact_log_probs, pad_rows
+from trl_refplug.scoring.exact import ensure_fused_head, exact_log_probs
 from trl_refplug.scoring.execution import causal_lm, evaluation_mode
 from trl_refplug.scoring.head import Head
 from trl_refplug.scoring.order import ChooseNext, chosen
-from trl_refplug.scoring.packed import PackedError, PackedPass, place
+from trl_refplug.scoring.packed import PackedError, PackedPass
+from trl_refplug.scoring.padding import PaddedRows, Values
 from trl_refplug.scoring.rows import IGNORED, Ints, Row
 from trl_refplug.scoring.stats import ScoreStats
 from trl_refplug.scoring.verification import verify
@@ -116,8 +116,7 @@ class Scorer:
             try:
                 if reason := self._untrusted(lambda: _token_ids(batch)):
                     raise UnsafeError(reason)
-                rows, starts = self._packed.cut(batch)
-                return place(batch, rows, starts, self._packed.run(rows))
+                return self._pack(batch)
             except UnsafeError as error:
                 self._warn(str(error))
             except PackedError as error:
@@ -136,8 +135,8 @@ class Scorer:
             rows (`Iterable[Row]`): Any number of rows.
 
         Yields:
-            `tuple[int, Tensor]`: The index of a row and its log-probabilities: float32 `[seq - 1]` on the CPU, entry
-            `t` for `labels[t + 1]`, 0 where that is -100. Every row once.
+            `tuple[int, Tensor]`: The index of a row and the log-probabilities of its scored tokens, in order: float32
+            `[scored]` on the CPU. Every row once.
 
         Raises:
             UnsupportedInputError: The model is distributed over ranks, or a label is not a token id.
@@ -160,7 +159,7 @@ class Scorer:
                 "run on its own: score_rows makes a different number of forward passes on each rank. Use log_probs."
             )
         for first, window in _windows(rows, WINDOW * self._packed.budget):
-            self._packed.check(np.concatenate([row.labels for row in window]))
+            self._packed.check(window)
             self.stats.rows += len(window)
             self.stats.padded_tokens += sum(map(len, window))
             passes = self._score_window(window, _renumbered(choose, first.__add__))
@@ -169,16 +168,11 @@ class Scorer:
                     scored = next(passes, None)
                 if scored is None:
                     break
-                answers = []
-                for index, values in scored:
-                    answer = torch.zeros(max(len(window[index]) - 1, 0))
-                    answer[torch.from_numpy(window[index].scored() - 1)] = values.to("cpu", torch.float32)
-                    answers.append((first + index, answer))
-                yield answers
+                yield [(first + index, values.to("cpu", torch.float32)) for index, values in scored]
 
     def _score_window(self, rows: list[Row], choose: ChooseNext | None) -> Iterator[list[tuple[int, Tensor]]]:
         """The scored values of each row, by its index, forward pass by forward pass."""
-        pending = [index for index, row in enumerate(rows) if len(row.scored())]
+        pending = [index for index, row in enumerate(rows) if len(row.scored)]
         if len(pending) < len(rows):
             yield [(index, torch.zeros(0)) for index in sorted(set(range(len(rows))) - set(pending))]
         packed = self._packable(rows, pending) if self.mode == "packed" else []
@@ -193,18 +187,16 @@ class Scorer:
             self._distrust(error)
         batches = self._padded(rows, set(pending).difference(packed) | left)
         for together in chosen(batches, lambda batch: batch, choose):
+            padded = PaddedRows.flush_left([rows[index] for index in together])
             try:
-                log_probs = self._exact(pad_rows([rows[index] for index in together], self._device))
+                log_probs = self._exact(padded.batch(self._device))
             except RuntimeError as error:
                 if len(together) == 1 or not should_reduce_batch_size(error):
                     raise
                 self._packed.budget = len(rows[together[0]]) * len(together) // 2
                 batches[:] = self._padded(rows, chain(together, *batches))
                 continue
-            yield [
-                (index, values[torch.from_numpy(rows[index].scored() - 1).to(values.device)])
-                for index, values in zip(together, log_probs, strict=True)
-            ]
+            yield list(zip(together, map(torch.from_numpy, padded.gather(log_probs)), strict=True))
 
     def _padded(self, rows: list[Row], indices: Iterable[int]) -> list[list[int]]:
         """Batches of rows of similar length for the exact call, the longest first, none larger than the budget."""
@@ -245,6 +237,13 @@ class Scorer:
             ) from error
         self._distrusted = str(error)
         self._warn(self._distrusted)
+
+    def _pack(self, batch: ReferenceBatch) -> Tensor:
+        padded = self._packed.cut(batch)
+        values: list[Values | None] = [None] * len(padded)
+        for index, scored in chain.from_iterable(self._packed.run(padded.rows)):
+            values[index] = scored.float().cpu().numpy()
+        return padded.place(values).to(batch.labels.device)
 
     def _exact(self, batch: ReferenceBatch) -> Tensor:
         with evaluation_mode(self._model):

@@ -15,9 +15,10 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
-from trl_refplug.scoring.exact import exact_log_probs, pad_rows
+from trl_refplug.scoring.exact import exact_log_probs
 from trl_refplug.scoring.execution import evaluation_mode
 from trl_refplug.scoring.packed import PackedPass, why
+from trl_refplug.scoring.padding import PaddedRows
 from trl_refplug.scoring.precision import disagreement
 from trl_refplug.scoring.rows import Ints, Row
 
@@ -55,13 +56,14 @@ def verify(packed: PackedPass, rows: Sequence[Ints]) -> str | None:
 
 
 def _compare(packed: PackedPass, rows: list[Row]) -> str | None:
+    padded = PaddedRows.flush_left(rows)
     with evaluation_mode(packed.model):
-        exact = exact_log_probs(packed.model, pad_rows(rows, packed.device)).cpu()
+        exact = list(padded.gather(exact_log_probs(packed.model, padded.batch(packed.device))))
     (pack,) = packed.plan(rows, None)
     scored = packed.score(pack)
     answers: Tensor = scored.log_probs.cpu()
     found = [answers[torch.from_numpy(answer)] for answer in pack.answers]
-    expected = [exact[index, torch.from_numpy(rows[index].scored() - 1)] for index in pack.rows]
+    expected = [torch.from_numpy(exact[index]) for index in pack.rows]
     return disagreement(torch.cat(found), torch.cat(expected), scored.dtype)
 
 

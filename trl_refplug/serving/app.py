@@ -30,11 +30,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from trl_refplug.scoring.padding import Values
 from trl_refplug.serving import wire
 from trl_refplug.serving.batcher import Answers, Batcher, ClosedError, QueueFullError
 from trl_refplug.serving.engine import Engine
 from trl_refplug.serving.limits import Limits
-from trl_refplug.serving.rows import Values
 
 
 class _Refusal(HTTPException):

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from trl_refplug.scoring.padding import Values
 from trl_refplug.serving.engine import Unit
-from trl_refplug.serving.rows import Values
 
 
 logger = logging.getLogger("trl_refplug")

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from trl_refplug.scoring import Row
 from trl_refplug.scoring.order import ChooseNext, chosen
+from trl_refplug.scoring.padding import PaddedRows, Values
 from trl_refplug.serving.background import in_background
 from trl_refplug.serving.client import ScoringClient
-from trl_refplug.serving.rows import PaddedRows, Values
 
 
 _REQUEST_TOKENS = 4096
@@ -46,8 +46,8 @@ class BulkScorer:
                 those it leaves out are not answered.
 
         Yields:
-            `list[tuple[int, Tensor]]`: Of the rows of one request, the index and the log-probabilities: float32
-            `[seq - 1]` on the CPU, entry `t` for `labels[t + 1]`, 0 where that is -100. Every row once, in any order.
+            `list[tuple[int, Tensor]]`: Of the rows of one request, the index and the log-probabilities of the scored
+            tokens, in order: float32 `[scored]` on the CPU. Every row once, in any order.
         """
         pending: deque[tuple[list[tuple[int, Row]], Future[Sequence[Values]]]] = deque()
         for request in _requests(rows, choose):
@@ -60,12 +60,7 @@ class BulkScorer:
 
 
 def _answers(request: list[tuple[int, Row]], future: Future[Sequence[Values]]) -> list[tuple[int, Tensor]]:
-    answers = []
-    for (index, row), values in zip(request, future.result(), strict=True):
-        answer = torch.zeros(max(len(row) - 1, 0))
-        answer[torch.from_numpy(row.scored() - 1)] = torch.from_numpy(values)
-        answers.append((index, answer))
-    return answers
+    return list(zip(_indices(request), map(torch.from_numpy, future.result()), strict=True))
 
 
 def _requests(rows: Iterable[Row], choose: ChooseNext | None) -> Iterator[list[tuple[int, Row]]]:

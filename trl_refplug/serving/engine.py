@@ -15,10 +15,10 @@ from torch import nn
 from trl_refplug.identity import digest_model
 from trl_refplug.scoring import Scorer
 from trl_refplug.scoring.execution import causal_lm
+from trl_refplug.scoring.padding import PaddedRows, Values
 from trl_refplug.scoring.safety import absolute_positions, batch_length_limit
 from trl_refplug.scoring.scorer import TOKEN_BUDGET, TOKEN_BUDGET_ELSEWHERE
 from trl_refplug.serving.facts import ServerFacts, tokenizer_digest
-from trl_refplug.serving.rows import PaddedRows, Values
 from trl_refplug.serving.wire import PROTOCOL, ScoringRequest
 
 
@@ -140,9 +140,8 @@ class Engine:
             log_probs = scorer.log_probs(unit.rows.batch(self.device))
             yield 0, list(unit.rows.gather(log_probs))
             return
-        rows = [unit.rows.rows[0] for unit in units]
-        for index, log_probs in scorer.score_rows(rows):
-            yield index, [log_probs.numpy()[rows[index].scored() - 1]]
+        for index, values in scorer.score_rows(unit.rows.rows[0] for unit in units):
+            yield index, [values.numpy()]
 
     def _scorer(self, temperature: float) -> Scorer:
         # TRL's fused head, which exact scoring calls, has its temperature built in; it is the model's `forward`

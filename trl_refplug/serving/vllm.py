@@ -16,8 +16,8 @@ import numpy as np
 
 from trl_refplug.errors import InvalidLogProbsError, ReferenceMismatchError, RemoteError, UnsupportedInputError
 from trl_refplug.scoring import Row
+from trl_refplug.scoring.padding import PaddedRows, Values
 from trl_refplug.serving.http_errors import DamagedAnswerError
-from trl_refplug.serving.rows import PaddedRows, Values
 from trl_refplug.serving.transport import Transport
 from trl_refplug.tolerances import Tolerance
 
@@ -198,8 +198,8 @@ def _values(choice: _Choice, row: Row, response: httpx.Response) -> Values:
             f"{response.url} answered with {len(log_probs)} log-probs for {len(ids)} tokens, the first "
             f"{log_probs[0] if log_probs else None}; expected as many as tokens, the first null."
         )
-    values = np.empty(len(row.scored()), np.float32)
-    for number, position in enumerate(row.scored()):
+    values = np.empty(len(row.scored), np.float32)
+    for number, position in enumerate(row.scored):
         entry = (log_probs[position] or {}).get(str(ids[position]))
         if entry is None:
             raise RemoteError(f"{response.url} has no log-prob of token {ids[position]} at position {position}.")

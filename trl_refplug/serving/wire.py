@@ -31,8 +31,8 @@ import zstandard
 from numpy.typing import NDArray
 
 from trl_refplug.scoring import Row
+from trl_refplug.scoring.padding import PaddedRows, Values
 from trl_refplug.scoring.rows import IGNORED
-from trl_refplug.serving.rows import PaddedRows, Values
 
 
 PROTOCOL = 1
@@ -191,7 +191,7 @@ def decode_answer(body: bytes, request: ScoringRequest, request_body: bytes) -> 
     rows = request.rows.rows
     _require(len(found.identity) == _IDENTITY_BYTES, "identity")
     _require(all(0 <= index < len(rows) for index in found.refused), "index of a refused row")
-    counts = [0 if index in found.refused else len(row.scored()) for index, row in enumerate(rows)]
+    counts = [0 if index in found.refused else len(row.scored) for index, row in enumerate(rows)]
     values = _from_planes(found.values, np.dtype("<f4"), sum(counts)).astype(np.float32)
     _require(bool(np.isfinite(values).all()), "values that are not finite")
     parts = np.split(values, np.cumsum(counts)[:-1])
@@ -239,7 +239,7 @@ def _require(condition: bool, what: str) -> None:
 def _spans(row: Row) -> list[int]:
     """`[start, end, start, end, ...]` of the runs of scored tokens."""
     scored = np.zeros(len(row) + 2, bool)
-    scored[row.scored() + 1] = True
+    scored[row.scored + 1] = True
     spans: list[int] = np.flatnonzero(np.diff(scored)).tolist()
     return spans
 

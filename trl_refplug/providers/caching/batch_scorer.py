@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from trl_refplug.provider import ReferenceProvider
 from trl_refplug.scoring import Row
-from trl_refplug.scoring.exact import pad_rows
 from trl_refplug.scoring.order import ChooseNext, chosen
+from trl_refplug.scoring.padding import PaddedRows, Values
 
 
 _BATCH_ROWS = 16
@@ -37,8 +37,8 @@ class BatchScorer:
     def score_passes(self, rows: Iterator[Row], choose: ChooseNext) -> Iterator[list[tuple[int, Tensor]]]:
         """
         Yields:
-            `list[tuple[int, Tensor]]`: Of the rows of one batch, the index and the log-probabilities: float32
-            `[seq - 1]` on the CPU, entry `t` for `labels[t + 1]`, 0 where that is -100.
+            `list[tuple[int, Tensor]]`: Of the rows of one batch, the index and the log-probabilities of the scored
+            tokens, in order: float32 `[scored]` on the CPU.
         """
         batches = _batches(rows, choose)
         while True:
@@ -48,11 +48,12 @@ class BatchScorer:
             if batch is None:
                 self._score([Row.completion([0], [0])])
             else:
-                answer = self._score([row for _, row in batch])
-                yield [(index, line[: len(row) - 1]) for (index, row), line in zip(batch, answer, strict=True)]
+                values = self._score([row for _, row in batch])
+                yield [(index, torch.from_numpy(found)) for (index, _), found in zip(batch, values, strict=True)]
 
-    def _score(self, rows: list[Row]) -> Tensor:
-        return self._source.log_probs(pad_rows(rows, self._device)).cpu().float()
+    def _score(self, rows: Sequence[Row]) -> list[Values]:
+        padded = PaddedRows.flush_left(rows)
+        return list(padded.gather(self._source.log_probs(padded.batch(self._device))))
 
 
 def _batches(rows: Iterator[Row], choose: ChooseNext) -> Iterator[list[tuple[int, Row]]]:

@@ -11,7 +11,6 @@ from itertools import count
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from trl_refplug.errors import ConfigurationError, MissingRowError, StoreError, UnsupportedInputError
@@ -24,6 +23,7 @@ from trl_refplug.providers.caching.verifying import SampleCheck, check_sample
 from trl_refplug.providers.scorers import trainer_precision
 from trl_refplug.ranks import any_rank, least
 from trl_refplug.scoring import Row
+from trl_refplug.scoring.padding import Values
 from trl_refplug.store import LogProbStore
 from trl_refplug.tolerances import Tolerance
 
@@ -145,22 +145,23 @@ class Filler:
                 f"{self._context.accelerator.process_index} sees it. Use a `path` that all nodes share."
             )
 
-    def score(self, store: LogProbStore, batch: ReferenceBatch, rows: BatchRows, missing: list[int]) -> Tensor:
+    def score(self, store: LogProbStore, batch: ReferenceBatch, rows: BatchRows, missing: list[int]) -> list[Values]:
         """
-        Score the rows of `batch` that `store` misses: float32 `[missing, seq - 1]`.
+        Score the rows of `batch` that `store` misses: the values of each.
 
         Raises:
             MissingRowError: Nothing may score them now.
         """
-        which = self._shown(rows.rows[missing[0]])
+        which = self._shown(rows.row(missing[0]))
         what = f"Row {missing[0]} of the batch, {which}, is not in the store {store.location!r}"
         if self._fill == "never" or self._in_step:
             raise MissingRowError(f"{what}. {self._why_not_scored()}")
         try:
             with trainer_precision(self._context.accelerator):
-                return self._source.log_probs(select(batch, missing))
+                log_probs = self._source.log_probs(select(batch, missing))
         except MissingRowError as error:
             raise MissingRowError(f"{what}, and {error}") from None
+        return list(rows.padded.take(missing).gather(log_probs))
 
     def _planned(self) -> Iterator[RowBlock]:
         return planned_blocks(self._context, self._keys)
@@ -226,7 +227,7 @@ def fill(
     """
     store.ensure_room(found.tokens)
     pending = set(found.mine)
-    sent: dict[int, tuple[bytes, Any]] = {}
+    sent: dict[int, bytes] = {}
     numbers = count()
 
     def missing_rows() -> Iterator[Row]:
@@ -247,10 +248,7 @@ def fill(
                         "fill='ahead' cannot score rows that are padded on the left for a model with absolute "
                         "positions: their log-probs depend on the padding. Pad on the right, or use fill='lazy'."
                     )
-                sent[next(numbers)] = (
-                    key if bulk else rows.keys(keys.exact, [index])[0],
-                    rows.scored_positions(index),
-                )
+                sent[next(numbers)] = key if bulk else rows.keys(keys.exact, [index])[0]
                 yield rows.row(index)
 
     def leave_out(number: int) -> None:
@@ -259,22 +257,18 @@ def fill(
 
     bulk = any_rank is None and hasattr(source, "bulk_scorer")
     batches = BatchScorer(source, device, any_rank)
-    shared = SharedWork(store, lambda number: sent[number][0], leave_out)
+    shared = SharedWork(store, sent.__getitem__, leave_out)
     started = time.perf_counter()
     scored_rows = scored_tokens = 0
     scorer: Any
     bar = tqdm(total=len(found.mine), desc="Reference log-probs", unit="row", disable=not progress)
     with bar, source.bulk_scorer() if bulk else nullcontext(batches) as scorer:
         for answers in scorer.score_passes(missing_rows(), shared.choose):
-            done = [sent.pop(number) for number, _ in answers]
             # Pass by pass, so that a killed process loses no more than the one it is in.
-            store.put(
-                [key for key, _ in done],
-                [values.numpy()[scored - 1] for (_, scored), (_, values) in zip(done, answers, strict=True)],
-            )
-            scored_rows += len(done)
-            scored_tokens += sum(len(scored) for _, scored in done)
-            bar.update(len(done))
+            store.put([sent.pop(number) for number, _ in answers], [values.numpy() for _, values in answers])
+            scored_rows += len(answers)
+            scored_tokens += sum(len(values) for _, values in answers)
+            bar.update(len(answers))
     store.flush()
     seconds = time.perf_counter() - started
     line = (

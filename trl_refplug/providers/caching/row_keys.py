@@ -9,54 +9,42 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from trl_refplug.errors import UnsupportedInputError
 from trl_refplug.provider import PlannedRows, ReferenceBatch
 from trl_refplug.scoring import Row
 from trl_refplug.scoring.execution import causal_lm
-from trl_refplug.scoring.rows import IGNORED, Ints, rows_of
+from trl_refplug.scoring.padding import PaddedRows, Values
+from trl_refplug.scoring.rows import IGNORED, Ints
 from trl_refplug.scoring.safety import absolute_positions, batch_length_limit
 from trl_refplug.store import LogProbStore, RowKey, ScoringFacts, tail_scored_keys
-
-
-Values = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class BatchRows:
     """
-    The rows of one batch, cut out of their padding.
+    The rows of one batch.
 
     Args:
-        rows (`list[Row]`): One a row of the batch.
-        starts (`NDArray[np.int64]`): `[batch]`, the column at which each begins.
-        scored (`list[NDArray[np.int64]]`): Which tokens of each row are scored, ascending.
-        offsets (`list[int]`): Position of each first token where absolute positions make that matter, else 0.
+        padded ([`PaddedRows`]): One a row of the batch.
+        offsets (`Sequence[int]`): Position of each first token where absolute positions make that matter, else 0.
     """
 
-    rows: list[Row]
-    starts: Ints
-    scored: list[Ints]
-    offsets: list[int]
+    padded: PaddedRows
+    offsets: Sequence[int]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.padded)
 
     def keys(self, facts: ScoringFacts, indices: Sequence[int] | None = None) -> list[bytes]:
         """The keys of some rows, of all by default."""
-        return [
-            RowKey(facts, self.rows[index].input_ids, self.scored[index], padding_offset=self.offsets[index]).digest()
-            for index in (range(len(self)) if indices is None else indices)
-        ]
+        every = range(len(self)) if indices is None else indices
+        rows = [(self.row(index), self.offsets[index]) for index in every]
+        return [RowKey(facts, row.input_ids, row.scored, padding_offset=offset).digest() for row, offset in rows]
 
     def row(self, index: int) -> Row:
-        return self.rows[index]
-
-    def scored_positions(self, index: int) -> Ints:
-        """Which tokens of row `index` are scored, ascending."""
-        return self.scored[index]
+        return self.padded.rows[index]
 
     def padding_offset(self, index: int) -> int:
         """Position of the first token of row `index`, where absolute positions make that matter."""
@@ -64,20 +52,7 @@ class BatchRows:
 
     def scored_counts(self) -> Ints:
         """`[batch]`, how many."""
-        return np.array([len(scored) for scored in self.scored], np.int64)
-
-    def place(self, values: Sequence[Values | None], batch: ReferenceBatch) -> Tensor:
-        """float32 `[batch, seq - 1]` on the batch's device; rows that are `None` stay zero."""
-        answer = np.zeros((len(self), batch.input_ids.shape[1] - 1), np.float32)
-        for line, row, start, scored in zip(answer, values, self.starts, self.scored, strict=True):
-            if row is not None:
-                line[start + scored - 1] = row
-        return torch.from_numpy(answer).to(batch.input_ids.device)
-
-    def take(self, log_probs: Tensor, index: int, line: int) -> Values:
-        """The scored values of row `index` from line `line` of a scored batch."""
-        values: Values = log_probs[line].float().cpu().numpy()[self.starts[index] + self.scored[index] - 1]
-        return values
+        return np.array([len(row.scored) for row in self.padded.rows], np.int64)
 
 
 @dataclass(frozen=True)
@@ -95,7 +70,7 @@ class TailScoredRows:
         if indices is None or 4 * len(indices) > len(self):  # all at once are that much faster
             keys = tail_scored_keys(facts, planned.token_ids, planned.offsets.tolist(), planned.first_scored.tolist())
             return keys if indices is None else [keys[index] for index in indices]
-        return [RowKey(facts, self.row(index).input_ids, self.scored_positions(index)).digest() for index in indices]
+        return [RowKey(facts, row.input_ids, row.scored).digest() for row in map(self.row, indices)]
 
     def row(self, index: int) -> Row:
         """A copy of row `index`: it may outlive the block."""
@@ -103,11 +78,6 @@ class TailScoredRows:
         labels = ids.copy()
         labels[: self.planned.first_scored[index]] = IGNORED
         return Row(ids, labels)
-
-    def scored_positions(self, index: int) -> Ints:
-        """Which tokens of row `index` are scored, ascending."""
-        length = self.planned.offsets[index + 1] - self.planned.offsets[index]
-        return np.arange(self.planned.first_scored[index], length)
 
     def padding_offset(self, index: int) -> int:
         """Rows as they are planned are not padded."""
@@ -183,21 +153,14 @@ class RowKeys:
                 f"{', '.join(sorted(batch.extras))}. Use ref_provider='frozen' or 'adapter'."
             )
         self._check_length(batch.input_ids.shape[1])
-        ids, mask, labels = (t.cpu().numpy() for t in (batch.input_ids, batch.attention_mask, batch.labels))
         try:
-            rows, starts = rows_of(ids, mask, labels)
+            padded = PaddedRows.of(batch)
         except ValueError as error:
             raise UnsupportedInputError(
                 f"ref_provider='cached' stores rows that are plain token sequences; this batch has {error}. Use "
                 "ref_provider='frozen' or 'adapter'."
             ) from None
-        if ((labels != IGNORED) & (labels != ids))[:, 1:].any():
-            raise UnsupportedInputError(
-                "ref_provider='cached': a label is neither -100 nor the token at its place, so the row's tokens do "
-                "not say what is scored. Use ref_provider='frozen' or 'adapter'."
-            )
-        offsets = starts.tolist() if self._absolute else [0] * len(rows)
-        return BatchRows(rows, starts, [row.scored() for row in rows], offsets)
+        return BatchRows(padded, padded.lefts if self._absolute else [0] * len(padded))
 
     def of_planned(self, planned: PlannedRows) -> TailScoredRows:
         """
@@ -227,7 +190,7 @@ class RowKeys:
             answer = store.lookup(batch.keys(self.exact, missing))
             for line, index in enumerate(missing):
                 # What has no scored token has nothing to be stored
-                found[index] = answer[line] if len(batch.scored[index]) else np.empty(0, np.float32)
+                found[index] = answer[line] if len(batch.row(index).scored) else np.empty(0, np.float32)
         return found
 
 

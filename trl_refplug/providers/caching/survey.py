@@ -11,8 +11,9 @@ import numpy as np
 from trl_refplug.errors import ConfigurationError
 from trl_refplug.provider import ReferenceContext, ReferenceProvider
 from trl_refplug.providers.caching.borrowed import BorrowedPolicy
-from trl_refplug.providers.caching.row_keys import BatchRows, RowKeys, TailScoredRows, Values
+from trl_refplug.providers.caching.row_keys import BatchRows, RowKeys, TailScoredRows
 from trl_refplug.scoring import Row
+from trl_refplug.scoring.padding import Values
 from trl_refplug.store import KEY_BYTES, LogProbStore
 
 

@@ -10,7 +10,7 @@ import torch
 from trl_refplug.errors import ReferenceMismatchError
 from trl_refplug.provider import ReferenceProvider
 from trl_refplug.providers.caching.survey import Survey
-from trl_refplug.scoring.exact import pad_rows
+from trl_refplug.scoring.padding import PaddedRows
 from trl_refplug.tolerances import Tolerance
 
 
@@ -41,10 +41,10 @@ def check_sample(
     differences = []
     for start in range(0, len(sample), _AT_ONCE):
         some = sample[start : start + _AT_ONCE]
-        again = source.log_probs(pad_rows([row for row, _ in some], device)).float().cpu().numpy()
+        padded = PaddedRows.flush_left([row for row, _ in some])
+        again = padded.gather(source.log_probs(padded.batch(device)))
         differences += [
-            np.abs(line[row.scored() - 1].astype(np.float64) - stored)
-            for line, (row, stored) in zip(again, some, strict=True)
+            np.abs(values.astype(np.float64) - stored) for values, (_, stored) in zip(again, some, strict=True)
         ]
     every = np.concatenate(differences)
     check = SampleCheck(len(sample), float(every.max()), float(every.mean()))

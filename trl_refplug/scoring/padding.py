@@ -1,5 +1,5 @@
 """
-The rows of one request, free of their padding but with all it takes to restore it.
+The rows of a batch, free of their padding but with all it takes to restore it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from trl_refplug.provider import ReferenceBatch
-from trl_refplug.scoring import Row
-from trl_refplug.scoring.rows import IGNORED, rows_of
+from trl_refplug.scoring.rows import IGNORED, Row, rows_of
 
 
 Values = NDArray[np.float32]
@@ -24,7 +23,7 @@ Values = NDArray[np.float32]
 class PaddedRows:
     """
     Args:
-        rows (`Sequence[Row]`): Unpadded rows; where a token is scored, its label is the token itself.
+        rows (`Sequence[Row]`): Unpadded rows.
         lefts (`Sequence[int]`): How many padding tokens come before each row.
         width (`int`): Tokens of a padded row.
         padding_id (`int`): The token that pads: masked, but experts of a mixture are still loaded by it.
@@ -36,19 +35,22 @@ class PaddedRows:
     padding_id: int = 0
 
     @classmethod
-    def of(cls, batch: ReferenceBatch) -> PaddedRows:
+    def of(cls, batch: ReferenceBatch, *, own_labels: bool = True) -> PaddedRows:
         """
         The rows of a batch of text.
 
+        Args:
+            own_labels (`bool`): Whether a token can be scored as itself only, so that which are scored says it all.
+
         Raises:
-            ValueError: They are not plain token sequences, each scored by its own tokens.
+            ValueError: They are not plain token sequences. The text completes "this batch has".
         """
         if batch.extras or not batch.rows_sliceable:
-            raise ValueError(f"model inputs beyond token ids ({', '.join(sorted(batch.extras))})")
+            raise ValueError(f"model inputs beyond token ids ({', '.join(sorted(batch.extras)) or 'not by row'})")
         ids, mask, labels = (t.cpu().numpy() for t in (batch.input_ids, batch.attention_mask, batch.labels))
-        if ((labels != IGNORED) & (labels != ids))[:, 1:].any():
-            raise ValueError("labels that are neither -100 nor the token at their place")
         rows, starts = rows_of(ids, mask, labels)
+        if own_labels and ((labels != IGNORED) & (labels != ids))[:, 1:].any():
+            raise ValueError("labels that are neither -100 nor the token at their place")
         padding = ids[mask == 0]
         return cls(rows, starts.tolist(), ids.shape[1], int(padding[0]) if len(padding) else 0)
 
@@ -66,7 +68,7 @@ class PaddedRows:
         return sum(map(len, self.rows))
 
     def take(self, indices: Sequence[int]) -> PaddedRows:
-        """Some of the rows, padded as before."""
+        """Some of the rows, in the padding that they have."""
         chosen, lefts = [self.rows[i] for i in indices], [self.lefts[i] for i in indices]
         return PaddedRows(chosen, lefts, self.width, self.padding_id)
 
@@ -85,11 +87,15 @@ class PaddedRows:
         """The values of each row from float32 `[batch, width - 1]`."""
         table = log_probs.float().cpu().numpy()
         for line, row, left in zip(table, self.rows, self.lefts, strict=True):
-            yield line[left + row.scored() - 1]
+            yield line[left + row.scored - 1]
 
-    def place(self, values: Sequence[Values]) -> torch.Tensor:
-        """The inverse of `gather`: float32 `[batch, width - 1]` on the CPU, zero where nothing is scored."""
+    def place(self, values: Sequence[Values | None]) -> torch.Tensor:
+        """
+        The inverse of `gather`: float32 `[batch, width - 1]` on the CPU, zero where nothing is scored and in rows
+        whose values are `None`.
+        """
         table = np.zeros((len(self), max(self.width - 1, 0)), np.float32)
         for line, row, left, scored in zip(table, self.rows, self.lefts, values, strict=True):
-            line[left + row.scored() - 1] = scored
+            if scored is not None:
+                line[left + row.scored - 1] = scored
         return torch.from_numpy(table)
