@@ -1,9 +1,6 @@
 """A digest changes with everything that changes a log-prob, and with nothing else."""
 
 import copy
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from trl_refplug import ConfigurationError
 from trl_refplug.identity import digest_model
+from trl_refplug.testing.ranks import launch
 
-from . import tiny
+from . import tiny, two_ranks_digest
 
 
 @pytest.fixture
@@ -112,15 +110,9 @@ class TestAdapters:
         assert digest_model(one, adapter="default") != digest_model(two, adapter="default")
 
 
-def test_sharding_does_not(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "tests.sharded_digest", "qwen3"]
-    done = subprocess.run(
-        [*command, str(tmp_path)], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    digests = {(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)}
-    assert digests == {digest_model(tiny.model("qwen3"))}
+def test_sharding_does_not():
+    digests = launch(two_ranks_digest.of_sharded, "qwen3")
+    assert set(digests.values()) == {digest_model(tiny.model("qwen3"))}
 
 
 def test_unloaded_weights_are_refused(model):
@@ -130,7 +122,5 @@ def test_unloaded_weights_are_refused(model):
 
 def test_weights_on_the_first_rank_only(model):
     """Under FSDP's memory-saving loading the other ranks have no weights yet, and still agree."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=localhost:0", "-m", "tests.digest_ranks", digest_model(model)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    digests = launch(two_ranks_digest.of_first_rank_only, "llama")
+    assert set(digests.values()) == {digest_model(model)}

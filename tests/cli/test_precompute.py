@@ -10,10 +10,11 @@ import pytest
 
 from tests import tiny
 from tests.cli.processes import run_here
-from tests.trainers.two_ranks import FSDP
+from tests.trainers import two_ranks
 from trl_refplug.cli import launched
 from trl_refplug.cli.tasks import Precompute
 from trl_refplug.store import summarize, verify
+from trl_refplug.testing.ranks import launch
 
 
 def flags(tmp_path: Path, *more: str) -> list[str]:
@@ -55,34 +56,33 @@ def test_again_scores_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out.count("All rows of this run are in") == 2
 
 
-def two_ranks(tmp_path: Path, *launch: str) -> Path:
-    """
-    The store that two processes filled, each with its part.
-
-    Started by torchrun, as `accelerate launch` starts only one process on a machine without accelerators.
-    """
-    tiny.preference_data(150).to_json(tmp_path / "data.jsonl")  # ranks share a data set in blocks of 64 of its rows
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d"]
-    arguments = [*command, "--rdzv-endpoint=localhost:0", *launch, *flags(tmp_path, "--ddp_backend", "gloo")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("All rows of this run are in") == 1
-    report = verify(tmp_path / "store")
-    assert (report.rows, report.duplicates) == (300, 0)
-    return tmp_path / "store"
+def check_shared(store: Path) -> None:
+    report = verify(store)
+    assert (report.rows, report.duplicates) == (300, 0)  # each rank its part
 
 
 def test_two_processes_of_one_launch(tmp_path: Path) -> None:
-    two_ranks(tmp_path, launched.__file__, Precompute().encode(), "dpo")
+    """Started by torchrun, as `accelerate launch` starts only one process on a machine without accelerators."""
+    tiny.preference_data(150).to_json(tmp_path / "data.jsonl")  # ranks share a data set in blocks of 64 of its rows
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=localhost:0", launched.__file__, Precompute().encode(), "dpo"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    arguments = [*command, *flags(tmp_path, "--ddp_backend", "gloo")]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("All rows of this run are in") == 1
+    check_shared(tmp_path / "store")
 
 
-def test_a_sharded_policy(tmp_path: Path) -> None:
+def test_a_policy_sharded_over_two_processes(tmp_path: Path) -> None:
     """What two ranks with half the weights each have scored, a run with all of them finds."""
+    tiny.preference_data(150).to_json(tmp_path / "data.jsonl")
     settings = tmp_path / "fsdp.json"
-    settings.write_text(json.dumps(FSDP["fsdp_config"]))
-    store = two_ranks(tmp_path, "-m", "tests.cli.sharded_precompute", "--fsdp", "--fsdp_config", str(settings))
-    options = json.dumps({"path": str(store), "fill": "never"})
+    settings.write_text(json.dumps(two_ranks.FSDP["fsdp_config"]))
+    sharded = ("--ddp_backend", "gloo", "--fsdp", "--fsdp_config", str(settings))
+    launch(two_ranks.precompute, flags(tmp_path, *sharded))
+    check_shared(tmp_path / "store")
+    options = json.dumps({"path": str(tmp_path / "store"), "fill": "never"})
     launched.train("dpo", [*flags(tmp_path), "--ref_provider", "cached", "--ref_provider_kwargs", options])
 
 

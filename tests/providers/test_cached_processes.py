@@ -17,7 +17,7 @@ from trl_refplug.store import LogProbStore, summarize, verify
 
 from .. import tiny
 from ..trainers.runs import build, train
-from ..trainers.test_distributed import torchrun
+from ..trainers.test_distributed import on_two_ranks
 from . import filling_processes
 
 
@@ -35,10 +35,7 @@ def test_two_ranks_fill_one_store(lora, tmp_path):
     for kind, rows in (("dpo", 150), ("kto", 12)):  # ranks share a data set in blocks of 64 rows
         jobs.append({"kind": kind, "rows": rows, "lora": lora, "args": using(store)})
         jobs.append({"kind": kind, "rows": rows, "lora": lora, "args": {"ref_provider": "frozen"}})
-    done = torchrun(tmp_path, *jobs)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for rank in (0, 1):
-        results = json.loads((tmp_path / f"rank{rank}.json").read_text())
+    for results in on_two_ranks(tmp_path, *jobs):
         for cached, frozen in zip(results[::2], results[1::2], strict=True):
             for ours, theirs in zip(cached["logs"], frozen["logs"], strict=True):
                 assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)

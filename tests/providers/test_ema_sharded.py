@@ -1,28 +1,19 @@
 """Two ranks with `fully_shard` on the CPU: every rank moves its own shards, and nothing large travels."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from trl_refplug.providers.averaging.tensor_files import TensorReader
+from trl_refplug.testing.ranks import launch
 
-
-ROOT = Path(__file__).parents[2]
+from . import two_ranks_ema
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("sharded")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=localhost:0", "-m", "tests.providers.two_ranks_ema", str(out)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ.copy(), capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return out, [json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    ranks = launch(two_ranks_ema.run_all, out)
+    return out, [ranks[rank] for rank in (0, 1)]
 
 
 def test_full_fine_tuning_communicates_nothing(results):

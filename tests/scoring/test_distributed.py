@@ -20,7 +20,8 @@ from trl_refplug.scoring import ExactFallbackWarning, Row, Scorer
 
 def run_on_two_ranks(check, *args):
     with tempfile.TemporaryDirectory() as directory:
-        mp.spawn(_rank, ((Path(directory) / "meeting").as_uri(), check, args), nprocs=2)
+        arguments = (Path(directory) / "meeting").as_uri(), check, args
+        mp.start_processes(_rank, arguments, nprocs=2, start_method="forkserver")
 
 
 def _rank(rank, meeting, check, args):

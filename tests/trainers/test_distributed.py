@@ -1,32 +1,22 @@
-"""Two real processes with gloo on the CPU, started by torchrun."""
+"""Two real processes with gloo on the CPU, started as torchrun starts them."""
 
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from trl_refplug.store import verify
+from trl_refplug.testing.ranks import first_failure, launch
 
 from .. import tiny
+from . import two_ranks
 
 
-ROOT = Path(__file__).parents[2]
-
-
-def torchrun(tmp_path, *jobs):
+def on_two_ranks(tmp_path, *jobs):
+    """What each rank gave for every job."""
     common = {"out": str(tmp_path), "model": tiny.saved(tmp_path), "ours": True}
-    text = json.dumps([{**common, **job} for job in jobs])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--local-addr=127.0.0.1"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "tests.trainers.two_ranks", text]
-    environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
-    if done.returncode:
-        print(done.stdout, done.stderr, sep="\n")  # shown when the test fails
-    return done
+    ranks = launch(two_ranks.run_all, [{**common, **job} for job in jobs])
+    return [ranks[0], ranks[1]]
 
 
 def test_two_ranks_equal_trl(tmp_path):
@@ -35,9 +25,7 @@ def test_two_ranks_equal_trl(tmp_path):
     for kind, provider, lora in cases:
         jobs.append({"kind": kind, "lora": lora, "args": {"ref_provider": provider}})
         jobs.append({"kind": kind, "lora": lora, "ours": False})
-    done = torchrun(tmp_path, *jobs)
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    ranks = on_two_ranks(tmp_path, *jobs)
     for results in ranks:
         for case, ours, theirs in zip(cases, results[::2], results[1::2], strict=True):
             assert ours == theirs, case
@@ -47,9 +35,7 @@ def test_two_ranks_equal_trl(tmp_path):
 
 def sharded(tmp_path, *jobs):
     """What rank 0 gave for every job, run under FSDP2."""
-    done = torchrun(tmp_path, *({"fsdp": True, **job} for job in jobs))
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads((tmp_path / "rank0.json").read_text())
+    results, _ = on_two_ranks(tmp_path, *({"fsdp": True, **job} for job in jobs))
     assert all(result["sharded"] for result in results)
     return results
 
@@ -127,16 +113,19 @@ def test_a_sharded_average_goes_on_after_resume(tmp_path):
 
 
 def test_ranks_that_disagree_stop(tmp_path):
-    done = torchrun(tmp_path, {"kind": "dpo", "reference": "PerRank"})
-    assert done.returncode != 0
-    assert "Ranks disagree about the reference: rank 0 has per-rank[0]" in done.stderr
-    assert "rank 1 has per-rank[1]" in done.stderr
+    with pytest.raises(ChildFailedError) as caught:
+        on_two_ranks(tmp_path, {"kind": "dpo", "reference": "PerRank"})
+    _, message = first_failure(caught.value)
+    assert "Ranks disagree about the reference: rank 0 has per-rank[0]" in message
+    assert "rank 1 has per-rank[1]" in message
 
 
 def test_one_ranks_failure_ends_the_job(tmp_path):
-    done = torchrun(tmp_path, {"kind": "dpo", "reference": "BrokenOnOne"})
-    assert done.returncode != 0
-    assert "the reference of rank 1 is on fire" in done.stderr
+    with pytest.raises(ChildFailedError) as caught:
+        on_two_ranks(tmp_path, {"kind": "dpo", "reference": "BrokenOnOne"})
+    rank, message = first_failure(caught.value)
+    assert "the reference of rank 1 is on fire" in message
+    assert rank == 1
 
 
 def test_looking_ahead_changes_nothing(tmp_path):
@@ -154,10 +143,7 @@ def test_looking_ahead_changes_nothing(tmp_path):
         for prefetch in (job["args"].get("ref_prefetch", 2), 0):
             jobs.append({**job, "kind": kind, "reference": "Ahead", "args": {**job["args"], "ref_prefetch": prefetch}})
     on_one = {"rows": 15, "kind": "dpo", "reference": "AheadOnOne", "args": epochs}
-    done = torchrun(tmp_path, *jobs, on_one)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for rank in (0, 1):
-        *results, last = json.loads((tmp_path / f"rank{rank}.json").read_text())
+    for rank, (*results, last) in enumerate(on_two_ranks(tmp_path, *jobs, on_one)):
         assert last["logs"] == results[0]["logs"]
         calls = results[0]["ahead"] + results[0]["afresh"]
         assert last["ahead"] == (calls if rank == 0 else 0)  # all when needed: on rank 0 by `log_probs`, on its thread

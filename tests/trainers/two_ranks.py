@@ -1,22 +1,22 @@
-"""Run by test_distributed.py under torchrun: short training runs on every rank; writes what the tests compare."""
+"""Run by test_distributed.py on two ranks: short training runs, and what the tests compare of them."""
 
 import copy
-import json
 import os
-import sys
 from pathlib import Path
 
+import datasets
 import torch
 import transformers
 from accelerate import state
 from accelerate.utils import DistributedType
-from datasets import disable_progress_bars
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from tests.trainers.ahead import Ahead
 from tests.trainers.runs import DATA, build, finished
 from trl_refplug import ReferenceIdentity, ReferenceProvider
+from trl_refplug.cli import launched
+from trl_refplug.cli.tasks import Precompute
 from trl_refplug.providers.frozen import FrozenProvider
 
 
@@ -111,18 +111,19 @@ def run(job: dict) -> dict:
     }
 
 
-def main() -> None:
-    disable_progress_bars()
+def run_all(jobs: list[dict]) -> list[dict]:
+    datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    jobs = json.loads(sys.argv[1])
     if jobs[0].get("fsdp"):
         allow_fsdp_on_cpu()
     results = [run(job) for job in jobs]
-    Path(jobs[0]["out"], f"rank{os.environ['RANK']}.json").write_text(json.dumps(results))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()  # its threads would now and then abort a process that ends with them
+    return results
 
 
-if __name__ == "__main__":
-    main()
+def precompute(arguments: list[str]) -> None:
+    """What `trl-refplug precompute dpo` launches, with a policy that FSDP2 shards."""
+    datasets.config.HF_DATASETS_CACHE = Path(os.environ["HF_DATASETS_CACHE"])  # read when imported, by another process
+    allow_fsdp_on_cpu()
+    launched.train("dpo", arguments, Precompute())

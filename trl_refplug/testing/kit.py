@@ -18,7 +18,7 @@ class ReferenceProviderTests(
     Subclass it in a module that pytest collects, and say what is tested with the fixture `reference`: the provider's
     class or registered name, or a pair of that and its options. The provider works in real, tiny trainers on the CPU;
     nothing is downloaded. What its capabilities do not declare is skipped. The last test starts two processes and
-    takes as long as importing TRL twice; leave it out with `-k "not two_ranks"`.
+    takes as long as importing TRL; leave it out with `-k "not two_ranks"`.
 
     The truth is the policy's own log-probs, computed by transformers alone. A provider whose reference is another one
     overrides [`expected_log_probs`]. Further fixtures may be overridden: `other_options`, `policy`,
