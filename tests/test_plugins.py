@@ -548,20 +548,6 @@ def test_unknown_provider_lists_what_is_installed(site: FakeSite) -> None:
     assert "pip install" not in message
 
 
-def test_unknown_optional_provider_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(trl_refplug.providers.EXTRAS, "orbital", "orbit")
-    with pytest.raises(UnknownProviderError, match=r"pip install 'trl-refplug\[orbit\]'"):
-        PluginManager().provider_class("orbital")
-
-
-def test_planned_provider_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trl_refplug.providers, "PLANNED", {"orbital": "orbit", "stored": ""})
-    with pytest.raises(UnknownProviderError, match=r"later release.*pip install 'trl-refplug\[orbit\]'"):
-        PluginManager().provider_class("orbital")
-    with pytest.raises(UnknownProviderError, match=r"later release of trl-refplug; this one does not have it"):
-        PluginManager().provider_class("stored")
-
-
 # Hooks that are called during training
 
 

@@ -169,7 +169,7 @@ class ReferenceContext(Protocol):
 
     @property
     def resuming(self) -> bool:
-        """Whether training goes on from a checkpoint."""
+        """Whether training goes on from a checkpoint, or `args.resume_from_checkpoint` announces it."""
 
     @property
     def policy_moved(self) -> bool:

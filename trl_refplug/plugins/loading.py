@@ -23,7 +23,7 @@ import trl_refplug
 from trl_refplug import hookspecs, providers
 from trl_refplug.errors import PluginError
 from trl_refplug.plugins.checks import class_problems, hook_problems, incompatibility, registration_problem
-from trl_refplug.plugins.failures import told, told_with_remedy
+from trl_refplug.plugins.failures import told_with_remedy
 from trl_refplug.plugins.installed import PluginRecord, canonical, canonical_names, installed
 from trl_refplug.provider import ReferenceProvider
 
@@ -60,9 +60,8 @@ class RegisteredProvider:
             except KeyboardInterrupt:
                 raise
             except BaseException as error:
-                hint = extra_hint(self.name)
                 reason = told_with_remedy(error, self.plugin.distribution)
-                raise PluginError(f"{origin} cannot be imported: {told(error) + hint if hint else reason}") from error
+                raise PluginError(f"{origin} cannot be imported: {reason}") from error
         if problems := class_problems(target):
             raise PluginError(f"{origin} cannot be used: {' '.join(problems)}")
         return target  # type: ignore[no-any-return]
@@ -197,14 +196,3 @@ def call_hook(implementation: pluggy.HookImpl, **arguments: object) -> object:
     return implementation.function(
         *(arguments[name] for name in implementation.argnames), **{name: arguments[name] for name in named}
     )
-
-
-def extra_hint(name: str) -> str:
-    extra = providers.EXTRAS.get(name)
-    if extra:
-        return f" It needs: pip install 'trl-refplug[{extra}]'"
-    planned = providers.PLANNED.get(name)
-    if planned is None:
-        return ""
-    needs = f", with the extra {planned!r} (pip install 'trl-refplug[{planned}]')" if planned else ""
-    return f" It will come with a later release of trl-refplug{needs}; this one does not have it."

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from trl_refplug.errors import PluginError, RefPlugWarning, UnknownProviderError, did_you_mean
 from trl_refplug.plugins.failures import drop_frames, told
 from trl_refplug.plugins.installed import PluginRecord, canonical, canonical_names
-from trl_refplug.plugins.loading import BLOCK, LOAD, LoadedPlugins, RegisteredProvider, call_hook, extra_hint
+from trl_refplug.plugins.loading import BLOCK, LOAD, LoadedPlugins, RegisteredProvider, call_hook
 from trl_refplug.provider import ReferenceProvider
 
 
@@ -80,7 +80,6 @@ class PluginManager:
             raise PluginError(message) from record.exception
         raise UnknownProviderError(
             f"No provider {name!r}.{did_you_mean(name, self.providers)} There are {', '.join(self.providers)}."
-            + extra_hint(name)
             + (f" Left out: {'; '.join(f'{record} ({record.status})' for record in left_out)}." if left_out else "")
             + f" {LISTED}"
         )

@@ -7,12 +7,6 @@ from trl_refplug.hookspecs import Register, hookimpl
 
 API_VERSION = 1
 
-EXTRAS: dict[str, str] = {"remote": "serve"}
-"""Built-in providers that need an optional dependency, and the pip extra that brings it."""
-
-PLANNED: dict[str, str] = {}
-"""Providers of a later release, and the pip extra that each will need."""
-
 
 @hookimpl
 def refplug_register_providers(register: Register) -> None:
