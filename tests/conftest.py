@@ -33,6 +33,9 @@ def _quiet() -> None:
     import datasets
     import transformers
 
+    from trl_refplug.testing.ranks import start_method
+
+    start_method()  # whichever test is the first to fork
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()

@@ -12,18 +12,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-import store_writers
 from store_writers import right_rows, write_all, write_until_killed
 
 from trl_refplug.store import LogProbStore, summarize, verify
-from trl_refplug.testing.ranks import PRELOADED
 
 
 @pytest.fixture(scope="module")
 def processes() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([store_writers.__name__, *PRELOADED])  # what tests after these fork as well
-    return context
+    return multiprocessing.get_context("forkserver")
 
 
 def test_four_processes_fill_one_store(tmp_path: Path, processes: ForkServerContext) -> None:

@@ -17,8 +17,15 @@ if TYPE_CHECKING:
     from trl_refplug.testing.bench import Bench
 
 
-PRELOADED = ["trl_refplug.testing.bench", "trl_refplug.trainers", "datasets", "peft"]
-"""Modules that processes are forked with. Importing them takes longer than what most tests do."""
+_PRELOADED = ["trl_refplug.testing.bench", "trl_refplug.trainers", "datasets", "peft"]
+
+
+def start_method() -> str:
+    """`forkserver` where there is one: a single process imports TRL, for all ranks of all tests to come."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return "spawn"
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
+    return "forkserver"
 
 
 def launch(function: Callable[..., Any], *arguments: Any) -> dict[int, Any]:
@@ -34,10 +41,6 @@ def launch(function: Callable[..., Any], *arguments: Any) -> dict[int, Any]:
     """
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    method = "spawn"
-    if "forkserver" in multiprocessing.get_all_start_methods():
-        method = "forkserver"  # one process imports for both ranks, and for those of all tests to come
-        multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -46,7 +49,7 @@ def launch(function: Callable[..., Any], *arguments: Any) -> dict[int, Any]:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.1,
-        start_method=method,
+        start_method=start_method(),
     )
     with _signal_handlers_kept():
         results: dict[int, Any] = elastic_launch(config, _call)(dict(os.environ), function, arguments)
