@@ -102,16 +102,20 @@ def test_packed_runs_under_the_autocast_of_a_prepared_model(cast):
     assert scorer.stats.fallback is None
 
 
-def test_reduced_float32_is_held_to_the_tolerance_of_half_precision(monkeypatch):
+@pytest.mark.parametrize("api", ["legacy", "torch 2.9"])
+def test_reduced_float32_is_held_to_the_tolerance_of_half_precision(monkeypatch, api):
     monkeypatch.setattr(
         "trl_refplug.scoring.verification.exact_log_probs", lambda *args: exact_log_probs(*args) + 1e-3
     )
     before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("high")
-        assert trusted(tiny("llama")).stats.fallback is None
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with monkeypatch.context() as patch:
+        if api == "legacy":
+            torch.set_float32_matmul_precision("high")
+        else:
+            patch.setattr(torch.backends, "fp32_precision", "tf32")  # what `tf32=True` of the training arguments does
+        fallback = trusted(tiny("llama")).stats.fallback
+    torch.set_float32_matmul_precision(before)
+    assert fallback is None
     with pytest.warns(ExactFallbackWarning, match="differ"):
         trusted(tiny("llama"))
 

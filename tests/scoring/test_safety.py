@@ -160,15 +160,27 @@ def test_a_model_that_cannot_take_the_packed_input_is_not_trusted():
 class ScarceMemory(LlamaDecoderLayer):
     """Runs out of memory above a number of tokens."""
 
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+
     def forward(self, hidden_states, *args, **kwargs):
         if hidden_states.shape[0] * hidden_states.shape[1] > 60:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+            raise self.error
         return super().forward(hidden_states, *args, **kwargs)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        ScarceMemory.error,
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("choose", [None, lambda passes: len(passes) // 2], ids=["in-order", "chosen"])
 @pytest.mark.parametrize("mode", ["exact", "packed"])
-def test_out_of_memory_halves_the_budget_and_loses_nothing(mode, choose):
+def test_out_of_memory_halves_the_budget_and_loses_nothing(mode, choose, error, monkeypatch):
+    monkeypatch.setattr(ScarceMemory, "error", error)
     model = tiny("llama")
     rows = [Row.completion(list(range(5, 15)), [20 + index] * (3 + index % 5)) for index in range(24)]
     expected = dict(Scorer(model).score_rows(rows))

@@ -13,7 +13,7 @@ from trl.trainer.utils import add_fused_lm_head
 from tests.scoring.models import ARCHITECTURES, VOCAB, batch_of, random_batch, tiny
 from trl_refplug import ConfigurationError
 from trl_refplug.provider import ReferenceBatch
-from trl_refplug.scoring import ExactFallbackWarning, Row, Scorer, ScoreStats
+from trl_refplug.scoring import ExactFallbackWarning, Row, Scorer, ScoreStats, attention
 
 
 TOLERANCE = 2e-5
@@ -71,12 +71,12 @@ def test_packed_agrees_with_trl(kind, side):
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_packed_agrees_whatever_the_attention_implementation(attention):
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_packed_agrees_whatever_the_attention_implementation(implementation):
     model, batch = tiny("llama"), random_batch()
-    model.set_attn_implementation(attention)
+    model.set_attn_implementation(implementation)
     torch.testing.assert_close(trusted(model).log_probs(batch), trl_log_probs(model, batch), rtol=0, atol=TOLERANCE)
-    assert model.config._attn_implementation == attention
+    assert model.config._attn_implementation == implementation
 
 
 def test_packed_agrees_with_attention_softcapping():
@@ -89,13 +89,24 @@ def test_packed_agrees_with_attention_softcapping():
 @pytest.mark.parametrize("options", [{}, {"attn_logit_softcapping": 2.0}])
 def test_flex_attention_agrees(monkeypatch, options):
     """What CUDA runs, on CPU."""
-    monkeypatch.setattr("trl_refplug.scoring.attention.FLEX_DEVICES", {"cpu"})
-    model = tiny("gemma2" if options else "llama", **options)
+    monkeypatch.setattr(attention, "FLEX_DEVICES", {"cpu"})
+    monkeypatch.delattr(attention, "_by_node")
+    model = tiny("gemma2" if options else "llama", head_dim=16, **options)
     model.set_attn_implementation("eager")
     scorer = trusted(model)
     for seed in range(3):
         batch = random_batch(seed=seed, groups=2 + seed)
         torch.testing.assert_close(scorer.log_probs(batch), trl_log_probs(model, batch), rtol=0, atol=TOLERANCE)
+    assert scorer.stats.fallback is None
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(8, torch.float32), (16, torch.float64)])
+def test_what_flex_attention_cannot_compute_is_packed_without_it(monkeypatch, head_dim, dtype):
+    monkeypatch.setattr(attention, "FLEX_DEVICES", {"cpu"})
+    model, batch = tiny("llama", head_dim=head_dim).to(dtype), random_batch()
+    scorer = trusted(model)
+    torch.testing.assert_close(scorer.log_probs(batch), trl_log_probs(model, batch), rtol=0, atol=TOLERANCE)
+    assert scorer.stats.fallback is None
 
 
 def test_the_text_side_of_a_vision_language_model_is_packed():

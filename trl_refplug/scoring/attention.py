@@ -13,6 +13,7 @@ eager, flash, ...).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -62,12 +63,19 @@ class TreeAttention:
         self.pack = pack
         self.calls = 0
         self._block_masks: dict[torch.device, BlockMask] = {}
+        self._softcaps: dict[tuple[torch.device, float], Tensor] = {}
 
     def block_mask(self, device: torch.device) -> BlockMask:
         """The tree for FlexAttention, built once a pack and device."""
         if device not in self._block_masks:
             self._block_masks[device] = _block_mask(self.pack, device)
         return self._block_masks[device]
+
+    def softcap(self, device: torch.device, softcap: float) -> Tensor:
+        """A soft cap for FlexAttention, copied once: a copy waits for all that the device has to do."""
+        if (device, softcap) not in self._softcaps:
+            self._softcaps[device, softcap] = torch.tensor(softcap, device=device)
+        return self._softcaps[device, softcap]
 
 
 def _block_mask(pack: Pack, device: torch.device) -> BlockMask:
@@ -136,8 +144,9 @@ def _attend(
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave query and key in float32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if query.device.type in FLEX_DEVICES:
-        output = _flex(query, key, value, tree.block_mask(query.device), scaling, softcap)
+    if query.device.type in FLEX_DEVICES and _fits_flex(query, value):
+        cap = None if softcap is None else tree.softcap(query.device, softcap)
+        output = _flex(query, key, value, tree.block_mask(query.device), scaling, cap)
     else:
         output = _by_node(tree.pack.nodes, query, key, value, scaling, softcap)
     return output.transpose(1, 2).contiguous(), None
@@ -202,24 +211,36 @@ def _explicit_some(
     return scores.sub_(weight.unsqueeze(-1)).exp_().to(value.dtype) @ value, weight
 
 
-def _flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float, softcap: float | None) -> Tensor:
-    cap = torch.tensor(softcap or 1.0, device=query.device)
+def _fits_flex(query: Tensor, value: Tensor) -> bool:
+    """Its kernels multiply tiles of at least 16 by 16, of at most float32."""
+    return min(query.shape[-1], value.shape[-1]) >= 16 and query.dtype != torch.float64
 
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float, cap: Tensor | None) -> Tensor:
     def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return cap * torch.tanh(score / cap)
 
-    modify = None if softcap is None else capped
-    grouped = query.shape[1] != key.shape[1]
     output: Tensor = _compiled_flex_attention()(
-        query, key, value, score_mod=modify, block_mask=mask, scale=scaling, enable_gqa=grouped
+        query,
+        key,
+        value,
+        score_mod=None if cap is None else capped,
+        block_mask=mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+        # The kernel for few queries that it would choose below 128 has no tiles for grouped heads of most packs
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
     )
     return output
 
 
 @cache
 def _compiled_flex_attention() -> Any:
-    # No pack is as long as another: without `dynamic` each would be compiled, and soon none
-    return torch.compile(flex_attention, dynamic=True)
+    # No pack is as long as another: without `dynamic` each would be compiled, and soon none. There is still a variant
+    # for every head size, dtype and device; beyond the limit, scores of all pairs would be held
+    options: dict[str, Any] = {"recompile_limit": 64, "isolate_recompiles": True}  # torch 2.12 has these, 2.7 has not
+    known = inspect.signature(torch.compile).parameters
+    return torch.compile(flex_attention, dynamic=True, **{name: options[name] for name in options if name in known})
 
 
 def _refuse_unknown(

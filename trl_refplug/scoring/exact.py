@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trl_refplug.provider import ReferenceBatch
-from trl_refplug.scoring.execution import causal_lm
+from trl_refplug.scoring.execution import causal_lm, on_its_device
 
 
 def ensure_fused_head(model: nn.Module, temperature: float, cast_lm_head_to_fp32: bool) -> None:
@@ -36,7 +36,7 @@ def _has_fused_head(inner: nn.Module) -> bool:
 
 def exact_log_probs(model: nn.Module, batch: ReferenceBatch) -> Tensor:
     """float32 `[batch, seq - 1]` log-probabilities, from the same call, of the same shapes, that TRL makes."""
-    with torch.no_grad():
+    with torch.no_grad(), on_its_device(causal_lm(model)):
         output = model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,

@@ -9,7 +9,7 @@ hands no position on to the model's own head.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,8 @@ def run_pack(model: nn.Module, pack: Pack, head: Head | None) -> Scored:
         inputs["labels"] = np.concatenate([[IGNORED], pack.targets])
     tensors = {name: torch.from_numpy(values)[None].to(device) for name, values in inputs.items()}
     options = {"use_cache": False} if head is not None else {"fused_lm_head": True}
-    with torch.no_grad(), tree_attention(inner, pack) as tree, _hooked(inner.base_model, project):
+    hooked = _hooked(inner.base_model, project)
+    with torch.no_grad(), on_its_device(inner), tree_attention(inner, pack) as tree, hooked:
         output = model(**tensors, **options)
     if len(scored) != 1:
         raise UnsafeError(f"a backbone that ran {len(scored)} times in one forward pass")
@@ -102,9 +103,26 @@ def _computed_in(hidden: Tensor) -> torch.dtype:
     """The dtype whose rounding errors the backbone's output has."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    if dtype == torch.float32 and _rounds_float32(device):
         return torch.float16  # TF32 has the mantissa of float16
     return dtype
+
+
+def _rounds_float32(device: str) -> bool:
+    """Whether products of float32 matrices are computed in less. Of torch's two ways to say so one may be used."""
+    backend = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}.get(device)
+    precision = getattr(getattr(backend, "matmul", None), "fp32_precision", "none")  # since torch 2.9
+    if precision == "none":
+        return torch.get_float32_matmul_precision() != "highest"
+    return bool(precision != "ieee")
+
+
+@contextmanager
+def on_its_device(model: PreTrainedModel) -> Iterator[None]:
+    """Triton launches its kernels on the current device, wherever their arguments are: that of the LM head."""
+    device = model.get_output_embeddings().weight.device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        yield
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from trl_refplug.provider import ReferenceBatch
@@ -19,6 +18,7 @@ from trl_refplug.scoring.attention import UnsafeError
 from trl_refplug.scoring.execution import Scored, causal_lm, evaluation_mode, run_pack
 from trl_refplug.scoring.head import Head
 from trl_refplug.scoring.layout import Pack, plan
+from trl_refplug.scoring.memory import ran_out_of_memory
 from trl_refplug.scoring.operations import count_operations
 from trl_refplug.scoring.order import ChooseNext, chosen
 from trl_refplug.scoring.padding import PaddedRows
@@ -105,7 +105,7 @@ class PackedPass:
             with evaluation_mode(self.model):
                 return run_pack(self.model, pack, self._head)
         except Exception as error:
-            if should_reduce_batch_size(error):
+            if ran_out_of_memory(error):
                 raise
             raise PackedError(why(error)) from error
 
@@ -117,7 +117,7 @@ class PackedPass:
 
         Yields:
             `list[tuple[int, Tensor]]`: Of one forward pass, the index of every row and the values of its scored
-            positions, in order. Rows without one are left out.
+            positions, in order, on the CPU. Rows without one are left out.
 
         Raises:
             PackedError: A forward pass failed. What was not yielded before is not scored.
@@ -131,13 +131,14 @@ class PackedPass:
                 scored = self.score(pack)
             except RuntimeError as error:
                 alone = len(pack.tokens) == pack.longest
-                if self.lockstep or alone or not should_reduce_batch_size(error):
+                if self.lockstep or alone or not ran_out_of_memory(error):
                     raise
                 self.budget = max(1, min(self.budget, len(pack.tokens)) // 2)
                 packs[:] = self._replan(rows, [pack, *packs])
                 continue
             self._count(pack)
-            answers = (scored.log_probs[torch.from_numpy(answer)] for answer in pack.answers)
+            values = scored.log_probs.cpu()  # once: every row by itself would wait for the device
+            answers = (values[torch.from_numpy(answer)] for answer in pack.answers)
             yield list(zip(pack.rows, answers, strict=True))
 
     def _replan(self, rows: Sequence[Row], packs: Iterable[Pack]) -> Iterator[Pack]:

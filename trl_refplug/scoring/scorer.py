@@ -12,7 +12,6 @@ from itertools import chain
 from typing import Literal
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from trl_refplug.errors import RefPlugWarning, UnsupportedInputError
@@ -21,6 +20,7 @@ from trl_refplug.scoring.attention import UnsafeError
 from trl_refplug.scoring.exact import ensure_fused_head, exact_log_probs
 from trl_refplug.scoring.execution import causal_lm, evaluation_mode
 from trl_refplug.scoring.head import Head
+from trl_refplug.scoring.memory import ran_out_of_memory
 from trl_refplug.scoring.order import ChooseNext, chosen
 from trl_refplug.scoring.packed import PackedError, PackedPass
 from trl_refplug.scoring.padding import PaddedRows, Values
@@ -168,7 +168,7 @@ class Scorer:
                     scored = next(passes, None)
                 if scored is None:
                     break
-                yield [(first + index, values.to("cpu", torch.float32)) for index, values in scored]
+                yield [(first + index, values.float()) for index, values in scored]
 
     def _score_window(self, rows: list[Row], choose: ChooseNext | None) -> Iterator[list[tuple[int, Tensor]]]:
         """The scored values of each row, by its index, forward pass by forward pass."""
@@ -191,7 +191,7 @@ class Scorer:
             try:
                 log_probs = self._exact(padded.batch(self._device))
             except RuntimeError as error:
-                if len(together) == 1 or not should_reduce_batch_size(error):
+                if len(together) == 1 or not ran_out_of_memory(error):
                     raise
                 self._packed.budget = len(rows[together[0]]) * len(together) // 2
                 batches[:] = self._padded(rows, chain(together, *batches))
@@ -242,7 +242,7 @@ class Scorer:
         padded = self._packed.cut(batch)
         values: list[Values | None] = [None] * len(padded)
         for index, scored in chain.from_iterable(self._packed.run(padded.rows)):
-            values[index] = scored.float().cpu().numpy()
+            values[index] = scored.float().numpy()
         return padded.place(values).to(batch.labels.device)
 
     def _exact(self, batch: ReferenceBatch) -> Tensor:

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from trl_refplug.scoring.exact import exact_log_probs
 from trl_refplug.scoring.execution import evaluation_mode
+from trl_refplug.scoring.memory import ran_out_of_memory
 from trl_refplug.scoring.packed import PackedPass, why
 from trl_refplug.scoring.padding import PaddedRows
 from trl_refplug.scoring.precision import disagreement
@@ -48,7 +48,7 @@ def verify(packed: PackedPass, rows: Sequence[Ints]) -> str | None:
         try:
             return _compare(packed, sharing_rows(rows, packed.config, tokens, packed.limit))
         except Exception as error:
-            if not should_reduce_batch_size(error):
+            if not ran_out_of_memory(error):
                 return why(error)
             if packed.lockstep or tokens == FEWEST_TOKENS:
                 raise
