@@ -107,15 +107,17 @@ def test_reduced_float32_is_held_to_the_tolerance_of_half_precision(monkeypatch,
     monkeypatch.setattr(
         "trl_refplug.scoring.verification.exact_log_probs", lambda *args: exact_log_probs(*args) + 1e-3
     )
-    before = torch.get_float32_matmul_precision()
-    with monkeypatch.context() as patch:
+    matmul = torch.backends.mkldnn.matmul
+    before = torch.get_float32_matmul_precision(), matmul.fp32_precision
+    try:
         if api == "legacy":
             torch.set_float32_matmul_precision("high")
         else:
-            patch.setattr(torch.backends, "fp32_precision", "tf32")  # what `tf32=True` of the training arguments does
-        fallback = trusted(tiny("llama")).stats.fallback
-    torch.set_float32_matmul_precision(before)
-    assert fallback is None
+            matmul.fp32_precision = "tf32"
+        assert trusted(tiny("llama")).stats.fallback is None
+    finally:
+        matmul.fp32_precision = before[1]
+        torch.set_float32_matmul_precision(before[0])
     with pytest.warns(ExactFallbackWarning, match="differ"):
         trusted(tiny("llama"))
 

@@ -14,7 +14,7 @@ eager, flash, ...).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -217,14 +217,11 @@ def _fits_flex(query: Tensor, value: Tensor) -> bool:
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float, cap: Tensor | None) -> Tensor:
-    def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return cap * torch.tanh(score / cap)
-
     output: Tensor = _compiled_flex_attention()(
         query,
         key,
         value,
-        score_mod=None if cap is None else capped,
+        score_mod=None if cap is None else _soft_capped(cap),
         block_mask=mask,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
@@ -232,6 +229,13 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: f
         kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
     )
     return output
+
+
+def _soft_capped(cap: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+    def modified(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
+    return modified
 
 
 @cache

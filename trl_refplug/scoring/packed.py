@@ -22,7 +22,7 @@ from trl_refplug.scoring.memory import ran_out_of_memory
 from trl_refplug.scoring.operations import count_operations
 from trl_refplug.scoring.order import ChooseNext, chosen
 from trl_refplug.scoring.padding import PaddedRows
-from trl_refplug.scoring.rows import IGNORED, Row, check_labels
+from trl_refplug.scoring.rows import IGNORED, Ints, Row, check_labels
 from trl_refplug.scoring.stats import ScoreStats
 
 
@@ -62,14 +62,12 @@ class PackedPass:
         """Why no rows may be packed, as a phrase that completes "because of". Asked anew: adapters come and go."""
         return safety.unsafe_model(self.model, causal_lm(self.model))
 
-    def check(self, rows: Iterable[Row]) -> None:
+    def check(self, labels: Ints) -> None:
         """
         Raises:
             UnsupportedInputError: A label is not a token id.
         """
-        vocab_size = self.config.get_text_config().vocab_size
-        for row in rows:
-            check_labels(row.labels, vocab_size)
+        check_labels(labels, self.config.get_text_config().vocab_size)
 
     def cut(self, batch: ReferenceBatch) -> PaddedRows:
         """
@@ -79,6 +77,8 @@ class PackedPass:
             UnsafeError: Packed, this batch would not give the exact call's numbers.
             UnsupportedInputError: A label is not a token id.
         """
+        if not batch.extras:
+            self.check(batch.labels.cpu().numpy())
         try:
             padded = PaddedRows.of(batch, own_labels=False)
         except ValueError as error:
@@ -87,7 +87,6 @@ class PackedPass:
             raise UnsafeError(self.limit_reason)
         if self._absolute and any(padded.lefts):
             raise UnsafeError("padding on the left of a model with absolute positions")
-        self.check(padded.rows)
         return padded
 
     def plan(self, rows: Sequence[Row], budget: int | None) -> list[Pack]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -159,7 +160,7 @@ class Scorer:
                 "run on its own: score_rows makes a different number of forward passes on each rank. Use log_probs."
             )
         for first, window in _windows(rows, WINDOW * self._packed.budget):
-            self._packed.check(window)
+            self._packed.check(np.concatenate([row.labels for row in window]))
             self.stats.rows += len(window)
             self.stats.padded_tokens += sum(map(len, window))
             passes = self._score_window(window, _renumbered(choose, first.__add__))

@@ -8,6 +8,8 @@ import pickle
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -28,6 +30,24 @@ def start_method() -> str:
     return "forkserver"
 
 
+class RankFailedError(Exception):
+    """
+    A rank raised, or its process died.
+
+    Args:
+        rank (`int` or `None`): Which one did so first, if it was able to say so.
+        message (`str`): Its error.
+    """
+
+    def __init__(self, rank: int | None, message: str) -> None:
+        super().__init__(rank, message)
+        self.rank = rank
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"Rank {'?' if self.rank is None else self.rank} of two failed: {self.message}"
+
+
 def launch(function: Callable[..., Any], *arguments: Any) -> dict[int, Any]:
     """
     Call a function on two ranks, as torchrun would run a script: it has the environment variables, and where one rank
@@ -37,8 +57,9 @@ def launch(function: Callable[..., Any], *arguments: Any) -> dict[int, Any]:
         `dict[int, Any]`: By rank, what the function returned.
 
     Raises:
-        ChildFailedError: A rank failed.
+        RankFailedError: A rank failed.
     """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
@@ -51,8 +72,14 @@ def launch(function: Callable[..., Any], *arguments: Any) -> dict[int, Any]:
         monitor_interval=0.1,
         start_method=start_method(),
     )
-    with _signal_handlers_kept():
-        results: dict[int, Any] = elastic_launch(config, _call)(dict(os.environ), function, arguments)
+    with TemporaryDirectory() as failures, _signal_handlers_kept():
+        try:
+            results: dict[int, Any] = elastic_launch(config, _call)(dict(os.environ), failures, function, arguments)
+        except ChildFailedError as error:
+            told = sorted(Path(failures).iterdir(), key=lambda file: file.stat().st_mtime_ns)
+            if not told:
+                raise RankFailedError(None, str(error)) from None
+            raise RankFailedError(int(told[0].name), told[0].read_text(encoding="utf-8")) from None
     return results
 
 
@@ -68,23 +95,24 @@ def _signal_handlers_kept() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def _call(environment: Mapping[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _call(environment: Mapping[str, str], failures: str, function: Callable[..., Any], arguments: Any) -> Any:
     """What each rank does."""
     from torch import distributed
-    from torch.distributed.elastic.multiprocessing.errors import record
 
     os.environ.update(environment)  # the server that forks has that of when it started
     try:
-        return record(function)(*arguments)  # tells the parent which error it was
-    finally:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()  # its threads would now and then abort a process that ends with them
+        result = function(*arguments)
+    except Exception as error:
+        # Now: as soon as this process ends its connections close, and the other rank fails as well
+        Path(failures, os.environ["RANK"]).write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+        raise
+    if distributed.is_initialized():
+        distributed.destroy_process_group()  # its threads would now and then abort a process that ends with them
+    return result
 
 
 def on_two_ranks(bench: Bench) -> dict[int, tuple[str, list[list[float]]]]:
     """Train on two ranks: by rank, the identity's digest and the sample batch's values."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
     try:
         pickle.dumps(bench)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -95,16 +123,8 @@ def on_two_ranks(bench: Bench) -> dict[int, tuple[str, list[list[float]]]]:
         )
     try:
         return launch(_on_one_rank, bench)
-    except ChildFailedError as error:
-        rank, message = first_failure(error)
-        pytest.fail(f"Rank {rank} of two failed: {message}", pytrace=False)
-
-
-def first_failure(error: Any) -> tuple[int, str]:
-    """Of a `ChildFailedError`, the rank that failed first and its error's message."""
-    _, failure = error.get_first_failure()
-    message = failure.message["message"] if isinstance(failure.message, dict) else failure.message
-    return failure.local_rank, str(message)
+    except RankFailedError as error:
+        pytest.fail(str(error), pytrace=False)
 
 
 def _on_one_rank(bench: Bench) -> tuple[str, list[list[float]]]:
