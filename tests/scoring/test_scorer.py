@@ -103,6 +103,7 @@ def test_flex_attention_agrees(monkeypatch, options):
 @pytest.mark.parametrize(("head_dim", "dtype"), [(8, torch.float32), (16, torch.float64)])
 def test_what_flex_attention_cannot_compute_is_packed_without_it(monkeypatch, head_dim, dtype):
     monkeypatch.setattr(attention, "FLEX_DEVICES", {"cpu"})
+    monkeypatch.delattr(attention, "_flex")
     model, batch = tiny("llama", head_dim=head_dim).to(dtype), random_batch()
     scorer = trusted(model)
     torch.testing.assert_close(scorer.log_probs(batch), trl_log_probs(model, batch), rtol=0, atol=TOLERANCE)
