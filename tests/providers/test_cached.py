@@ -316,7 +316,7 @@ class TestPadding:
         holes = torch.tensor([[1, 0, 1], [1, 1, 1]])
         with pytest.raises(UnsupportedInputError, match="holes"):
             trainer.ref_model(input_ids=ids, attention_mask=holes, labels=ids, fused_lm_head=True)
-        with pytest.raises(UnsupportedInputError, match="token at its place"):
+        with pytest.raises(UnsupportedInputError, match="token at their place"):
             trainer.ref_model(input_ids=ids, labels=ids + 1, fused_lm_head=True)
 
     def test_rows_that_depend_on_their_batch(self, tmp_path, use):
