@@ -24,10 +24,12 @@ def rng_kept() -> Iterator[None]:
 
 
 def random_state() -> dict[str, Any]:
-    """Where the streams of the CPU are, by the library that they are of: equal if no number was drawn in between."""
+    """Where the streams are, by the library that they are of: equal if no number was drawn in between."""
     numpy: Any = np.random.get_state()
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    cuda = torch.cuda.get_rng_state_all() if started else []
     return {
         "python": random.getstate(),
         "numpy": (numpy[1].tobytes(), *numpy[2:]),
-        "torch": torch.get_rng_state().numpy().tobytes(),
+        "torch": tuple(state.numpy().tobytes() for state in (torch.get_rng_state(), *cuda)),
     }

@@ -35,6 +35,21 @@ AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """What accelerate's `mixed_precision` computes in; anything else leaves the model's own dtype."""
 
 
-def tolerance_for(mixed_precision: str, dtype: torch.dtype) -> Tolerance:
+def tolerance_for(mixed_precision: str, dtype: torch.dtype, device_type: str) -> Tolerance:
     """The tolerance of a model in `dtype` that runs under accelerate's `mixed_precision`."""
-    return TOLERANCES.get(AUTOCAST_DTYPES.get(mixed_precision, dtype), TOLERANCES[torch.bfloat16])
+    computed_in = AUTOCAST_DTYPES.get(mixed_precision, dtype)
+    if computed_in == torch.float32 and rounds_float32(device_type):
+        computed_in = torch.float16  # TF32 has its mantissa
+    return TOLERANCES.get(computed_in, TOLERANCES[torch.bfloat16])
+
+
+def rounds_float32(device_type: str) -> bool:
+    """
+    Whether products of float32 matrices are computed in less (TF32), as `tf32=True` of the training arguments or
+    `torch.set_float32_matmul_precision` asks for.
+    """
+    backend = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}.get(device_type)
+    precision = "none" if backend is None else backend.matmul.fp32_precision
+    if precision == "none":  # no one has asked by the newer of torch's two ways, which the older may not be mixed with
+        return torch.get_float32_matmul_precision() != "highest"
+    return bool(precision != "ieee")

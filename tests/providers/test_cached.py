@@ -276,6 +276,16 @@ class TestMisses:
         with pytest.raises(MissingRowError):
             build("kto", tmp_path, path, args=use("never", per_device_train_batch_size=3))
 
+    def test_products_rounded_to_tf32(self, tmp_path, use):
+        path, matmul = tiny.saved(tmp_path), torch.backends.mkldnn.matmul
+        build("dpo", tmp_path, path, args=use())
+        before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+        try:
+            with pytest.raises(MissingRowError):
+                build("dpo", tmp_path, path, args=use("never"))
+        finally:
+            matmul.fp32_precision = before
+
     def test_edited_policy(self, tmp_path, use):
         model = AutoModelForCausalLM.from_pretrained(tiny.saved(tmp_path))
         build("dpo", tmp_path, model, args=use())

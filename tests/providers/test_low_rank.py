@@ -72,3 +72,20 @@ def test_zero():
     zero = LowRank(torch.zeros(4, 2), torch.ones(2, 3))
     smaller = zero.recompressed(1e-4, 2)
     assert (smaller.matrix.rank, smaller.left_out, smaller.norm) == (0, 0.0, 0.0)
+
+
+def test_tf32_is_not_for_averages(monkeypatch):
+    matmul, svd, during = torch.backends.cuda.matmul, torch.linalg.svd, []
+
+    def watched(*args, **kwargs):
+        during.append(matmul.fp32_precision)
+        return svd(*args, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "svd", watched)
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        random(5, 6, 3, 0).recompressed(1e-4, 3)
+        assert during == ["ieee"]
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before

@@ -174,6 +174,34 @@ class TestScoring:
             fail.clear()
             assert ask(url, body=body_of(failing, rows()))[0] == 200
 
+    def test_a_device_that_computes_no_more_is_seen_in_the_health(self):
+        lost = engine()
+
+        def score(units):
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+        lost.score, lost.works = score, lambda: False
+        with serving(lost) as url:
+            assert ask(url, path="/health", method="GET")[0] == 200
+            assert ask(url, body=body_of(lost, rows()))[0] == 500
+            wait_until(lambda: ask(url, path="/health", method="GET")[0] == 503)
+            assert ask(url, body=body_of(lost, rows()))[0] == 503
+
+    def test_padding_beyond_the_positions_of_a_model_is_refused(self):
+        """Nothing is computed there: a GPU would not recover from it."""
+        served = engine("gpt2", scoring="exact")
+        limit = served.facts.max_length
+        short = Row.completion([5, 6], [7, 8])
+        wide = PaddedRows([short, short], [0, limit], limit + 8)
+        request = wire.ScoringRequest(wide, served.facts.digest)
+        with serving(served) as url:
+            body = wire.encode_request(request)
+            status, _, answer = ask(url, body=body)
+            assert status == 200
+            refused = wire.decode_answer(answer, request, body).refused
+            assert refused.keys() == {0, 1}
+            assert f"padded to {limit + 8}" in refused[0]
+
 
 class TestRefusals:
     def test_a_list_of_nothing_does_not_fill_the_memory(self, url):

@@ -31,6 +31,7 @@ class Model:
         self.go = threading.Semaphore(0)
         self.begun = threading.Semaphore(0)
         self.poison = None
+        self.works = True
 
     def score(self, units):
         self.batches.append([int(unit.rows.rows[0].input_ids[0]) for unit in units])
@@ -50,7 +51,7 @@ def model():
 
 @pytest.fixture
 def batcher(model):
-    made = Batcher(model.score, token_budget=80, queue_tokens=1000)
+    made = Batcher(model.score, lambda: model.works, token_budget=80, queue_tokens=1000)
     # The first unit keeps the thread busy, so that what a test submits next is there before the next batch is made
     made.submit(0, request(unit(0)))
     assert model.begun.acquire(timeout=10)
@@ -160,7 +161,7 @@ def test_the_queue_is_bounded_and_says_when_to_come_back(batcher, model):
 
 
 def test_a_request_beyond_the_bound_is_taken_by_an_empty_queue(model):
-    small = Batcher(model.score, token_budget=80, queue_tokens=10)
+    small = Batcher(model.score, lambda: model.works, token_budget=80, queue_tokens=10)
     taken = small.submit(1, request(unit(1, length=50)))
     with pytest.raises(QueueFullError):
         small.submit(2, request(unit(2)))
@@ -171,7 +172,7 @@ def test_a_request_beyond_the_bound_is_taken_by_an_empty_queue(model):
 
 def test_a_slow_model_has_a_short_queue(model):
     """Not more than a minute's work, whatever the bound: clients would give up waiting, and ask again."""
-    slow = Batcher(model.score, token_budget=80, queue_tokens=1_000_000)
+    slow = Batcher(model.score, lambda: model.works, token_budget=80, queue_tokens=1_000_000)
     first = slow.submit(1, request(unit(1)))
     time.sleep(0.2)
     finish(model, 1)
@@ -216,7 +217,7 @@ def test_a_pass_that_fails_is_out_of_memory_before_its_rows_are_tried_one_by_one
         yield 0, [np.zeros(9, np.float32)]
 
     kept = []
-    batcher = Batcher(score, token_budget=80, queue_tokens=1000)
+    batcher = Batcher(score, lambda: True, token_budget=80, queue_tokens=1000)
     assert firsts(batcher.submit(1, request(unit(1), unit(2))).result(10)) == {0: 0, 1: 0}
     assert kept == [None, None]
     batcher.close()
@@ -232,3 +233,19 @@ def test_closing_finishes_what_was_taken(batcher, model):
     assert not batcher.alive
     with pytest.raises(ClosedError):
         batcher.submit(1, request(unit(2)))
+
+
+def test_a_device_that_computes_no_more_ends_the_work(batcher, model):
+    """What waits fails as well, and is asked for elsewhere, instead of failing row by row."""
+    model.poison, model.works = 1, False
+    poisoned = batcher.submit(1, request(unit(1, whole=True)))
+    waiting = batcher.submit(2, request(unit(2), unit(3)))
+    finish(model)
+    with pytest.raises(RuntimeError, match="poison"):
+        poisoned.result(10)
+    with pytest.raises(ClosedError):
+        waiting.result(10)
+    batcher.close()
+    assert not batcher.alive
+    with pytest.raises(ClosedError):
+        batcher.submit(3, request(unit(4)))

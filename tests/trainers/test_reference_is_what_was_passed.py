@@ -4,10 +4,13 @@ import math
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from trl_refplug import ReferenceMismatchError, RefPlugDPOTrainer
+from trl_refplug.providers.copies import snapshot
+from trl_refplug.trainers.policy import output_device
 
 from .. import tiny
 from .runs import KINDS, ONLINE, build, config, train
@@ -257,3 +260,39 @@ def test_loaded_peft_policy_keeps_only_its_adapter(tmp_path):
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "a", is_trainable=True)
     trainer = build("dpo", tmp_path, model, args={"ref_provider": "adapter", "ref_provider_kwargs": {"start": "base"}})
     assert set(trainer.model.peft_config) == {"default"}
+
+
+class TestSpreadPolicies:
+    """`device_map="auto"` spreads a policy over what GPUs there are; here all of them are the CPU."""
+
+    @pytest.fixture
+    def policy(self, tmp_path):
+        model = AutoModelForCausalLM.from_pretrained(tiny.saved(tmp_path))
+        spread = dict.fromkeys(("model.embed_tokens", "model.layers", "model.norm", "lm_head"), "cpu")
+        return dispatch_model(model, {**spread, "model.rotary_emb": "cpu"}, force_hooks=True)
+
+    def test_a_copy_that_moves_leaves_the_policy_alone(self, policy):
+        copied = snapshot(policy).to(torch.float64)
+        assert {parameter.dtype for parameter in copied.parameters()} == {torch.float64}
+        assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
+
+    def test_the_copy_is_made_where_it_will_be(self, policy):
+        policy.lm_head.weight = policy.model.embed_tokens.weight
+        copied = snapshot(policy, device="meta")
+        assert {tensor.device.type for tensor in (*copied.parameters(), *copied.buffers())} == {"meta"}
+        assert copied.lm_head.weight is copied.model.embed_tokens.weight
+        assert {parameter.device.type for parameter in policy.parameters()} == {"cpu"}
+        assert all(parameter.requires_grad for parameter in policy.parameters())
+
+    def test_training(self, policy, tmp_path):
+        plain = train("dpo", tmp_path, tiny.saved(tmp_path), args={"ref_provider": "frozen"})
+        using = {"ref_provider": "frozen", "ref_provider_kwargs": {"device": "cpu"}}
+        run = train("dpo", tmp_path, policy, args=using)
+        assert run.logs == plain.logs
+        placed = run.trainer.ref_model.provider.module
+        assert not any(hasattr(module, "_hf_hook") for module in placed.modules())
+
+    def test_answers_come_where_the_policys_do(self, policy):
+        assert output_device(policy) is None
+        policy.hf_device_map = {"model": "cuda:0", "lm_head": "cuda:1"}
+        assert output_device(policy) == policy.lm_head.weight.device

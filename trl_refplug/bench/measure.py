@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import resource
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from trl_refplug.bench.workloads import Workload
 from trl_refplug.errors import ConfigurationError
+from trl_refplug.resident_set import peak_resident_set
 from trl_refplug.scoring.exact import exact_log_probs
 from trl_refplug.scoring.execution import causal_lm
 from trl_refplug.scoring.operations import count_operations
@@ -262,4 +262,4 @@ def _peak(device: torch.device) -> int:
         status = Path("/proc/self/status").read_text()
         return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
     except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_resident_set()

@@ -109,7 +109,7 @@ def check(
     """
     from trl_refplug.tolerances import Tolerance, tolerance_for
 
-    allowed = tolerance_for("no", dtype.of_torch())
+    allowed = tolerance_for("no", dtype.of_torch(), "cpu")
     if tolerance is not None:
         allowed = Tolerance(largest=tolerance, mean=tolerance)
     pairs = read_pairs(data, rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """Precisions of the weights."""
 
     float32 = "float32"

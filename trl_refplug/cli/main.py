@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -62,6 +63,9 @@ def _options(
 def main() -> None:
     """Run the command line. A [`RefPlugError`] ends it with a message and exit code 2, Ctrl-C with 130."""
     warnings.formatwarning = _formatted_warning
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an arrow that a terminal does not have ends no command
     try:
         app(prog_name="trl-refplug")
     except KeyboardInterrupt:

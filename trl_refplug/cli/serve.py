@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ from trl_refplug.serving.keys import read_key
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """Precisions of the weights."""
 
     auto = "auto"
@@ -26,7 +26,7 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
-class Scoring(str, Enum):
+class Scoring(StrEnum):
     """Ways to lay rows out."""
 
     packed = "packed"

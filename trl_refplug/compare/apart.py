@@ -110,6 +110,6 @@ def _work(sending: Connection, job: Job, contender: Contender, folder: Path) -> 
 
 
 def _death(exitcode: int | None) -> str:
-    if exitcode == -signal.SIGKILL:
+    if exitcode == -9:  # SIGKILL
         return "its process was killed, most likely because memory ran out"
     return f"its process ended with exit status {exitcode}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from peft import LoraConfig
 from transformers import PrinterCallback, TrainerCallback
 
 from trl_refplug import RefPlugDPOConfig, RefPlugDPOTrainer
+from trl_refplug.resident_set import peak_resident_set
 
 
 PAIRS_PER_STEP = 2
@@ -136,14 +136,7 @@ def peak_memory() -> int:
     """Bytes: the largest resident set of this process, or on a GPU the most that was allocated there."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes
+    return peak_resident_set()
 
 
 def silence() -> None:

@@ -250,16 +250,23 @@ class CachedProvider(ReferenceProvider):
         from trl_refplug.tolerances import tolerance_for
 
         dtype = getattr(torch, self._model_facts.dtype)
-        tolerance = tolerance_for(str(context.accelerator.mixed_precision), dtype)
+        tolerance = tolerance_for(str(context.accelerator.mixed_precision), dtype, context.accelerator.device.type)
         chosen = self.options
         return Filler(context, self._scored_by, self._keys, tolerance, fill=chosen.fill, verify=chosen.verify)
 
     def _row_keys(self, context: ReferenceContext) -> RowKeys:
         from trl_refplug.providers.caching.row_keys import RowKeys
         from trl_refplug.store import ScoringFacts
-        from trl_refplug.tolerances import AUTOCAST_DTYPES
+        from trl_refplug.tolerances import AUTOCAST_DTYPES, rounds_float32
 
         autocast = AUTOCAST_DTYPES.get(str(context.accelerator.mixed_precision))
+        computed_in = None if autocast is None else str(autocast).removeprefix("torch.")
+        if (
+            autocast is None
+            and self._model_facts.dtype == "float32"
+            and rounds_float32(context.accelerator.device.type)
+        ):
+            computed_in = "tf32"
 
         def facts(mode: str) -> ScoringFacts:
             return ScoringFacts(
@@ -268,7 +275,7 @@ class CachedProvider(ReferenceProvider):
                 scoring_mode=mode,
                 temperature=context.temperature,
                 cast_lm_head_to_fp32=bool(getattr(context.args, "cast_lm_head_to_fp32", False)),
-                autocast_dtype=None if autocast is None else str(autocast).removeprefix("torch."),
+                autocast_dtype=computed_in,
             )
 
         return RowKeys(facts("packed"), facts("exact"), self._model_facts)

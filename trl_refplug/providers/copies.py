@@ -18,9 +18,17 @@ if TYPE_CHECKING:
     from trl_refplug.providers.frozen import FrozenOptions
 
 
-def snapshot(policy: nn.Module, dtype: str | None = None) -> nn.Module:
+_MOVERS = ("to", "cuda", "xpu", "npu", "mlu", "musa", "sdaa")
+"""Methods that accelerate replaces, on a model spread over devices, by functions which move that very model."""
+
+
+def snapshot(policy: nn.Module, dtype: str | None = None, device: str | None = None) -> nn.Module:
     """
     A frozen copy of `policy` as it is in memory, in eval mode, sharing no storage with it.
+
+    Args:
+        dtype (`str`, *optional*): Of the copy; that of the policy by default.
+        device (`str`, *optional*): Where its weights are made; by default each where the policy's is.
 
     Under ZeRO-3 the parameters hold only this rank's shard and cannot be deep-copied: a model is built anew from the
     configuration, partitioned the same way, and each shard is copied.
@@ -33,7 +41,9 @@ def snapshot(policy: nn.Module, dtype: str | None = None) -> nn.Module:
             )
         module = _zero3_copy(policy)
     else:
-        module = copy.deepcopy(policy)
+        module = copy.deepcopy(policy, {} if device is None else _copies(policy, torch.device(device)))
+        for name in _MOVERS:
+            module.__dict__.pop(name, None)  # a copy of it would still move the policy
     if dtype not in (None, "auto"):
         module = module.to(getattr(torch, str(dtype)))
     return freeze(module)
@@ -81,6 +91,19 @@ def freeze(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         parameter.grad = None
     return module
+
+
+def _copies(policy: nn.Module, device: torch.device) -> dict[int, Any]:
+    """What `copy.deepcopy` is to take for the weights: made on `device`, as the policy's own may have no room."""
+    from torch import nn
+
+    made: dict[int, Any] = {}
+    for tensor in (*policy.parameters(), *policy.buffers()):
+        if type(tensor) is nn.Parameter:
+            made[id(tensor)] = nn.Parameter(tensor.detach().to(device, copy=True), requires_grad=False)
+        elif type(tensor) is torch.Tensor:
+            made[id(tensor)] = tensor.detach().to(device, copy=True)
+    return made
 
 
 def _zero3_copy(policy: nn.Module) -> nn.Module:

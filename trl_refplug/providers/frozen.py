@@ -101,7 +101,7 @@ class FrozenProvider(ReferenceProvider):
         elif self.options.model is not None:
             module, name = load_model(self.options, context.policy, context.args), self.options.model
         else:
-            module, name = snapshot(context.policy, self.options.dtype), "policy"
+            module, name = snapshot(context.policy, self.options.dtype, self.options.device), "policy"
         adapter = getattr(module, "active_adapter", None) if hasattr(module, "peft_config") else None
         self._identity = ReferenceIdentity(
             provider="frozen",

@@ -87,7 +87,7 @@ def connect_vllm(
     known = known_row(policy.config.get_text_config().vocab_size)
     tolerance = TOLERANCES[torch.bfloat16]  # nothing says what an unknown server computes in
     if options.starts_as_policy:
-        tolerance = tolerance_for(_mixed_precision(context), policy.dtype)
+        tolerance = tolerance_for(_mixed_precision(context), policy.dtype, context.args.device.type)
     model = causal_lm(policy)
     client = VllmClient(
         transport,

@@ -23,6 +23,7 @@ from trl_refplug.scoring.attention import UnsafeError, tree_attention
 from trl_refplug.scoring.head import Head
 from trl_refplug.scoring.layout import Pack
 from trl_refplug.scoring.rows import IGNORED
+from trl_refplug.tolerances import rounds_float32
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -103,18 +104,9 @@ def _computed_in(hidden: Tensor) -> torch.dtype:
     """The dtype whose rounding errors the backbone's output has."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    if dtype == torch.float32 and _rounds_float32(device):
+    if dtype == torch.float32 and rounds_float32(device):
         return torch.float16  # TF32 has the mantissa of float16
     return dtype
-
-
-def _rounds_float32(device: str) -> bool:
-    """Whether products of float32 matrices are computed in less. Of torch's two ways to say so one may be used."""
-    backend = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}.get(device)
-    precision = getattr(getattr(backend, "matmul", None), "fp32_precision", "none")  # since torch 2.9
-    if precision == "none":
-        return torch.get_float32_matmul_precision() != "highest"
-    return bool(precision != "ieee")
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def make_app(engine: Engine, *, key: str | None = None, limits: Limits | None = 
         limits ([`Limits`], *optional*): What a client may ask for.
     """
     limits = limits or Limits()
-    batcher = Batcher(engine.score, token_budget=engine.token_budget, queue_tokens=limits.queue_tokens)
+    batcher = Batcher(engine.score, engine.works, token_budget=engine.token_budget, queue_tokens=limits.queue_tokens)
     facts = msgspec.json.encode(engine.facts)
 
     @asynccontextmanager

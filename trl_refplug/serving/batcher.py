@@ -68,13 +68,16 @@ class Batcher:
 
     Args:
         score (`Callable`): Scores units that go together: [`~Engine.score`]. Called on one thread only.
+        works (`Callable`): Asked after a failure whether there is any use in going on: [`~Engine.works`]. If not,
+            all that waits fails, and nothing more is taken.
         token_budget (`int`): Most tokens scored together.
         queue_tokens (`int`): When this many tokens wait or are being computed, or what takes a minute, no more are
             taken.
     """
 
-    def __init__(self, score: Score, *, token_budget: int, queue_tokens: int) -> None:
+    def __init__(self, score: Score, works: Callable[[], bool], *, token_budget: int, queue_tokens: int) -> None:
         self._score = score
+        self._works = works
         self._budget = token_budget
         self._bound = queue_tokens
         self._changed = threading.Condition()
@@ -161,7 +164,10 @@ class Batcher:
                     self._changed.wait()
                 batch = self._next()
             started = time.perf_counter()
-            self._compute(batch)
+            if not self._compute(batch) and not self._works():
+                logger.critical("The device computes no more. Start this server anew.")
+                self._give_up()
+                return
             speed = sum(entry.unit.tokens for entry in batch) / max(time.perf_counter() - started, 1e-6)
             self._speed = 0.5 * (self._speed or speed) + 0.5 * speed
 
@@ -187,8 +193,10 @@ class Batcher:
                     del self._queues[client]
         return batch
 
-    def _compute(self, batch: Sequence[_Entry]) -> None:
+    def _compute(self, batch: Sequence[_Entry]) -> bool:
+        """Whether all of it could be."""
         pending = dict(enumerate(batch))
+        sound = True
         try:
             for index, values in self._score([entry.unit for entry in batch]):
                 self._deliver(pending.pop(index), values)
@@ -196,9 +204,19 @@ class Batcher:
             if len(pending) == 1:
                 logger.exception("Scoring failed.")
                 self._deliver(pending.popitem()[1], error)
+                sound = False
         # One unit must not fail the others. Not inside `except`, where the error keeps the memory of the pass
         for entry in pending.values():
-            self._compute([entry])
+            sound = self._compute([entry]) and sound
+        return sound
+
+    def _give_up(self) -> None:
+        with self._changed:
+            self._closed = True
+            waiting = [entry for queue in self._queues.values() for entry in queue]
+            self._queues.clear()
+        for entry in waiting:
+            self._deliver(entry, ClosedError())
 
     def _deliver(self, entry: _Entry, result: list[Values] | Exception) -> None:
         with self._changed:

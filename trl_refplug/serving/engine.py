@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from trl_refplug.identity import digest_model
@@ -104,6 +105,11 @@ class Engine:
         """Which rows this model cannot score, and why."""
         facts = self.facts
         limit = facts.max_length or float("inf")
+        if self._in_its_padding(rows) and self._absolute and rows.width > limit:
+            # Position by position through the padding: beyond the limit a GPU fails for good, and for everyone
+            return dict.fromkeys(
+                range(len(rows)), f"it is padded to {rows.width:,} tokens; the model takes at most {limit:,}"
+            )
         reasons = {}
         for index, (row, left) in enumerate(zip(rows.rows, rows.lefts, strict=True)):
             if not len(row):
@@ -119,13 +125,24 @@ class Engine:
     def units(self, request: ScoringRequest, indices: Sequence[int]) -> list[tuple[Unit, list[int]]]:
         """The work that the rows at `indices` make, each unit with the rows that it answers."""
         rows, temperature = request.rows.take(indices), request.temperature
-        padding_counts = self._absolute and any(rows.lefts)
-        if self.facts.scoring == "exact" or padding_counts or rows.width > self._batch_limit:
+        if self._in_its_padding(rows):
             rows = replace(rows, padding_id=min(rows.padding_id, self.facts.vocab_size - 1))
             return [(Unit(rows, temperature, whole=True), list(indices))]
         units = [(Unit(PaddedRows.flush_left([r]), temperature), [i]) for i, r in zip(indices, rows.rows, strict=True)]
         # Rows with common prefixes become neighbours, so that they stay together in one pass
         return sorted(units, key=lambda unit: unit[0].rows.rows[0].input_ids.astype(">i8").tobytes())
+
+    def _in_its_padding(self, rows: PaddedRows) -> bool:
+        """Whether rows are scored as they were sent."""
+        padding_counts = self._absolute and any(rows.lefts)
+        return self.facts.scoring == "exact" or padding_counts or rows.width > self._batch_limit
+
+    def works(self) -> bool:
+        """Whether the device still computes. After some failures a GPU does not, in this process."""
+        try:
+            return torch.ones(1, device=self.device).sum().item() == 1
+        except RuntimeError:
+            return False
 
     def score(self, units: Sequence[Unit]) -> Iterator[tuple[int, list[Values]]]:
         """

@@ -132,6 +132,8 @@ class LocalFolder:
     def publish(self, name: str, data: bytes) -> None:
         temporary = self._write_temporary(data)
         os.rename(temporary, self.directory / name)
+        if os.name != "posix":
+            return
         # Makes the rename itself survive a power cut.
         handle = os.open(self.directory, os.O_RDONLY)
         try:
@@ -221,7 +223,8 @@ class RemoteFolder:
         try:
             self._filesystem.get([f"{self._path}/{name}" for name in wanted], [os.fspath(path) for path in arriving])
             for path, name in zip(arriving, wanted, strict=True):
-                os.rename(path, self.directory / name)
+                with contextlib.suppress(FileExistsError):  # on Windows, where another process was faster
+                    os.rename(path, self.directory / name)
         finally:
             for path in arriving:
                 path.unlink(missing_ok=True)

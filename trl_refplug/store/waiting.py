@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class WaitingRows:
     def encoded(self, provenance: Mapping[str, Any]) -> tuple[Manifest, bytes]:
         """All rows as a shard: its manifest, and its file."""
         data = encode_shard(list(self.rows), list(self.rows.values()))
-        now = datetime.now(timezone.utc)
+        now = datetime.now(UTC)
         manifest = Manifest(
             name=new_name(now),
             rows=len(self.rows),

@@ -210,9 +210,12 @@ def tiny_image_policy(seed: int = 0) -> PreTrainedModel:
 
 def tiny_image_processor() -> Any:
     """A processor for images of 16 by 16 pixels, which are four tokens. Needs Pillow."""
-    from transformers import CLIPImageProcessorPil, LlavaProcessor
+    import transformers
+    from transformers import LlavaProcessor
 
-    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    # Since transformers 5.4 the other one needs torchvision
+    kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    images = kind(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     return LlavaProcessor(
         images,
         tiny_tokenizer(),

@@ -29,7 +29,7 @@ def check_against_policy(
     Raises:
         ReferenceMismatchError: They differ beyond rounding (`strict`; else a warning).
     """
-    expected = policy_log_probs(trainer.model, batch)
+    expected = policy_log_probs(trainer.model, batch).to(log_probs.device)
     scored = batch.labels[:, 1:] != -100
     difference = torch.where(scored, (log_probs - expected).abs(), 0.0)
     count = scored.sum().clamp(min=1)
@@ -53,7 +53,7 @@ def check_against_policy(
 
 def _tolerance(trainer: Any) -> Tolerance:
     dtype = getattr(trainer.accelerator.unwrap_model(trainer.model), "dtype", torch.float32)
-    return tolerance_for(str(trainer.accelerator.mixed_precision), dtype)
+    return tolerance_for(str(trainer.accelerator.mixed_precision), dtype, trainer.accelerator.device.type)
 
 
 def _table(log_probs: Tensor, expected: Tensor, scored: Tensor) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from torch import nn
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
@@ -37,7 +38,7 @@ def place(module: Any, trainer: Any, *, temperature: float, device: str | None) 
                 f"A reference on its own device ({device!r}) cannot be combined with DeepSpeed or FSDP, which place "
                 "it themselves. Remove the option 'device'."
             )
-        module = module.to(device)
+        module = _moved(module, torch.empty(0, device=device).device)
         placed = trainer.accelerator.prepare_model(module, device_placement=False, evaluation_mode=True)
     elif trainer.is_deepspeed_enabled:
         placed = prepare_deepspeed(module, trainer.accelerator)
@@ -48,6 +49,18 @@ def place(module: Any, trainer: Any, *, temperature: float, device: str | None) 
     placed.eval()  # not chained: a DeepSpeed engine's eval() returns None
     result: nn.Module = placed
     return result
+
+
+def _moved(module: Any, device: torch.device) -> nn.Module:
+    """All of `module` on one device, with nothing left of having been spread over several."""
+    module = remove_hook_from_module(module, recurse=True)
+    for part in module.modules():
+        part.__dict__.pop(
+            "hf_device_map", None
+        )  # quantised models may not be prepared for another device than it says
+    if any(tensor.device != device for tensor in (*module.parameters(), *module.buffers())):
+        module = module.to(device)
+    return module  # type: ignore[no-any-return]
 
 
 def _cast_lm_head(model: Any) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trl_refplug.provider import ReferenceBatch, ReferenceProvider
 from trl_refplug.providers.peft_policy import REFERENCE_ADAPTER, is_peft
 from trl_refplug.scoring import evaluation_mode, exact_log_probs
+from trl_refplug.scoring.execution import causal_lm
 
 
 def output_dtype(accelerator: Any) -> torch.dtype:
@@ -19,6 +20,14 @@ def output_dtype(accelerator: Any) -> torch.dtype:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     dtype: torch.dtype | None = getattr(getattr(plugin, "mixed_precision_policy", None), "output_dtype", None)
     return dtype or torch.float32
+
+
+def output_device(model: Any) -> torch.device | None:
+    """Where the policy's log-probs come out, where that is not where its inputs are: it is spread over devices."""
+    inner = causal_lm(model)
+    spread = len(set(getattr(inner, "hf_device_map", {}).values())) > 1
+    device: torch.device = inner.get_output_embeddings().weight.device
+    return device if spread and device.type != "meta" else None
 
 
 def adapter_names(model: Any) -> frozenset[str]:

@@ -163,7 +163,8 @@ class ReferenceSession:
                 "`mixed_precision_policy` to torch.float32.",
                 dtype,
             )
-        self.stand_in = ReferenceModel(self.provider, self._first_call, self.look_ahead, dtype)
+        device = policies.output_device(trainer.model)
+        self.stand_in = ReferenceModel(self.provider, self._first_call, self.look_ahead, dtype, device)
         return self.stand_in
 
     @property

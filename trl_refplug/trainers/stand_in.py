@@ -28,6 +28,7 @@ class ReferenceModel(nn.Module):
         first_call (`Callable`): Called once with the first batch and its log-probs, before they are used.
         look_ahead ([`LookAhead`], *optional*): Who may have asked already.
         dtype (`torch.dtype`): What the policy's own log-probs come in.
+        device (`torch.device`, *optional*): Where they come out, if not on the device of the inputs.
 
     Attributes:
         calls (`int`): How often the trainer asked.
@@ -43,12 +44,14 @@ class ReferenceModel(nn.Module):
         first_call: Callable[[ReferenceBatch, Tensor], None],
         look_ahead: LookAhead | None = None,
         dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.provider = provider  # no module itself: the trainer does not find, move, save or train what it holds
         self._first_call = first_call
         self._look_ahead = look_ahead
         self._dtype = dtype
+        self._device = device
         self.calls = 0
         self.seconds = 0.0
 
@@ -72,6 +75,9 @@ class ReferenceModel(nn.Module):
                 f"Reference provider {provider.identity().provider!r} scores text only, and this batch has "
                 f"{sorted(set(extras) - ROW_WISE)}. Use ref_provider='frozen' or 'adapter'."
             )
+        if input_ids.is_cuda:
+            # The policy's forward pass is still on its way there; to wait for it is not to wait for the reference
+            torch.cuda.current_stream(input_ids.device).synchronize()
         started = time.perf_counter()
         with torch.no_grad():
             coming = None if self._look_ahead is None else self._look_ahead.take(batch)
@@ -87,7 +93,7 @@ class ReferenceModel(nn.Module):
         if self.calls == 1:
             self._first_call(batch, log_probs)
         plugin_manager().scored(identity=provider.identity(), batch=batch, log_probs=log_probs, seconds=seconds)
-        return FusedCausalLMOutput(log_probs=log_probs.to(self._dtype))
+        return FusedCausalLMOutput(log_probs=log_probs.to(self._device, self._dtype))
 
     def get_parameter(self, target: str) -> nn.Parameter:
         module = self.provider.module

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,22 @@ import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Products of float32 matrices in float32, even where training uses TF32: of its 10 bits no average is made."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()  # MPS knows no float64
 
 
 @dataclass(frozen=True)
@@ -33,10 +50,11 @@ class LowRank:
 
     def norm(self) -> float:
         """Frobenius norm."""
-        left, right = self.left.double(), self.right.double()
+        left, right = _double(self.left), _double(self.right)
         squared = ((left.T @ left) * (right @ right.T)).sum()
         return float(squared.clamp(min=0).sqrt())
 
+    @full_float32()
     def row_norms(self, weight: Tensor) -> Tensor:
         """
         Euclidean norm of every row of `weight + left @ right`.
@@ -53,6 +71,7 @@ class LowRank:
         squared += ((self.left @ (self.right @ self.right.T)) * self.left).sum(dim=1)
         return squared.clamp(min=0).sqrt()
 
+    @full_float32()
     def recompressed(self, tolerance: float, max_rank: int) -> Recompressed:
         """
         The same matrix with as small a rank as an error of `tolerance` allows, and at most `max_rank`.
@@ -65,7 +84,7 @@ class LowRank:
         orthogonal_right, upper_right = torch.linalg.qr(self.right.T)
         u, singular, vh = torch.linalg.svd(upper_left @ upper_right.T, full_matrices=False)
         # tails[k]: norm of what is left out when k singular values are kept
-        tails = singular.double().square().flip(0).cumsum(0).sqrt().flip(0)
+        tails = singular.cpu().double().square().flip(0).cumsum(0).sqrt().flip(0)
         tails = torch.cat([tails, tails.new_zeros(1)])
         needed = int((tails > tolerance * tails[0]).sum())
         kept = min(needed, max_rank)

@@ -12,6 +12,7 @@ from trl_refplug.errors import ConfigurationError, did_you_mean
 from trl_refplug.identity import strip_wrappers
 from trl_refplug.providers.averaging.shards import full_shape, is_sharded, local, named_parameters, part_of, refresh
 from trl_refplug.providers.averaging.tensor_files import TensorReader, write_tensors
+from trl_refplug.ranks import sum_over_ranks
 
 
 if TYPE_CHECKING:
@@ -115,14 +116,13 @@ class ModelAverage:
             if part.is_floating_point():
                 difference = torch.linalg.vector_norm(part.to(average.dtype) - average, dtype=torch.float32)
                 size = torch.linalg.vector_norm(part, dtype=torch.float32)
-                sums[is_sharded(theirs)].append(torch.stack([difference, size]).double().square())
+                # On the CPU: the model may be spread over devices, and not all of them know float64
+                sums[is_sharded(theirs)].append(torch.stack([difference, size]).cpu().double().square())
         total = torch.zeros(2, dtype=torch.float64)
         for sharded, squares in sums.items():
             if squares:
                 squared = torch.stack(squares).sum(dim=0)
-                if sharded:
-                    torch.distributed.all_reduce(squared)
-                total += squared.cpu()
+                total += sum_over_ranks(squared) if sharded else squared
         difference_squared, size_squared = total.tolist()
         return float((difference_squared / size_squared) ** 0.5) if size_squared else 0.0
 
