@@ -48,8 +48,8 @@ def serving(
     limits = limits or Limits()
     ready = threading.Event()
     with listen("127.0.0.1", port) as listener:
-        app = around(make_app(served, key=key, limits=limits))
-        server = Server(app, limits=limits, ready=ready.set, **ssl)
+        app = make_app(served, key=key, limits=limits)
+        server = Server(around(app), limits=limits, ready=ready.set, lost=app.state.lost, **ssl)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         assert ready.wait(30)

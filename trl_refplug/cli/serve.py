@@ -111,8 +111,10 @@ def serve(
                 if self.force_exit:
                     os._exit(130)  # an interpreter that ends while a thread of it is in a forward pass is aborted
 
-        server = Ended(make_app(engine, key=key, limits=limits), limits=limits, ready=ready, **ssl)
-        server.run(sockets=[listener])
+        app = make_app(engine, key=key, limits=limits)
+        Ended(app, limits=limits, ready=ready, lost=app.state.lost, **ssl).run(sockets=[listener])
+        if app.state.lost():
+            raise typer.Exit(1)  # what was logged says why; whatever started it starts it anew
 
 
 def _check_directory(model: str) -> None:

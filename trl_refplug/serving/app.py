@@ -56,6 +56,9 @@ def make_app(engine: Engine, *, key: str | None = None, limits: Limits | None = 
         engine ([`Engine`]): Scores; used by this application alone.
         key (`str`, *optional*): What clients have to present as a bearer token.
         limits ([`Limits`], *optional*): What a client may ask for.
+
+    Returns:
+        `Starlette`: Its `state.lost()` says whether it will not score again, because the device computes no more.
     """
     limits = limits or Limits()
     batcher = Batcher(engine.score, engine.works, token_budget=engine.token_budget, queue_tokens=limits.queue_tokens)
@@ -109,6 +112,7 @@ def make_app(engine: Engine, *, key: str | None = None, limits: Limits | None = 
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
+    app.state.lost = lambda: batcher.lost
     return app
 
 

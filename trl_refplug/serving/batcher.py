@@ -70,6 +70,9 @@ class Batcher:
         score (`Callable`): Scores units that go together: [`~Engine.score`]. Called on one thread only.
         works (`Callable`): Asked after a failure whether there is any use in going on: [`~Engine.works`]. If not,
             all that waits fails, and nothing more is taken.
+
+    Attributes:
+        lost (`bool`): Whether that was so.
         token_budget (`int`): Most tokens scored together.
         queue_tokens (`int`): When this many tokens wait or are being computed, or what takes a minute, no more are
             taken.
@@ -86,6 +89,7 @@ class Batcher:
         self._waiting = 0  # tokens
         self._speed = 0.0  # tokens/s, of late
         self._closed = False
+        self.lost = False
         self._thread = threading.Thread(target=self._run, name="refplug-scoring", daemon=True)
         self._thread.start()
 
@@ -212,7 +216,7 @@ class Batcher:
 
     def _give_up(self) -> None:
         with self._changed:
-            self._closed = True
+            self._closed = self.lost = True
             waiting = [entry for queue in self._queues.values() for entry in queue]
             self._queues.clear()
         for entry in waiting:

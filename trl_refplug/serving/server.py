@@ -76,18 +76,22 @@ def http_protocol(limits: Limits) -> type[asyncio.Protocol]:
 
 class Server(uvicorn.Server):
     """
-    Serves an application on a socket until it is told to stop (SIGTERM, Ctrl-C, `should_exit`), and then finishes what
-    it took.
+    Serves an application on a socket until it is told to stop (SIGTERM, Ctrl-C, `should_exit`) or is lost, and then
+    finishes what it took.
 
     Args:
         app: An ASGI application.
         limits ([`Limits`]): Of which the deadlines are uvicorn's part.
         ready (`Callable`): Called once, when connections are taken.
+        lost (`Callable`): Whether there is no use in going on.
         ssl (`dict`): uvicorn's `ssl_*` arguments.
     """
 
-    def __init__(self, app: Any, *, limits: Limits, ready: Callable[[], None], **ssl: Any) -> None:
+    def __init__(
+        self, app: Any, *, limits: Limits, ready: Callable[[], None], lost: Callable[[], bool], **ssl: Any
+    ) -> None:
         self._ready = ready
+        self._lost = lost
         super().__init__(
             uvicorn.Config(
                 app,
@@ -109,6 +113,9 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._lost()
 
 
 def listen(host: str, port: int) -> socket.socket:
