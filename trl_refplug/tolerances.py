@@ -49,7 +49,4 @@ def rounds_float32(device_type: str) -> bool:
     `torch.set_float32_matmul_precision` asks for.
     """
     backend = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}.get(device_type)
-    precision = "none" if backend is None else backend.matmul.fp32_precision
-    if precision == "none":  # no one has asked by the newer of torch's two ways, which the older may not be mixed with
-        return torch.get_float32_matmul_precision() != "highest"
-    return bool(precision != "ieee")
+    return backend is not None and backend.matmul.fp32_precision not in ("none", "ieee")

@@ -284,13 +284,20 @@ class TestSpreadPolicies:
         assert {parameter.device.type for parameter in policy.parameters()} == {"cpu"}
         assert all(parameter.requires_grad for parameter in policy.parameters())
 
-    def test_training(self, policy, tmp_path):
-        plain = train("dpo", tmp_path, tiny.saved(tmp_path), args={"ref_provider": "frozen"})
-        using = {"ref_provider": "frozen", "ref_provider_kwargs": {"device": "cpu"}}
+    @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+    def test_training(self, policy, tmp_path, bf16):
+        plain = train("dpo", tmp_path, tiny.saved(tmp_path), args={"ref_provider": "frozen", "bf16": bf16})
+        using = {"ref_provider": "frozen", "ref_provider_kwargs": {"device": "cpu"}, "bf16": bf16}
         run = train("dpo", tmp_path, policy, args=using)
         assert run.logs == plain.logs
         placed = run.trainer.ref_model.provider.module
         assert not any(hasattr(module, "_hf_hook") for module in placed.modules())
+
+    def test_training_of_an_adapter(self, policy, tmp_path):
+        policy = get_peft_model(policy, LORA)
+        using = {"ref_provider": "frozen", "ref_provider_kwargs": {"device": "cpu"}}
+        run = train("dpo", tmp_path, policy, args=using)
+        starts_at_zero("dpo", run)
 
     def test_answers_come_where_the_policys_do(self, policy):
         assert output_device(policy) is None

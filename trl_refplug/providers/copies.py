@@ -42,8 +42,9 @@ def snapshot(policy: nn.Module, dtype: str | None = None, device: str | None = N
         module = _zero3_copy(policy)
     else:
         module = copy.deepcopy(policy, {} if device is None else _copies(policy, torch.device(device)))
-        for name in _MOVERS:
-            module.__dict__.pop(name, None)  # a copy of it would still move the policy
+        for part in module.modules():
+            for name in _MOVERS:
+                part.__dict__.pop(name, None)  # copied, it would still move the policy
     if dtype not in (None, "auto"):
         module = module.to(getattr(torch, str(dtype)))
     return freeze(module)

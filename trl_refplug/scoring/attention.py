@@ -242,7 +242,7 @@ def _soft_capped(cap: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tenso
 def _compiled_flex_attention() -> Any:
     # No pack is as long as another: without `dynamic` each would be compiled, and soon none. There is still a variant
     # for every head size, dtype and device; beyond the limit, scores of all pairs would be held
-    options: dict[str, Any] = {"recompile_limit": 64, "isolate_recompiles": True}  # torch 2.12 has these, 2.7 has not
+    options: dict[str, Any] = {"recompile_limit": 64, "isolate_recompiles": True}  # not in torch 2.9
     known = inspect.signature(torch.compile).parameters
     return torch.compile(flex_attention, dynamic=True, **{name: options[name] for name in options if name in known})
 

@@ -70,12 +70,12 @@ class Batcher:
         score (`Callable`): Scores units that go together: [`~Engine.score`]. Called on one thread only.
         works (`Callable`): Asked after a failure whether there is any use in going on: [`~Engine.works`]. If not,
             all that waits fails, and nothing more is taken.
-
-    Attributes:
-        lost (`bool`): Whether that was so.
         token_budget (`int`): Most tokens scored together.
         queue_tokens (`int`): When this many tokens wait or are being computed, or what takes a minute, no more are
             taken.
+
+    Attributes:
+        lost (`bool`): Whether the device computes no more.
     """
 
     def __init__(self, score: Score, works: Callable[[], bool], *, token_budget: int, queue_tokens: int) -> None:

@@ -124,6 +124,8 @@ class Engine:
 
     def units(self, request: ScoringRequest, indices: Sequence[int]) -> list[tuple[Unit, list[int]]]:
         """The work that the rows at `indices` make, each unit with the rows that it answers."""
+        if not indices:
+            return []
         rows, temperature = request.rows.take(indices), request.temperature
         if self._in_its_padding(rows):
             rows = replace(rows, padding_id=min(rows.padding_id, self.facts.vocab_size - 1))
@@ -141,6 +143,8 @@ class Engine:
         """Whether the device still computes. After some failures a GPU does not, in this process."""
         try:
             return torch.ones(1, device=self.device).sum().item() == 1
+        except torch.OutOfMemoryError:
+            return True
         except RuntimeError:
             return False
 

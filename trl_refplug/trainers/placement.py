@@ -24,13 +24,6 @@ def place(module: Any, trainer: Any, *, temperature: float, device: str | None) 
         device (`str` or `None`): Where it lives; `None` for wherever the trainer puts models.
     """
     args = trainer.args
-    base = module.get_base_model() if hasattr(module, "get_base_model") else module
-    if args.disable_dropout:
-        disable_dropout_in_model(module)
-    cast_lm_head = getattr(args, "cast_lm_head_to_fp32", False)
-    if cast_lm_head:
-        _cast_lm_head(base)
-    add_fused_lm_head(base, temperature=temperature, cast_lm_head_to_fp32=cast_lm_head)
     sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     if device is not None:
         if sharded:
@@ -39,6 +32,14 @@ def place(module: Any, trainer: Any, *, temperature: float, device: str | None) 
                 "it themselves. Remove the option 'device'."
             )
         module = _moved(module, torch.empty(0, device=device).device)
+    base = module.get_base_model() if hasattr(module, "get_base_model") else module
+    if args.disable_dropout:
+        disable_dropout_in_model(module)
+    cast_lm_head = getattr(args, "cast_lm_head_to_fp32", False)
+    if cast_lm_head:
+        _cast_lm_head(base)
+    add_fused_lm_head(base, temperature=temperature, cast_lm_head_to_fp32=cast_lm_head)
+    if device is not None:
         placed = trainer.accelerator.prepare_model(module, device_placement=False, evaluation_mode=True)
     elif trainer.is_deepspeed_enabled:
         placed = prepare_deepspeed(module, trainer.accelerator)
@@ -53,8 +54,9 @@ def place(module: Any, trainer: Any, *, temperature: float, device: str | None) 
 
 def _moved(module: Any, device: torch.device) -> nn.Module:
     """All of `module` on one device, with nothing left of having been spread over several."""
-    module = remove_hook_from_module(module, recurse=True)
     for part in module.modules():
+        if "_hf_hook" in part.__dict__:  # a wrapper of PEFT would answer for what it wraps
+            remove_hook_from_module(part)
         part.__dict__.pop(
             "hf_device_map", None
         )  # quantised models may not be prepared for another device than it says

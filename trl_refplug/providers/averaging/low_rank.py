@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Products of float32 matrices in float32, even where training uses TF32: of its 10 bits no average is made."""
-    matmul = torch.backends.cuda.matmul
+    everywhere: Any = torch.backends
+    matmul = everywhere.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "ieee"
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        matmul.fp32_precision = "none" if before == everywhere.fp32_precision else before  # it was inherited
 
 
 def _double(tensor: Tensor) -> Tensor:
