@@ -63,6 +63,7 @@ def check_one_sharded(rank, kind, mode, head_apart):
         for batch in (first, second):
             expected = trl_log_probs(tiny(kind), batch)
             torch.testing.assert_close(scorer.log_probs(batch), expected, rtol=0, atol=TOLERANCE)
+    assert scorer.stats.fallback is None
     # A batch that only one rank can pack leaves both in step
     scorer = Scorer(model, mode=mode)
     holes = random_batch(seed=8)

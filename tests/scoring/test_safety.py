@@ -64,6 +64,19 @@ def test_a_sliding_window_longer_than_the_rows_is_packed():
     assert scorer.stats.fallback is None
 
 
+@pytest.mark.parametrize("length", [15, 16, 17, 18])
+def test_rows_about_as_long_as_a_sliding_window(length):
+    model = tiny("mistral", sliding_window=16)
+    prompt = list(range(5, 5 + length - 3))
+    batch = batch_of([prompt, prompt], [[7, 8, 9], [9, 8, 7]])
+    scorer = Scorer(model, mode="packed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExactFallbackWarning)
+        found = scorer.log_probs(batch)
+    torch.testing.assert_close(found, trl_log_probs(model, batch), rtol=0, atol=TOLERANCE)
+    assert (scorer.stats.fallback is None) == (length <= 16)
+
+
 def test_of_a_stream_only_the_rows_that_are_too_long_are_scored_exactly():
     model = tiny("mistral", sliding_window=16)
     rows = [Row.completion(list(range(5, 5 + length)), [7, 8, 9]) for length in (4, 30, 5, 30, 6)]
@@ -75,6 +88,18 @@ def test_of_a_stream_only_the_rows_that_are_too_long_are_scored_exactly():
     exact = dict(Scorer(model).score_rows(rows))
     for index, answer in answers.items():
         torch.testing.assert_close(answer, exact[index], rtol=0, atol=TOLERANCE)
+
+
+def test_left_padding_of_queries_scaled_by_position_is_scored_exactly():
+    scaled = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+    scaled |= {"llama_4_scaling_beta": 0.5, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+    model = tiny("ministral3", rope_parameters=scaled, max_position_embeddings=64)
+    right, left = random_batch(), random_batch(side="left")
+    scorer = Scorer(model, mode="packed")
+    torch.testing.assert_close(scorer.log_probs(right), trl_log_probs(model, right), rtol=0, atol=TOLERANCE)
+    assert scorer.stats.fallback is None
+    with pytest.warns(ExactFallbackWarning, match="absolute positions"):
+        assert torch.equal(scorer.log_probs(left), trl_log_probs(model, left))
 
 
 def test_left_padding_of_absolute_positions_is_scored_exactly():
@@ -188,6 +213,7 @@ def test_out_of_memory_halves_the_budget_and_loses_nothing(mode, choose, error, 
     model.model.layers[1].__class__ = ScarceMemory
     answers = [answer for answers in scorer.score_passes(rows, choose) for answer in answers]
     assert sorted(index for index, _ in answers) == list(range(24))
+    assert 25 <= scorer._packed.budget <= 100  # halved as often as it had to be
     for index, answer in answers:
         torch.testing.assert_close(answer, expected[index], rtol=0, atol=TOLERANCE)
 

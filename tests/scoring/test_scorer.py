@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from tests.scoring.models import ARCHITECTURES, VOCAB, batch_of, random_batch, t
 from trl_refplug import ConfigurationError
 from trl_refplug.provider import ReferenceBatch
 from trl_refplug.scoring import ExactFallbackWarning, Row, Scorer, ScoreStats, attention
+from trl_refplug.scoring.head import Head
+from trl_refplug.scoring.padding import PaddedRows
 
 
 TOLERANCE = 2e-5
@@ -48,6 +51,7 @@ def trusted(model, **options):
     """A packed scorer past its verification."""
     scorer = Scorer(model, mode="packed", **options)
     scorer.log_probs(random_batch(seed=99))
+    assert scorer.stats.fallback is None
     return scorer
 
 
@@ -147,19 +151,69 @@ def test_a_head_the_trainer_added_is_kept():
     assert torch.equal(scorer.log_probs(batch), trl_log_probs(model, batch, 0.5))
 
 
+def test_what_is_scored_is_the_label_and_not_the_token():
+    model, batch = tiny("llama"), random_batch(size=3)
+    others = torch.randint(3, VOCAB, batch.labels.shape, generator=torch.Generator().manual_seed(0))
+    other = replace(batch, labels=torch.where(batch.labels == -100, -100, others))
+    found, expected = trusted(model).log_probs(other), trl_log_probs(model, other)
+    assert (expected - trl_log_probs(model, batch)).abs().max() > 0.1
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+
+
+class Outermost(torch.nn.Module):
+    """Like what accelerate or FSDP wrap a model in: what it does to a pass is done only by its own `forward`."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+        self.calls = 0
+
+    def forward(self, *args, **kwargs):
+        self.calls += 1
+        return self.module(*args, **kwargs)
+
+
+@pytest.mark.parametrize("mode", ["exact", "packed"])
+def test_every_pass_goes_through_the_outermost_forward(mode):
+    model = Outermost(tiny("llama"))
+    scorer = trusted(model) if mode == "packed" else Scorer(model)
+    before = model.calls, scorer.stats.forwards
+    scorer.log_probs(random_batch())
+    list(scorer.score_rows(PaddedRows.of(random_batch(seed=1)).rows))
+    assert model.calls - before[0] == scorer.stats.forwards - before[1] == 2
+
+
+def test_the_fused_head_is_the_tiled_one():
+    """What projects on GPUs, by TRL's implementation without Triton."""
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(40, 16), torch.randn(60, 16), torch.randn(60)
+    targets = torch.randint(60, (40,))
+    for head in (Head(1.0, None, 1.0, False), Head(0.25, 3.0, 0.7, False)):
+        for b in (None, bias):
+            found, expected = head._fused(hidden, targets, weight, b), head._tiled(hidden, targets, weight, b)
+            torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+
+
 lists = st.lists(st.integers(3, VOCAB - 1), max_size=9)
 
 
 @st.composite
 def batches(draw):
+    """With rows that are there twice or are prefixes of others, and with labels here and there."""
     prompts = draw(st.lists(lists.filter(len), min_size=1, max_size=3))
     pairs = draw(st.lists(st.tuples(st.sampled_from(prompts), lists), min_size=1, max_size=6))
-    return batch_of(
+    pairs += [(prompt, completion[: draw(st.integers(0, 9))]) for prompt, completion in pairs if draw(st.booleans())]
+    batch = batch_of(
         [prompt for prompt, _ in pairs],
         [completion for _, completion in pairs],
         draw(st.sampled_from(["left", "right"])),
         draw(st.integers(0, 2)),
     )
+    if draw(st.booleans()):  # turns of several speakers
+        size = batch.labels.numel()
+        unscored = torch.tensor(draw(st.lists(st.booleans(), min_size=size, max_size=size)))
+        batch.labels[unscored.view_as(batch.labels)] = -100
+    return batch
 
 
 MODELS = {kind: tiny(kind) for kind in ("llama", "gemma2")}

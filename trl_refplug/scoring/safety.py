@@ -74,7 +74,8 @@ def batch_length_limit(inner: PreTrainedModel) -> float:
 
 def absolute_positions(inner: PreTrainedModel) -> bool:
     """Whether shifting a row, as padding on its left does, may change its log-probabilities."""
-    return not _rope_parameters(inner.config.get_text_config())
+    parameters = _rope_parameters(inner.config.get_text_config())
+    return not parameters or any("llama_4_scaling_beta" in some for some in parameters)  # Ministral scales queries
 
 
 def in_lockstep(model: nn.Module) -> bool:
