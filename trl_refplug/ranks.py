@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from accelerate import PartialState
 from torch import Tensor, distributed
 
 
@@ -14,8 +14,10 @@ def least(number: int) -> int:
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of all ranks' tensors: small ones on the CPU, where NCCL reduces none."""
-    return torch.stack(_of_all_ranks(tensor)).sum(dim=0)
+    """The sum of all ranks' tensors, on the CPU, where NCCL reduces none."""
+    moved = tensor.to(PartialState().device)
+    distributed.all_reduce(moved)
+    return moved.cpu()
 
 
 def any_rank(holds: bool) -> bool:

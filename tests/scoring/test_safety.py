@@ -93,7 +93,7 @@ def test_of_a_stream_only_the_rows_that_are_too_long_are_scored_exactly():
 def test_left_padding_of_queries_scaled_by_position_is_scored_exactly():
     scaled = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
     scaled |= {"llama_4_scaling_beta": 0.5, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
-    model = tiny("ministral3", rope_parameters=scaled, max_position_embeddings=64)
+    model = tiny("ministral3", num_key_value_heads=2, head_dim=8, rope_parameters=scaled, max_position_embeddings=64)
     right, left = random_batch(), random_batch(side="left")
     scorer = Scorer(model, mode="packed")
     torch.testing.assert_close(scorer.log_probs(right), trl_log_probs(model, right), rtol=0, atol=TOLERANCE)
