@@ -37,10 +37,15 @@ AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def tolerance_for(mixed_precision: str, dtype: torch.dtype, device_type: str) -> Tolerance:
     """The tolerance of a model in `dtype` that runs under accelerate's `mixed_precision`."""
-    computed_in = AUTOCAST_DTYPES.get(mixed_precision, dtype)
-    if computed_in == torch.float32 and rounds_float32(device_type):
-        computed_in = torch.float16  # TF32 has its mantissa
-    return TOLERANCES.get(computed_in, TOLERANCES[torch.bfloat16])
+    rounded = as_precise_as(AUTOCAST_DTYPES.get(mixed_precision, dtype), device_type)
+    return TOLERANCES.get(rounded, TOLERANCES[torch.bfloat16])
+
+
+def as_precise_as(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """The dtype whose rounding errors a computation in `dtype` has."""
+    if dtype == torch.float32 and rounds_float32(device_type):
+        return torch.float16  # TF32 has its mantissa
+    return dtype
 
 
 def rounds_float32(device_type: str) -> bool:

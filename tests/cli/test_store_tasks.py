@@ -65,6 +65,9 @@ def test_as_commands(tmp_path: Path) -> None:
     assert f"12 rows with ref_chosen_logps and ref_rejected_logps in {table}" in done.stdout
     assert not list((tmp_path / "out").glob("**/*.safetensors"))
     assert len(Dataset.from_parquet(str(table))) == 12
+    done = run_here("store", "verify", wrong_copy(store, tmp_path / "wrong"), "--", "dpo", *flags(tmp_path))
+    assert done.returncode == 2
+    assert "24 rows of the store were scored again" in done.stderr
 
 
 class TestVerify:

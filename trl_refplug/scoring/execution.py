@@ -23,7 +23,7 @@ from trl_refplug.scoring.attention import UnsafeError, tree_attention
 from trl_refplug.scoring.head import Head
 from trl_refplug.scoring.layout import Pack
 from trl_refplug.scoring.rows import IGNORED
-from trl_refplug.tolerances import rounds_float32
+from trl_refplug.tolerances import as_precise_as
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -104,9 +104,7 @@ def _computed_in(hidden: Tensor) -> torch.dtype:
     """The dtype whose rounding errors the backbone's output has."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    if dtype == torch.float32 and rounds_float32(device):
-        return torch.float16  # TF32 has the mantissa of float16
-    return dtype
+    return as_precise_as(dtype, device)
 
 
 @contextmanager

@@ -24,9 +24,8 @@ def place(module: Any, trainer: Any, *, temperature: float, device: str | None) 
         device (`str` or `None`): Where it lives; `None` for wherever the trainer puts models.
     """
     args = trainer.args
-    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     if device is not None:
-        if sharded:
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             raise ConfigurationError(
                 f"A reference on its own device ({device!r}) cannot be combined with DeepSpeed or FSDP, which place "
                 "it themselves. Remove the option 'device'."
@@ -57,9 +56,7 @@ def _moved(module: Any, device: torch.device) -> nn.Module:
     for part in module.modules():
         if "_hf_hook" in part.__dict__:  # a wrapper of PEFT would answer for what it wraps
             remove_hook_from_module(part)
-        part.__dict__.pop(
-            "hf_device_map", None
-        )  # quantised models may not be prepared for another device than it says
+        part.__dict__.pop("hf_device_map", None)  # accelerate refuses quantised models that it says are elsewhere
     if any(tensor.device != device for tensor in (*module.parameters(), *module.buffers())):
         module = module.to(device)
     return module  # type: ignore[no-any-return]
