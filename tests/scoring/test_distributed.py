@@ -1,38 +1,33 @@
 """Models spread over two ranks: the same numbers, and as many forward passes on each."""
 
-import tempfile
+import os
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 from tests.scoring.models import batch_of, random_batch, tiny
 from tests.scoring.test_safety import LeakyLayer
 from tests.scoring.test_scorer import TOLERANCE, trl_log_probs
 from trl_refplug.errors import UnsupportedInputError
 from trl_refplug.scoring import ExactFallbackWarning, Row, Scorer
+from trl_refplug.testing.ranks import launch
 
 
-def run_on_two_ranks(check, *args):
-    with tempfile.TemporaryDirectory() as directory:
-        arguments = (Path(directory) / "meeting").as_uri(), check, args
-        mp.start_processes(_rank, arguments, nprocs=2, start_method="forkserver")
+def on_two_ranks(check, *args):
+    launch(_on_one_rank, check, args)
 
 
-def _rank(rank, meeting, check, args):
+def _on_one_rank(check, args):
     torch.set_num_threads(1)
-    timeout = timedelta(seconds=60)  # ranks that wait for each other fail
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timeout)
-    try:
-        check(rank, *args)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))  # ranks that wait for each other fail
+    check(int(os.environ["RANK"]), *args)
+    dist.barrier()
 
 
 def sharded(kind, head_apart=False):
@@ -82,7 +77,7 @@ SHARDED = [("llama", "exact", False)] + [
 
 @pytest.mark.filterwarnings("ignore")
 def test_fully_sharded_models():
-    run_on_two_ranks(check_sharded, *SHARDED)
+    on_two_ranks(check_sharded, *SHARDED)
 
 
 def check_replicated(rank):
@@ -111,4 +106,26 @@ def check_not_trusted(rank):
 
 
 def test_replicated_models():
-    run_on_two_ranks(check_replicated)
+    on_two_ranks(check_replicated)
+
+
+def check_tensor_parallel(rank, directory, kind, mode):
+    """Ranks have the same batches: one model answers them."""
+    model = AutoModelForCausalLM.from_pretrained(directory, distributed_config=DistributedConfig(tp_size=2)).eval()
+    weights = {name: parameter for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)}
+    assert any("lm_head" in name or "embed_tokens" in name for name in weights)
+    assert any("q_proj" in name for name in weights)
+    scorer = Scorer(model, mode=mode, token_budget=16)
+    for seed in range(3):
+        batch = random_batch(seed=seed, side=("left", "right")[seed % 2])
+        expected = trl_log_probs(tiny(kind), batch)
+        torch.testing.assert_close(scorer.log_probs(batch), expected, rtol=0, atol=TOLERANCE)
+    assert scorer.stats.fallback is None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mode", ["exact", "packed"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_tensor_parallel_models(tmp_path, kind, mode):
+    tiny(kind).save_pretrained(tmp_path)
+    on_two_ranks(check_tensor_parallel, tmp_path, kind, mode)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import deepspeed
@@ -15,6 +16,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from tests import tiny
 from tests.trainers.runs import DATA, ONLINE, TRL, config, finished, trainer_class, zero
 from trl_refplug.identity import digest_model
+from trl_refplug.scoring import ExactFallbackWarning
 
 
 def policy_of(job: dict, *, sharded: bool) -> str | torch.nn.Module:
@@ -66,4 +68,5 @@ if __name__ == "__main__":
     disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
+    warnings.simplefilter("error", ExactFallbackWarning)  # what is to be packed is packed
     Path(sys.argv[2]).write_text(json.dumps([run(job) for job in json.loads(sys.argv[1])]))

@@ -52,6 +52,16 @@ def test_frozen_equals_trl(tmp_path, kind, stage):
         assert result["logs"] == theirs["logs"]
 
 
+@pytest.mark.parametrize("provider", ["frozen", "adapter"])
+def test_packed_scoring_equals_exact(tmp_path, provider):
+    job = {"stage": 3, "lora": provider == "adapter"}
+    packing = {"args": {"ref_provider": provider, "ref_provider_kwargs": {"scoring": "packed"}}}
+    exact, packed = run(tmp_path, {**job, "args": {"ref_provider": provider}}, {**job, **packing})
+    assert exact["logs"]
+    for ours, theirs in zip(packed["logs"], exact["logs"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+
+
 @pytest.mark.parametrize("policy", ["instance", "unsharded instance"])
 @pytest.mark.parametrize("stage", [2, 3])
 def test_an_edited_policy_is_its_own_reference(tmp_path, stage, policy):
