@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from trl_refplug.provider import ReferenceBatch
 
@@ -16,6 +16,20 @@ VOCAB = 61
 
 _SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 _GROUPED = {**_SMALL, "num_key_value_heads": 2, "max_position_embeddings": 256}
+
+_SEES = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+_SEES |= {"image_size": 8, "patch_size": 4}
+_QWEN_SEES = {"depth": 1, "num_heads": 2, "hidden_size": 32, "embed_dim": 16, "out_hidden_size": 32}
+_THREE_POSITIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+_QWEN_TOKENS = {"image_token_id": 60, "video_token_id": 59, "vision_start_token_id": 58, "vision_end_token_id": 57}
+
+SEEING: dict[str, dict[str, Any]] = {
+    "llava": {"text": {"model_type": "llama"}, "vision": {"model_type": "clip_vision_model", **_SEES}},
+    "gemma3": {"text": {"query_pre_attn_scalar": 8}, "vision": _SEES, "mm_tokens_per_image": 4},
+    "qwen2_vl": {"text": {"rope_parameters": _THREE_POSITIONS}, "vision": _QWEN_SEES, **_QWEN_TOKENS},
+    "qwen2_5_vl": {"text": {"rope_parameters": _THREE_POSITIONS}, "vision": _QWEN_SEES, **_QWEN_TOKENS},
+}
+"""Model type to what makes it tiny, for [`with_images`]."""
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {**_GROUPED},
@@ -29,6 +43,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**_GROUPED, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
     "mistral": {**_GROUPED, "sliding_window": 64},
     "phi": {**_SMALL, "max_position_embeddings": 256},  # an LM head with a bias
+    "gemma4_text": {  # layers whose heads are of different sizes
+        **_GROUPED,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 64,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCAB,
+        "final_logit_softcapping": 3.0,
+    },
 }
 """Model type to the configuration that makes it tiny."""
 
@@ -43,6 +67,18 @@ def tiny(kind: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
         if isinstance(module, torch.nn.Linear) and module.bias is not None:
             torch.nn.init.normal_(module.bias, std=0.2)
     return model
+
+
+def with_images(kind: str, text: dict[str, Any], vision: dict[str, Any], **options: Any) -> PreTrainedModel:
+    """A random model that also sees, with the text side of a tiny one."""
+    torch.manual_seed(0)
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.25}
+    config = CONFIG_MAPPING[kind](
+        text_config={"vocab_size": VOCAB, **_GROUPED, "head_dim": 8, **special, **text},
+        vision_config=vision,
+        **options,
+    )
+    return AutoModelForImageTextToText.from_config(config).eval()
 
 
 def batch_of(

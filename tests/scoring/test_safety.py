@@ -1,5 +1,6 @@
 """Models and batches that packing would get wrong are recognised, and scored exactly with a warning that says why."""
 
+import re
 import warnings
 from dataclasses import replace
 
@@ -7,9 +8,9 @@ import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import BartConfig, BartForConditionalGeneration
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaModel
 
-from tests.scoring.models import VOCAB, batch_of, random_batch, tiny
+from tests.scoring.models import VOCAB, batch_of, random_batch, tiny, with_images
 from tests.scoring.test_scorer import TOLERANCE, trl_log_probs
 from trl_refplug.errors import UnsupportedInputError
 from trl_refplug.scoring import ExactFallbackWarning, Row, Scorer
@@ -19,12 +20,23 @@ from trl_refplug.scoring.padding import PaddedRows
 SLIDING = {"sliding_window": 8}
 DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}
 
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+LINEAR |= {"num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2}
+LINEAR |= {"layer_types": ["linear_attention", "full_attention"]}
+
 UNSAFE = {
     "mistral": (SLIDING, "sliding window of 8"),
     "gemma2": (SLIDING, "sliding window of 8"),
     "bloom": ({"n_layer": 2, "n_head": 4}, "ALiBi"),
     "falcon": ({"alibi": True}, "ALiBi"),
+    "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 2}, "ALiBi"),
     "mamba": ({"state_size": 4}, "recurrent"),
+    "recurrent_gemma": ({"num_key_value_heads": 2}, "recurrent"),
+    "lfm2": (
+        {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
+        "recurrent or hybrid layers (conv)",
+    ),
+    "qwen3_next": (LINEAR, "recurrent or hybrid layers (linear_attention)"),
     "falcon_h1": (
         {"num_key_value_heads": 2, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
         "recurrent",
@@ -48,7 +60,7 @@ def test_unsafe_models_are_scored_exactly(kind, streamed):
     model, batch = tiny(kind, **options), random_batch()
     expected = trl_log_probs(model, batch)
     scorer = Scorer(model, mode="packed")
-    with pytest.warns(ExactFallbackWarning, match=reason):
+    with pytest.warns(ExactFallbackWarning, match=re.escape(reason)):
         found = stream(scorer, batch) if streamed else scorer.log_probs(batch)
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE if streamed else 0)
     assert reason in scorer.stats.fallback
@@ -100,6 +112,29 @@ def test_left_padding_of_queries_scaled_by_position_is_scored_exactly():
     assert scorer.stats.fallback is None
     with pytest.warns(ExactFallbackWarning, match="absolute positions"):
         assert torch.equal(scorer.log_probs(left), trl_log_probs(model, left))
+
+
+class Placed(LlamaModel):
+    """Learns where a token is from its position alone, and no configuration tells."""
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, inputs_embeds=None, **kwargs):
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1])[None]
+        embeddings = self.embed_tokens(input_ids) + 0.01 * position_ids[..., None]
+        return super().forward(
+            inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+        )
+
+
+def test_left_padding_that_turns_out_to_count_is_scored_exactly():
+    model, batch = tiny("llama"), random_batch(side="left")
+    model.model.__class__ = Placed
+    scorer = Scorer(model, mode="packed")
+    for right in (random_batch(), random_batch(seed=1)):
+        torch.testing.assert_close(scorer.log_probs(right), trl_log_probs(model, right), rtol=0, atol=TOLERANCE)
+    assert scorer.stats.fallback is None
+    with pytest.warns(ExactFallbackWarning, match="absolute positions"):
+        assert torch.equal(scorer.log_probs(batch), trl_log_probs(model, batch))
 
 
 def test_left_padding_of_absolute_positions_is_scored_exactly():
@@ -155,14 +190,46 @@ class LeakyLayer(LlamaDecoderLayer):
         return super().forward(mixed, *args, **kwargs)
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-def test_a_model_that_disagrees_is_not_trusted(streamed):
-    model, batch = tiny("llama"), random_batch()
+class ReadsItsPrompt(LlamaDecoderLayer):
+    """Lets the first tokens of its input know all of each other, as a prefix language model does."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        prompt = hidden_states[:, :8]
+        read = torch.cat([prompt + 0.3 * prompt.mean(1, keepdim=True), hidden_states[:, 8:]], 1)
+        return super().forward(read, *args, **kwargs)
+
+
+class Dropping(LlamaMLP):
+    """An expert that takes half of a batch's tokens, and of these the first."""
+
+    def forward(self, hidden_states):
+        tokens = hidden_states.shape[0] * hidden_states.shape[1]
+        taken = (torch.arange(tokens) < tokens // 2).view(*hidden_states.shape[:2], 1)
+        return super().forward(hidden_states) * taken
+
+
+def leaky(model):
     model.model.layers[0].__class__ = LeakyLayer
+
+
+def reads_its_prompt(model):
+    model.model.layers[1].__class__ = ReadsItsPrompt
+
+
+def dropping(model):
+    model.model.layers[1].mlp.__class__ = Dropping
+
+
+@pytest.mark.parametrize("spoil", [leaky, reads_its_prompt, dropping])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_model_that_disagrees_is_not_trusted(streamed, spoil):
+    model, batch = tiny("llama"), random_batch()
+    spoil(model)
     scorer = Scorer(model, mode="packed")
     with pytest.warns(ExactFallbackWarning, match="differ from the exact call's"):
         found = stream(scorer, batch) if streamed else scorer.log_probs(batch)
-    torch.testing.assert_close(found, trl_log_probs(model, batch), rtol=0, atol=TOLERANCE if streamed else 0)
+    if spoil is not dropping or not streamed:  # what it drops depends on how rows are put together
+        torch.testing.assert_close(found, trl_log_probs(model, batch), rtol=0, atol=TOLERANCE if streamed else 0)
     assert torch.equal(scorer.log_probs(batch), trl_log_probs(model, batch))
 
 
@@ -359,6 +426,27 @@ def prefixed():
     return model
 
 
+class PrefixLM(LlamaModel):
+    """A mask with which all tokens of the prompt see each other."""
+
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        seen = torch.ones(input_ids.shape[1], input_ids.shape[1], dtype=torch.bool).tril()
+        seen[:8, :8] = True
+        return super().forward(input_ids, attention_mask=seen.expand(len(input_ids), 1, -1, -1), **kwargs)
+
+
+def prefix_lm():
+    model = tiny("llama")
+    model.model.__class__ = PrefixLM
+    return model
+
+
+def reads_both_ways():
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 16, "projection_dim": 32}
+    vision |= {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    return with_images("paligemma", {"model_type": "gemma"}, vision, projection_dim=32, image_token_index=VOCAB - 1)
+
+
 LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 LONG_ROPE = {"rope_parameters": LONG, "original_max_position_embeddings": 8}
 
@@ -378,6 +466,8 @@ REFUSED = {
     "two attentions in a layer": (lambda: tiny("diffllama", num_key_value_heads=2), "attention interface"),
     "rotary embeddings by length": (lambda: tiny("phi3", **LONG_ROPE), "longer than 8 tokens"),
     "tokens of its own": (prefixed, "attention over other tokens"),
+    "a prompt that is read both ways": (prefix_lm, "mask of its own"),
+    "a prefix language model": (reads_both_ways, "configured not to be causal"),
 }
 
 

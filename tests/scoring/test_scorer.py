@@ -8,15 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from trl.trainer.utils import add_fused_lm_head
 
-from tests.scoring.models import ARCHITECTURES, VOCAB, batch_of, random_batch, tiny
+from tests.scoring.models import ARCHITECTURES, SEEING, VOCAB, batch_of, random_batch, tiny, with_images
 from trl_refplug import ConfigurationError
 from trl_refplug.provider import ReferenceBatch
 from trl_refplug.scoring import ExactFallbackWarning, Row, Scorer, ScoreStats, attention
 from trl_refplug.scoring.head import Head
 from trl_refplug.scoring.padding import PaddedRows
+from trl_refplug.scoring.precision import disagreement
 
 
 TOLERANCE = 2e-5
@@ -114,22 +114,17 @@ def test_what_flex_attention_cannot_compute_is_packed_without_it(monkeypatch, he
     assert scorer.stats.fallback is None
 
 
-def test_the_text_side_of_a_vision_language_model_is_packed():
-    text = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    config = LlavaConfig(
-        text_config=LlamaConfig(**text, num_attention_heads=4, initializer_range=0.25),
-        vision_config=CLIPVisionConfig(**vision, image_size=8, patch_size=4),
-        image_token_index=VOCAB - 1,
-    )
-    model, batch = LlavaForConditionalGeneration(config).eval(), random_batch()
-    batch.input_ids[batch.input_ids == VOCAB - 1] = 3
-    batch.labels[batch.labels == VOCAB - 1] = 3
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", SEEING)
+def test_the_text_side_of_a_vision_language_model_is_packed(kind, side):
+    model, batch = with_images(kind, **SEEING[kind]), random_batch(side=side)
+    batch.input_ids[batch.input_ids > 56] = 3  # what stands for images
+    batch.labels[batch.labels > 56] = 3
     expected = trl_log_probs(model, batch)
     scorer = Scorer(model, mode="packed")
     for _ in range(2):
         torch.testing.assert_close(scorer.log_probs(batch), expected, rtol=0, atol=TOLERANCE)
+    assert scorer.stats.fallback is None
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "phi", "granite"])
@@ -197,6 +192,9 @@ def test_the_fused_head_is_the_tiled_one():
 lists = st.lists(st.integers(3, VOCAB - 1), max_size=9)
 
 
+budgets = st.sampled_from([4, 16, 2048])
+
+
 @st.composite
 def batches(draw):
     """With rows that are there twice or are prefixes of others, and with labels here and there."""
@@ -216,17 +214,49 @@ def batches(draw):
     return batch
 
 
-MODELS = {kind: tiny(kind) for kind in ("llama", "gemma2")}
+MODELS = {kind: tiny(kind) for kind in ("llama", "gemma2", "qwen3", "phi")}
+MODELS["half"] = tiny("llama").bfloat16()
 SCORERS = {kind: trusted(copy.deepcopy(model)) for kind, model in MODELS.items()}
 
 
 @settings(deadline=None, max_examples=60)
-@given(batch=batches(), kind=st.sampled_from(list(MODELS)), budget=st.sampled_from([4, 16, 2048]))
+@given(batch=batches(), kind=st.sampled_from([kind for kind in MODELS if kind != "half"]), budget=budgets)
 def test_packed_agrees_on_any_batch(batch, kind, budget):
     scorer = SCORERS[kind]
     scorer._packed.budget = budget
     found, expected = scorer.log_probs(batch), trl_log_probs(MODELS[kind], batch)
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+
+
+@settings(deadline=None, max_examples=30)
+@given(batch=batches(), budget=budgets)
+def test_in_half_precision_packed_agrees_on_any_batch(batch, budget):
+    scorer = SCORERS["half"]
+    scorer._packed.budget = budget
+    found, expected = scorer.log_probs(batch), trl_log_probs(MODELS["half"], batch)
+    scored = batch.labels[:, 1:] != -100
+    assert not scored.any() or disagreement(found[scored], expected[scored], torch.bfloat16) is None
+    assert (found[~scored] == 0).all()
+
+
+@st.composite
+def masked(draw):
+    """Masks with holes, rows that are masked whole, labels of masked tokens."""
+    batch = draw(batches())
+    size = batch.labels.numel()
+    bits = st.lists(st.booleans(), min_size=size, max_size=size).map(torch.tensor)
+    mask, scored = (draw(bits).view_as(batch.labels) for _ in range(2))
+    return replace(batch, attention_mask=mask.long(), labels=batch.input_ids.masked_fill(~scored, -100))
+
+
+@settings(deadline=None, max_examples=60)
+@given(batch=masked(), kind=st.sampled_from(["llama", "gemma2"]))
+def test_packed_agrees_under_any_mask(batch, kind):
+    """Packed or not: most of these cannot be."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExactFallbackWarning)
+        found = SCORERS[kind].log_probs(batch)
+    torch.testing.assert_close(found, trl_log_probs(MODELS[kind], batch), rtol=0, atol=TOLERANCE, equal_nan=True)
 
 
 @settings(deadline=None, max_examples=30)

@@ -41,7 +41,8 @@ def count_operations(model: PreTrainedModel) -> Operations:
     look-ups in tables (of tokens, positions or, in Gemma 3n, tokens per layer) are left out. Of routed experts, those
     active for one token count; of a model that also sees or hears, what text goes through.
     """
-    config = model.config.get_text_config()
+    layers = layer_configs(model.config.get_text_config())
+    config = layers[0]
     text = model.get_decoder()
     tables = [module for module in text.modules() if isinstance(module, nn.Embedding)]
     left_out = {id(module.weight) for module in (*tables, model.get_output_embeddings()) if module}
@@ -54,11 +55,22 @@ def count_operations(model: PreTrainedModel) -> Operations:
             continue
         size = float(math.prod(shape))
         weights += size * active / experts if ".experts." in name and experts > 1 else size
-    heads: int = _first(config, "num_attention_heads", "n_head") or 1
     hidden: int = _first(config, "hidden_size", "n_embd") or 1
+    width = sum(_attention_width(layer, hidden) for layer in layers)
+    return Operations(token=2 * weights, pair=4.0 * width, head=2.0 * config.vocab_size * hidden)
+
+
+def layer_configs(config: Any) -> list[Any]:
+    """What each layer is configured by: the same for all in most models, not so in Gemma 4."""
     layers: int = _first(config, "num_hidden_layers", "n_layer") or 1
-    head_dim: int = _first(config, "head_dim") or hidden // heads
-    return Operations(token=2 * weights, pair=4.0 * layers * heads * head_dim, head=2.0 * config.vocab_size * hidden)
+    own = getattr(config, "per_layer_config", None)
+    return [config] * layers if own is None else [own[index] for index in range(layers)]
+
+
+def _attention_width(config: Any, hidden: int) -> int:
+    """Of the queries of a layer, all heads together."""
+    heads: int = _first(config, "num_attention_heads", "n_head") or 1
+    return heads * (_first(config, "head_dim") or hidden // heads)
 
 
 def _first(config: Any, *names: str) -> Any:

@@ -41,6 +41,7 @@ class PackedPass:
     Attributes:
         config (`PretrainedConfig`), device (`torch.device`): Of the model.
         limit (`float`), limit_reason (`str`): The longest rows, padded, that may be packed, and why.
+        absolute (`bool`): Whether padding on its left changes a row's log-probs. Verification may find that it does.
         lockstep (`bool`): Whether every rank has to make as many forward passes as this one.
     """
 
@@ -56,7 +57,7 @@ class PackedPass:
         self._head = None if self.lockstep else head
         self._stats = stats
         self._cost = count_operations(inner)
-        self._absolute = safety.absolute_positions(inner)
+        self.absolute = safety.absolute_positions(inner)
 
     def unsafe_model(self) -> str | None:
         """Why no rows may be packed, as a phrase that completes "because of". Asked anew: adapters come and go."""
@@ -85,7 +86,7 @@ class PackedPass:
             raise UnsafeError(str(error)) from None
         if padded.width > self.limit:
             raise UnsafeError(self.limit_reason)
-        if self._absolute and any(padded.lefts):
+        if self.absolute and any(padded.lefts):
             raise UnsafeError("padding on the left of a model with absolute positions")
         return padded
 

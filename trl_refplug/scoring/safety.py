@@ -14,6 +14,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from trl_refplug.scoring.operations import layer_configs
+
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 
@@ -23,7 +25,8 @@ def unsafe_model(model: nn.Module, inner: PreTrainedModel) -> str | None:
     config = inner.config.get_text_config()
     if getattr(inner.config, "is_encoder_decoder", False):
         return "an encoder-decoder architecture"
-    if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", None):
+    both_ways = getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision")  # not of images
+    if getattr(config, "is_causal", True) is False or both_ways:
         return "attention that is configured not to be causal"
     if getattr(config, "alibi", False) or getattr(config, "model_type", "") in ("bloom", "mpt"):
         return "ALiBi position biases"
@@ -48,15 +51,20 @@ def length_limit(inner: PreTrainedModel) -> tuple[float, str]:
     config = inner.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     limits: list[tuple[float, str]] = [(float("inf"), "")]
-    window = getattr(config, "sliding_window", None)
+    window = _shortest(config, "sliding_window")
     if window and getattr(config, "use_sliding_window", True) and (not kinds or "sliding_attention" in kinds):
         limits.append((window, f"rows longer than the sliding window of {window} tokens"))
-    chunk = getattr(config, "attention_chunk_size", None)
+    chunk = _shortest(config, "attention_chunk_size")
     if chunk and (not kinds or "chunked_attention" in kinds):
         limits.append((chunk, f"rows longer than the attention chunk of {chunk} tokens"))
     original = batch_length_limit(inner)
     limits.append((original, f"rotary embeddings that change when the batch is longer than {original} tokens"))
     return min(limits)
+
+
+def _shortest(config: Any, name: str) -> int | None:
+    """Of the lengths that are set for some layer."""
+    return min(filter(None, (getattr(layer, name, None) for layer in layer_configs(config))), default=None)
 
 
 def batch_length_limit(inner: PreTrainedModel) -> float:
@@ -74,8 +82,11 @@ def batch_length_limit(inner: PreTrainedModel) -> float:
 
 def absolute_positions(inner: PreTrainedModel) -> bool:
     """Whether shifting a row, as padding on its left does, may change its log-probabilities."""
-    parameters = _rope_parameters(inner.config.get_text_config())
-    return not parameters or any("llama_4_scaling_beta" in some for some in parameters)  # Ministral scales queries
+    config = inner.config.get_text_config()
+    parameters = _rope_parameters(config)
+    # Ministral and Beam scale queries by where they are
+    scaled = getattr(config, "model_type", "") == "beam" or any("llama_4_scaling_beta" in some for some in parameters)
+    return scaled or not parameters
 
 
 def in_lockstep(model: nn.Module) -> bool:

@@ -8,6 +8,7 @@ packed pass is the exact one, and nothing is learnt about sharing. The rows made
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,13 @@ import torch
 from torch import Tensor
 
 from trl_refplug.scoring.exact import exact_log_probs
-from trl_refplug.scoring.execution import evaluation_mode
+from trl_refplug.scoring.execution import causal_lm, evaluation_mode
 from trl_refplug.scoring.memory import ran_out_of_memory
 from trl_refplug.scoring.packed import PackedPass, why
-from trl_refplug.scoring.padding import PaddedRows
+from trl_refplug.scoring.padding import PaddedRows, Values
 from trl_refplug.scoring.precision import disagreement
 from trl_refplug.scoring.rows import Ints, Row
+from trl_refplug.scoring.safety import batch_length_limit
 
 
 TOKENS = 1024
@@ -28,6 +30,9 @@ TOKENS = 1024
 
 FEWEST_TOKENS = 60
 """Of the smallest such rows."""
+
+SHIFT = 512
+"""By how many positions a row is moved. By thousands, rounding rotary angles alone would change float32 answers."""
 
 _ROWS = 10
 _BRANCHES = 3
@@ -37,8 +42,9 @@ def verify(packed: PackedPass, rows: Sequence[Ints]) -> str | None:
     """
     Why packed answers are not to be trusted, as a phrase that completes "because of"; `None` if they agree.
 
-    One exact and one packed forward pass over at most [`TOKENS`] tokens; over half of them where memory runs out. As
-    many passes on every rank, whatever its rows.
+    One exact and one packed forward pass over at most [`TOKENS`] tokens; over half of them where memory runs out. And
+    one of a single row further from the first position, as padding on its left has it: `packed.absolute` is set where
+    that changes its log-probs. As many passes on every rank, whatever its rows.
 
     Args:
         rows (`Sequence[np.ndarray]`): Token ids of real rows, to make those that are compared of.
@@ -59,12 +65,30 @@ def _compare(packed: PackedPass, rows: list[Row]) -> str | None:
     padded = PaddedRows.flush_left(rows)
     with evaluation_mode(packed.model):
         exact = list(padded.gather(exact_log_probs(packed.model, padded.batch(packed.device))))
+        moved = exact[0] if packed.absolute else _moved(packed, padded.take([0]))
     (pack,) = packed.plan(rows, None)
     scored = packed.score(pack)
+    if disagreement(torch.from_numpy(moved), torch.from_numpy(exact[0]), scored.dtype):
+        packed.absolute = True
     answers: Tensor = scored.log_probs.cpu()
     found = [answers[torch.from_numpy(answer)] for answer in pack.answers]
     expected = [torch.from_numpy(exact[index]) for index in pack.rows]
     return disagreement(torch.cat(found), torch.cat(expected), scored.dtype)
+
+
+def _moved(packed: PackedPass, row: PaddedRows) -> Values:
+    """The exact call's log-probs of a row some way behind the first position."""
+    batch = row.batch(packed.device)
+    positions = min(_positions(packed.config), batch_length_limit(causal_lm(packed.model)))
+    start = int(min(SHIFT, positions - row.width))
+    position_ids = torch.arange(start, start + row.width, device=packed.device)[None]
+    (moved,) = row.gather(exact_log_probs(packed.model, replace(batch, extras={"position_ids": position_ids})))
+    return moved
+
+
+def _positions(config: Any) -> float:
+    """How many the model has."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or float("inf")
 
 
 def sharing_rows(rows: Sequence[Ints], config: Any, tokens: int, limit: float = float("inf")) -> list[Row]:
@@ -80,7 +104,7 @@ def sharing_rows(rows: Sequence[Ints], config: Any, tokens: int, limit: float = 
     """
     # A model that takes a token's place in the pack for its position is to be found out, not to run out of positions:
     # a GPU does not recover from that
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    positions = _positions(config)
     real = max(6, max(map(len, rows), default=0))
     longest = int(min(tokens // _ROWS, real, limit, positions // 3))
     end = max(2, longest // 10)
