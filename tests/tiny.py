@@ -36,6 +36,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
     "gemma2": dict(COMMON, head_dim=8, final_logit_softcapping=30.0, attn_logit_softcapping=50.0, sliding_window=64),
     "mixtral": dict(COMMON, num_local_experts=4, num_experts_per_tok=2),
+    "gemma4_text": dict(
+        COMMON,
+        head_dim=8,
+        global_head_dim=16,
+        sliding_window=64,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=512,
+    ),
 }
 
 

@@ -21,7 +21,7 @@ def compare(kind, tmp_path, model, provider, args=None, **kwargs):
     return ours
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gpt2", "gemma2", "mixtral"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gpt2", "gemma2", "gemma4_text", "mixtral"])
 @pytest.mark.parametrize("kind", KINDS)
 class TestArchitectures:
     def test_full_fine_tuning_with_frozen(self, kind, architecture, tmp_path):
