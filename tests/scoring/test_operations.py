@@ -1,5 +1,7 @@
 """Counted operations, against torch's own counter and by hand: planning and every reported efficiency rest on them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -7,7 +9,7 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 
 from tests.scoring.models import ARCHITECTURES, VOCAB, tiny
 from trl_refplug.scoring.layout import plan
-from trl_refplug.scoring.operations import Operations, count_operations
+from trl_refplug.scoring.operations import Operations, count_operations, layer_configs
 from trl_refplug.scoring.rows import Row
 
 
@@ -37,6 +39,13 @@ def test_of_a_vision_language_model_the_text_side_counts():
     vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     whole = LlavaForConditionalGeneration(LlavaConfig(text_config=text.config, vision_config=vision))
     assert count_operations(whole) == count_operations(text)
+
+
+def test_a_configuration_may_call_its_layers_otherwise():
+    for names in ({"n_layer": 3}, {"num_hidden_layers": 3}, {"n_layer": 3, "is_heterogeneous": False}):
+        config = SimpleNamespace(**names)
+        assert layer_configs(config) == [config] * 3
+    assert len(layer_configs(SimpleNamespace(num_transformer_layers=3))) == 1
 
 
 GEMMA_3N = {"num_key_value_heads": 2, "head_dim": 8, "num_kv_shared_layers": 0}

@@ -3,11 +3,12 @@
 import re
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from transformers import BartConfig, BartForConditionalGeneration
+from transformers import BartConfig, BartForConditionalGeneration, MistralConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaModel
 
 from tests.scoring.models import VOCAB, batch_of, random_batch, tiny, with_images
@@ -15,6 +16,7 @@ from tests.scoring.test_scorer import TOLERANCE, trl_log_probs
 from trl_refplug.errors import UnsupportedInputError
 from trl_refplug.scoring import ExactFallbackWarning, Row, Scorer
 from trl_refplug.scoring.padding import PaddedRows
+from trl_refplug.scoring.safety import length_limit
 
 
 SLIDING = {"sliding_window": 8}
@@ -87,6 +89,12 @@ def test_rows_about_as_long_as_a_sliding_window(length):
         found = scorer.log_probs(batch)
     torch.testing.assert_close(found, trl_log_probs(model, batch), rtol=0, atol=TOLERANCE)
     assert (scorer.stats.fallback is None) == (length <= 16)
+
+
+def test_the_shortest_window_of_layers_that_differ():
+    windows = {layer: {"sliding_window": window} for layer, window in enumerate((32, 16))}
+    config = MistralConfig(num_hidden_layers=2, per_layer_config=windows)
+    assert length_limit(SimpleNamespace(config=config)) == (16, "rows longer than the sliding window of 16 tokens")
 
 
 def test_of_a_stream_only_the_rows_that_are_too_long_are_scored_exactly():

@@ -122,6 +122,18 @@ def test_it_happens_once_and_is_bounded(budget):
     assert scorer.stats.forwards == 3
 
 
+@pytest.mark.parametrize("positions", [40, 256, 2000])
+def test_rows_are_moved_as_far_as_the_model_has_positions(positions):
+    model = tiny("llama", max_position_embeddings=positions)
+    found = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, inputs: found.append(inputs.get("position_ids")), with_kwargs=True
+    )
+    Scorer(model, mode="packed").log_probs(random_batch())
+    farthest = max(int(ids.max()) for ids in found if ids is not None)
+    assert 512 < farthest < 2000 if positions == 2000 else farthest == positions - 1
+
+
 def test_a_model_that_answers_nothing_finite_is_said_to():
     model = tiny("llama")
     model.model.norm.weight.data.fill_(torch.nan)

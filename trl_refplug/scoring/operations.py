@@ -63,8 +63,9 @@ def count_operations(model: PreTrainedModel) -> Operations:
 def layer_configs(config: Any) -> list[Any]:
     """What each layer is configured by: the same for all in most models, not so in Gemma 4."""
     layers: int = _first(config, "num_hidden_layers", "n_layer") or 1
-    own = getattr(config, "per_layer_config", None)
-    return [config] * layers if own is None else [own[index] for index in range(layers)]
+    if not getattr(config, "is_heterogeneous", False):
+        return [config] * layers
+    return [config.per_layer_config[index] for index in range(layers)]
 
 
 def _attention_width(config: Any, hidden: int) -> int:

@@ -104,6 +104,5 @@ def in_lockstep(model: nn.Module) -> bool:
 def _rope_parameters(config: Any) -> list[dict[str, Any]]:
     """The rotary embeddings' parameters: one dictionary, or one a layer type."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    if "rope_type" in parameters or "rope_theta" in parameters:
-        return [parameters]
-    return [value for value in parameters.values() if isinstance(value, dict)]
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters] * ("rope_type" in parameters or "rope_theta" in parameters)

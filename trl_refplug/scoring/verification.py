@@ -19,8 +19,8 @@ from trl_refplug.scoring.exact import exact_log_probs
 from trl_refplug.scoring.execution import causal_lm, evaluation_mode
 from trl_refplug.scoring.memory import ran_out_of_memory
 from trl_refplug.scoring.packed import PackedPass, why
-from trl_refplug.scoring.padding import PaddedRows, Values
-from trl_refplug.scoring.precision import disagreement
+from trl_refplug.scoring.padding import PaddedRows
+from trl_refplug.scoring.precision import TOLERANCE, disagreement
 from trl_refplug.scoring.rows import Ints, Row
 from trl_refplug.scoring.safety import batch_length_limit
 
@@ -32,7 +32,10 @@ FEWEST_TOKENS = 60
 """Of the smallest such rows."""
 
 SHIFT = 512
-"""By how many positions a row is moved. By thousands, rounding rotary angles alone would change float32 answers."""
+"""By how many positions a row is moved, where the model has as many. Thousands would be a matter of rounding."""
+
+MOVED = 10
+"""Times the tolerance by which its log-probs may differ then: rotary embeddings are rounded anew."""
 
 _ROWS = 10
 _BRANCHES = 3
@@ -65,25 +68,28 @@ def _compare(packed: PackedPass, rows: list[Row]) -> str | None:
     padded = PaddedRows.flush_left(rows)
     with evaluation_mode(packed.model):
         exact = list(padded.gather(exact_log_probs(packed.model, padded.batch(packed.device))))
-        moved = exact[0] if packed.absolute else _moved(packed, padded.take([0]))
     (pack,) = packed.plan(rows, None)
     scored = packed.score(pack)
-    if disagreement(torch.from_numpy(moved), torch.from_numpy(exact[0]), scored.dtype):
-        packed.absolute = True
+    if not packed.absolute:
+        # Only now: a model whose table of positions is as long as its input has been found out
+        differences = (_moved(packed, padded.take([0])) - torch.from_numpy(exact[0])).abs()
+        allowed = MOVED * TOLERANCE.get(scored.dtype, TOLERANCE[torch.bfloat16])[0]
+        packed.absolute = bool((differences > allowed).any())
     answers: Tensor = scored.log_probs.cpu()
     found = [answers[torch.from_numpy(answer)] for answer in pack.answers]
     expected = [torch.from_numpy(exact[index]) for index in pack.rows]
     return disagreement(torch.cat(found), torch.cat(expected), scored.dtype)
 
 
-def _moved(packed: PackedPass, row: PaddedRows) -> Values:
+def _moved(packed: PackedPass, row: PaddedRows) -> Tensor:
     """The exact call's log-probs of a row some way behind the first position."""
     batch = row.batch(packed.device)
     positions = min(_positions(packed.config), batch_length_limit(causal_lm(packed.model)))
-    start = int(min(SHIFT, positions - row.width))
+    start = int(max(0, min(SHIFT, positions - row.width)))
     position_ids = torch.arange(start, start + row.width, device=packed.device)[None]
-    (moved,) = row.gather(exact_log_probs(packed.model, replace(batch, extras={"position_ids": position_ids})))
-    return moved
+    with evaluation_mode(packed.model):
+        log_probs = exact_log_probs(packed.model, replace(batch, extras={"position_ids": position_ids}))
+    return torch.from_numpy(*row.gather(log_probs))
 
 
 def _positions(config: Any) -> float:
