@@ -89,7 +89,7 @@ def effective(policy, adapter):
 
 def masters(average, directory, names):
     directory.mkdir(exist_ok=True)
-    average.save(directory, rank=0)
+    average.save(directory, rank=0, writes=True)
     found = {}
     with TensorReader(directory) as reader:
         for name in names:
@@ -341,7 +341,7 @@ def test_saved_and_restored_to_the_bit(average, overrides, dtype, tmp_path):
     for _ in range(3):
         training.step()
         one.update(0.3)
-    one.save(tmp_path, rank=0)
+    one.save(tmp_path, rank=0, writes=True)
     other_policy = adapted(lora(**overrides), dtype=dtype)
     other = averaged(other_policy, average=average)
     other.load(tmp_path)
@@ -378,7 +378,7 @@ def test_what_is_saved_is_an_ordinary_adapter_too(average, overrides, tmp_path):
     for _ in range(2):
         training.step()
         moving.update(0.3)
-    moving.save(tmp_path, rank=0)
+    moving.save(tmp_path, rank=0, writes=True)
     loaded = PeftModel.from_pretrained(tiny.model(), tmp_path / "adapter").eval()
     ids = torch.arange(3, 23)[None]
     with torch.no_grad(), reference_active(policy, REFERENCE_ADAPTER):

@@ -30,7 +30,7 @@ def moved(model, generator, scale=0.02):
 def stored(average, directory, model):
     """The average itself, in the precision it is kept in."""
     directory.mkdir(exist_ok=True)
-    average.save(directory, rank=0)
+    average.save(directory, rank=0, writes=True)
     with TensorReader(directory) as reader:
         return {name: reader.whole(name, tuple(p.shape)) for name, p in model.named_parameters()}
 
@@ -186,6 +186,17 @@ class TestFiles:
         other = stored(again, tmp_path / "other", policy)
         assert all(torch.equal(after[name], other[name]) for name in before)
         assert not all(torch.equal(after[name], before[name]) for name in before)
+
+    def test_where_the_trainer_writes(self, tmp_path):
+        """Not on the first rank alone: nodes may have disks of their own (`save_on_each_node`)."""
+        policy, average, before = self.saved(tmp_path / "first")
+        for rank, writes in ((1, False), (2, True)):
+            (tmp_path / str(rank)).mkdir()
+            average.save(tmp_path / str(rank), rank=rank, writes=writes)
+        assert not list((tmp_path / "1").iterdir())
+        again = ModelAverage(tiny.model(seed=9), lambda: policy, torch.float32)
+        again.load(tmp_path / "2")
+        assert all(torch.equal(value, before[name]) for name, value in again._reference.named_parameters())
 
     def test_missing_file(self, tmp_path):
         _, average, _ = self.saved(tmp_path)

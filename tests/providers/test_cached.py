@@ -372,6 +372,17 @@ class TestAfterTrainingBegan:
             results.append(trainer.evaluate(other)["eval_loss"])
         assert results[1] == pytest.approx(results[0], abs=1e-4)
 
+    @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+    def test_policy_cast_for_an_evaluation(self, peft, tmp_path, use):
+        peft_config = lora() if peft else None
+        other = DATA["dpo"](30).select(range(12, 30))
+        path = tiny.saved(tmp_path)
+        trainer = build("dpo", tmp_path, path, args={**use(), "bf16_full_eval": True}, peft_config=peft_config)
+        rows = len(trainer.ref_model.provider._store)
+        with pytest.raises(MissingRowError, match=r"`bf16_full_eval=True` has cast the policy.* to bfloat16"):
+            trainer.evaluate(other)
+        assert len(trainer.ref_model.provider._store) == rows
+
     def test_policy_changed_by_hand(self, tmp_path, use):
         trainer = build("dpo", tmp_path, tiny.saved(tmp_path), args=use())
         with torch.no_grad():

@@ -100,6 +100,33 @@ def test_another_model_after_a_restart(tmp_path):
         provider.log_probs(random_batch(0))
 
 
+def test_another_model_in_a_resumed_run(tmp_path):
+    args = {"save_strategy": "steps", "save_steps": 1}
+    with completing(tiny_server()) as url:
+        train("dpo", tmp_path, tiny.model(), args={**remote(url, starts_as_policy=False), **args})
+        again = build("dpo", tmp_path, tiny.model(), args=remote(url, starts_as_policy=False))
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    with completing(tiny_server(seed=5)) as url:
+        other = build("dpo", tmp_path, tiny.model(), args=remote(url, starts_as_policy=False))
+        with pytest.raises(ReferenceMismatchError, match="started against another reference of the name 'ref'"):
+            other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.parametrize("fill", ["ahead", "lazy", "never"])
+def test_another_model_for_a_store(fill, tmp_path):
+    def cached(url, fill):
+        source = {"url": url, "protocol": "vllm", "starts_as_policy": False}
+        options = {"path": str(tmp_path / "store"), "fill": fill, "source": "remote", "source_kwargs": source}
+        return {"ref_provider": "cached", "ref_provider_kwargs": options}
+
+    with completing(tiny_server()) as url:
+        train("dpo", tmp_path, tiny.model(), args=cached(url, "lazy"))
+        train("dpo", tmp_path, tiny.model(), args=cached(url, fill))
+    refused = pytest.raises(ReferenceMismatchError, match="log-probs of another reference of the name 'ref'")
+    with completing(tiny_server(seed=5)) as url, refused:
+        build("dpo", tmp_path, tiny.model(), args=cached(url, fill))
+
+
 def test_replicas_of_different_models(tmp_path):
     different = pytest.raises(ReferenceMismatchError, match="has another reference than")
     with completing(tiny_server()) as one, completing(tiny_server(seed=5)) as two, different:

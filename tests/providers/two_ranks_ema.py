@@ -44,7 +44,12 @@ def provider_of(policy, config=None, place=None):
     """A provider in the order of a trainer: pinned, its reference placed (and here the policy sharded), set up."""
     provider = EmaProvider(EmaOptions(alpha=0.3, sync_steps=1))
     context = SimpleNamespace(
-        policy=policy, peft_config=config, temperature=1.0, accelerator=Accelerator(cpu=True), reference_model=None
+        policy=policy,
+        peft_config=config,
+        temperature=1.0,
+        args=SimpleNamespace(should_save=dist.get_rank() == 0),
+        accelerator=Accelerator(cpu=True),
+        reference_model=None,
     )
     context.reference_model = provider.pin(context)
     if place is not None:

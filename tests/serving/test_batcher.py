@@ -130,6 +130,15 @@ def test_a_unit_beyond_the_budget_is_computed_alone(batcher, model):
     assert model.batches[1:] == [[1], [2]]
 
 
+@pytest.mark.parametrize("budget", [1, 3])
+def test_the_smallest_budgets(budget):
+    model = Model()
+    finish(model)
+    batcher = Batcher(model.score, lambda: True, token_budget=budget, queue_tokens=1000)
+    assert firsts(batcher.submit(0, request(unit(1), unit(2))).result(timeout=10)) == {0: 1, 1: 2}
+    batcher.close()
+
+
 def test_what_nobody_waits_for_is_not_begun(batcher, model):
     leaving = batcher.submit(1, request(unit(1), unit(2)))
     staying = batcher.submit(2, request(unit(2), unit(3)))

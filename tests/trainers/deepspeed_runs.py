@@ -56,7 +56,9 @@ def run(job: dict) -> dict:
     digest = None if isinstance(policy, str) else digest_model(policy)
     trainer = (trainer_class(kind) if ours else TRL[kind])(model=policy, args=args, **kwargs)
     trainer.train(resume_from_checkpoint=job.get("resume"))
+    scorer = getattr(trainer.ref_model.provider, "_scorer", None) if ours else None
     return {
+        "packed": scorer is not None and scorer.stats.operations > 0,
         "logs": finished(trainer).logs,
         "digest": digest,
         "reference": trainer.ref_model.provider.identity().digest if ours else None,

@@ -95,4 +95,5 @@ def zero(stage: int) -> dict:
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": "auto"},
     }

@@ -58,6 +58,7 @@ def test_packed_scoring_equals_exact(tmp_path, provider):
     packing = {"args": {"ref_provider": provider, "ref_provider_kwargs": {"scoring": "packed"}}}
     exact, packed = run(tmp_path, {**job, "args": {"ref_provider": provider}}, {**job, **packing})
     assert exact["logs"]
+    assert (exact["packed"], packed["packed"]) == (False, True)
     for ours, theirs in zip(packed["logs"], exact["logs"], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
 
@@ -114,6 +115,16 @@ def test_a_policy_fills_a_store(tmp_path, lora, stage):
     for ours, theirs in zip(filling["logs"], frozen["logs"], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
     assert filled["logs"] == filling["logs"]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_policy_that_deepspeed_rounds_fills_a_store(tmp_path, stage):
+    options = {"path": str(tmp_path / "store")}
+    job = {"stage": stage, "args": {"bf16": True, "ref_provider": "cached", "ref_provider_kwargs": options}}
+    filling, again = run(tmp_path, job, job)
+    assert summarize(tmp_path / "store").rows == 24
+    assert filling["logs"][0]["loss"] == pytest.approx(math.log(2), abs=0.05)
+    assert again["logs"] == filling["logs"]
 
 
 def test_precompute(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import save_file
 
 from trl_refplug import ReferenceMismatchError
 
@@ -130,6 +131,22 @@ class TestRefused:
         trainer = build("dpo", tmp_path, path, args=EMA)
         with pytest.raises(ReferenceMismatchError, match=r"checkpoint-2.*(damaged|start anew)"):
             trainer.train(resume_from_checkpoint=str(out / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_what_an_earlier_run_left_there_is_no_part_of_it(lora, tmp_path):
+    """It had more ranks: their parts would be read with those of this one."""
+    path, out = tiny.saved(tmp_path), tmp_path / "out"
+    state = out / "checkpoint-4" / "refplug" / "state"
+    state.mkdir(parents=True)
+    stale = state / "reference-00003-00000.safetensors"
+    save_file({"lm_head.weight": torch.zeros(3)}, stale)
+    peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
+    whole = train("dpo", out, path, args=EMA, peft_config=peft_config).trainer
+    assert not stale.exists()
+    trainer = build("dpo", tmp_path / "again", path, args={**EMA, "save_strategy": "no"}, peft_config=peft_config)
+    trainer.train(resume_from_checkpoint=str(out / "checkpoint-4"))
+    assert losses(trainer) == losses(whole)
 
 
 def test_state_is_there_before_the_checkpoint_is_complete(tmp_path):

@@ -9,7 +9,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from trl_refplug import ReferenceMismatchError, RefPlugDPOTrainer
-from trl_refplug.providers.copies import snapshot
+from trl_refplug.providers.copies import loading, snapshot
+from trl_refplug.providers.frozen import FrozenOptions
 from trl_refplug.trainers.policy import output_device
 
 from .. import tiny
@@ -173,6 +174,11 @@ class TestNamedReference:
         run = train("dpo", tmp_path, tiny.saved(tmp_path), args=args)
         assert {p.dtype for p in run.trainer.ref_model.parameters()} == {torch.bfloat16}
 
+    def test_loads_remote_code_where_the_policy_does(self, tmp_path):
+        for given, expected in (({}, False), ({"trust_remote_code": True}, True)):
+            args = config("dpo", tmp_path, model_init_kwargs=given)
+            assert loading(FrozenOptions(model="x"), tiny.model(), args)["trust_remote_code"] is expected
+
     def test_model_that_is_not_there(self, tmp_path):
         args = {"ref_provider": "frozen", "ref_provider_kwargs": {"model": str(tmp_path / "nowhere")}}
         with pytest.raises(OSError, match="nowhere"):
@@ -226,6 +232,40 @@ class TestRefCheck:
             trainer.model.get_parameter("model.embed_tokens.weight").add_(0.5)
         with pytest.raises(ReferenceMismatchError):
             trainer.train()
+
+    def test_stops_whoever_goes_on_after_it(self, tmp_path):
+        trainer = self.changed(tmp_path, "error")
+        for _ in range(2):
+            with pytest.raises(ReferenceMismatchError):
+                trainer.train()
+        assert trainer.state.global_step == 0
+
+    def test_stops_a_policy_changed_after_an_evaluation(self, tmp_path):
+        trainer = build("dpo", tmp_path, tiny.saved(tmp_path), eval_dataset=tiny.preference_data())
+        trainer.evaluate()
+        with torch.no_grad():
+            trainer.model.get_parameter("model.embed_tokens.weight").add_(0.5)
+        with pytest.raises(ReferenceMismatchError):
+            trainer.train()
+
+    def test_stops_a_policy_changed_after_a_resume_that_failed(self, tmp_path):
+        path, out = tiny.saved(tmp_path), tmp_path / "out"
+        train("dpo", out, path, args={"save_strategy": "steps", "save_steps": 2})
+        (out / "checkpoint-2" / "trainer_state.json").unlink()
+        trainer = build("dpo", out, path)
+        for checkpoint in (out / "checkpoint-2", tmp_path / "nowhere"):
+            with pytest.raises((OSError, ValueError)):
+                trainer.train(resume_from_checkpoint=str(checkpoint))
+        with torch.no_grad():
+            trainer.model.get_parameter("model.embed_tokens.weight").add_(0.5)
+        with pytest.raises(ReferenceMismatchError):
+            trainer.train()
+
+    def test_does_not_stop_training_that_goes_on(self, tmp_path):
+        trainer = build("dpo", tmp_path, tiny.saved(tmp_path))
+        trainer.train()
+        trainer.train()
+        assert trainer.state.global_step == 3
 
     def test_pulls_no_data(self, tmp_path):
         data = tiny.preference_data().to_iterable_dataset()

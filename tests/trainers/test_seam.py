@@ -21,6 +21,7 @@ from trl_refplug import (
     plug,
 )
 from trl_refplug.plugins import plugin_manager
+from trl_refplug.providers.frozen import FrozenProvider
 
 from .. import tiny
 from .runs import KINDS, ONLINE, assert_same, build, config, finished, train, trainer_class
@@ -104,6 +105,9 @@ class TestPlug:
         trainer = build("dpo", tmp_path, tiny.saved(tmp_path))
         with pytest.raises(SeamError, match=r"fused_lm_head.*trl>=1\.15"):
             trainer.ref_model(input_ids=torch.ones(1, 3, dtype=torch.long))
+        ids = torch.ones(1, 3, dtype=torch.long)
+        with pytest.raises(SeamError, match="shift_labels"):
+            trainer.ref_model(input_ids=ids, labels=ids, shift_labels=ids, fused_lm_head=True)
 
     def test_a_loss_that_never_asks(self, tmp_path):
         class Deaf(DPOTrainer):
@@ -129,6 +133,18 @@ class TestReferenceArgument:
         for wrong in (Uniform, tiny.model()):
             with pytest.raises(ConfigurationError, match="ReferenceProvider instance"):
                 build("dpo", tmp_path, tiny.saved(tmp_path), reference=wrong)
+
+    def test_takes_a_provider_once(self, tmp_path):
+        """Closed with its first trainer, it would take the second one's policy for its reference."""
+        given = FrozenProvider(model=tiny.model(seed=7))
+
+        def trainer():
+            data = {"train_dataset": tiny.preference_data(), "processing_class": tiny.tokenizer()}
+            return trainer_class("dpo")(tiny.model(), args=config("dpo", tmp_path), reference=given, **data)
+
+        trainer()
+        with pytest.raises(ConfigurationError, match="FrozenProvider that another trainer was given before"):
+            trainer()
 
     def test_excludes_the_flag(self, tmp_path):
         with pytest.raises(ConfigurationError, match="Keep one"):
@@ -194,6 +210,9 @@ class TestMisuse:
         assert trainer.ref_model is None
         assert "beta=0.0" in caplog.text
         trainer.train()
+        caplog.clear()
+        build(kind, tmp_path, tiny.saved(tmp_path), args={"beta": 0.0}, ref_model=tiny.model())
+        assert "`ref_model` is not used" in caplog.text
 
 
 class TestAnswers:

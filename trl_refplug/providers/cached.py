@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from trl_refplug.providers.caching.filling import Filler
     from trl_refplug.providers.caching.row_keys import RowKeys
     from trl_refplug.providers.caching.verifying import SampleCheck
+    from trl_refplug.serving.vllm import VllmClient
     from trl_refplug.store import LogProbStore
 
 
@@ -151,6 +152,7 @@ class CachedProvider(ReferenceProvider):
     def setup(self, context: ReferenceContext) -> None:
         from trl_refplug.providers.caching.row_keys import ModelFacts
         from trl_refplug.providers.caching.survey import check_known_ahead
+        from trl_refplug.providers.remote import RemoteProvider
 
         self._context = context
         source = self._scored_by
@@ -160,6 +162,8 @@ class CachedProvider(ReferenceProvider):
         self._keys = self._row_keys(context)
         self._filler = self._make_filler(context)
         self._store = self._open(self.options.path or default_path())
+        if isinstance(source, RemoteProvider) and source.known is not None:
+            self._check_known(source.known)
         if self.options.fill == "ahead":
             check_known_ahead(context, source)
         if self.options.fill != "lazy" and not self.fills_as_training_begins:
@@ -192,6 +196,19 @@ class CachedProvider(ReferenceProvider):
             self._store.close()
             self._store = self._open(self._store.location)
             self._filler.check_complete(self._store)
+
+    def _check_known(self, served: VllmClient) -> None:
+        """Of a reference that has a name and no digest, the store keeps what it answered to a known row."""
+        from trl_refplug.providers.caching.row_keys import BatchRows
+        from trl_refplug.scoring.padding import PaddedRows
+
+        row = BatchRows(PaddedRows.flush_left([served.known]), [0])
+        (stored,) = self._keys.find(self._store, row)
+        if stored is not None:
+            where = f"{self._store.location} has log-probs of another reference of the name {served.model!r}"
+            served.compare(stored, f"{where} (another `path` starts anew)")
+        elif self.options.fill != "never" and self._context.accelerator.is_main_process:
+            self._store.put(row.keys(self._keys.exact), [served.known_values])
 
     def identity(self) -> ReferenceIdentity:
         source = self._scored_by.identity()
@@ -259,14 +276,18 @@ class CachedProvider(ReferenceProvider):
         from trl_refplug.store import ScoringFacts
         from trl_refplug.tolerances import AUTOCAST_DTYPES, rounds_float32
 
-        autocast = AUTOCAST_DTYPES.get(str(context.accelerator.mixed_precision))
-        computed_in = None if autocast is None else str(autocast).removeprefix("torch.")
+        precision = str(context.accelerator.mixed_precision)
+        computed_in = None if precision == "no" else str(AUTOCAST_DTYPES.get(precision, precision))
+        computed_in = computed_in and computed_in.removeprefix("torch.")
         if (
-            autocast is None
+            computed_in is None
             and self._model_facts.dtype == "float32"
             and rounds_float32(context.accelerator.device.type)
         ):
             computed_in = "tf32"
+        engine = context.args.deepspeed_plugin if self._scored_by.capabilities.local_model else None
+        if engine is not None and computed_in not in (None, self._model_facts.dtype):
+            computed_in = f"{computed_in} weights"  # DeepSpeed rounds these too, autocast only what is computed
 
         def facts(mode: str) -> ScoringFacts:
             return ScoringFacts(

@@ -33,6 +33,13 @@ def snapshot(policy: nn.Module, dtype: str | None = None, device: str | None = N
     Under ZeRO-3 the parameters hold only this rank's shard and cannot be deep-copied: a model is built anew from the
     configuration, partitioned the same way, and each shard is copied.
     """
+    from torch.distributed.fsdp import FSDPModule
+
+    if any(isinstance(part, FSDPModule) for part in policy.modules()):
+        raise ConfigurationError(
+            "The policy is sharded by FSDP as it is loaded, and such a model cannot be copied. Name the reference: "
+            "ref_provider_kwargs={'model': ...}, with the policy's own path."
+        )
     if any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
         if dtype is not None:
             raise ConfigurationError(
@@ -65,7 +72,7 @@ def loading(options: FrozenOptions, policy: nn.Module, args: Any) -> dict[str, A
     kwargs.update(
         dtype=options.dtype or policy.dtype,
         attn_implementation=kwargs.get("attn_implementation") or config._attn_implementation,
-        trust_remote_code=getattr(args, "trust_remote_code", False),
+        trust_remote_code=kwargs.get("trust_remote_code", getattr(args, "trust_remote_code", False)),
     )
     if options.revision is not None:
         kwargs["revision"] = options.revision

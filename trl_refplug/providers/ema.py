@@ -254,10 +254,16 @@ class EmaProvider(ReferenceProvider):
         return {"syncs": self._syncs}
 
     def save_state(self, directory: Path) -> None:
+        from trl_refplug.providers.averaging.tensor_files import clear_tensors
+
         assert self._context is not None
-        accelerator = self._context.accelerator
-        self._average.save(directory, rank=accelerator.process_index)
-        if accelerator.is_main_process:
+        accelerator, writes = self._context.accelerator, self._context.args.should_save
+        if writes:
+            clear_tensors(directory)
+        if self._average.sharded:
+            accelerator.wait_for_everyone()
+        self._average.save(directory, rank=accelerator.process_index, writes=writes)
+        if writes:
             state: dict[str, Any] = {"kind": "adapter", "syncs": self._syncs}
             if self._module is not None:
                 state.update(kind="model", architecture=self._architecture)
@@ -265,6 +271,9 @@ class EmaProvider(ReferenceProvider):
             (directory / _STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
         if self._average.sharded:
             accelerator.wait_for_everyone()  # the checkpoint counts as complete soon after this returns
+
+    def on_train_begin(self) -> None:
+        self._average.place()
 
     def load_state(self, directory: Path) -> None:
         state = read_state(directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from trl_refplug.serving.keys import read_key
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from trl_refplug.serving.bulk import BulkScorer
     from trl_refplug.serving.client import ScoringClient
     from trl_refplug.serving.transport import Transport
+    from trl_refplug.serving.vllm import VllmClient
+
+_KNOWN = "known-row.json"
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class RemoteProvider(ReferenceProvider):
         self._client: ScoringClient | None = None
         self._identity: ReferenceIdentity | None = None
         self._temperature = 1.0
+        self._saves = True
         self._lock = threading.Lock()
         self._tokens = 0
         self._seconds = 0.0
@@ -115,6 +121,7 @@ class RemoteProvider(ReferenceProvider):
         from trl_refplug.providers.remote_checks import check_tokenizer
 
         check_tokenizer(self._asked, context.processing_class)
+        self._saves = context.args.should_save
 
     def identity(self) -> ReferenceIdentity:
         assert self._identity is not None, "identity() before pin()"
@@ -135,6 +142,27 @@ class RemoteProvider(ReferenceProvider):
         from trl_refplug.serving.bulk import BulkScorer
 
         yield BulkScorer(self._asked, self._temperature)
+
+    @property
+    def known(self) -> VllmClient | None:
+        """Whose `known` row tells the reference from another one of its name; `None` where its digest does."""
+        from trl_refplug.serving.vllm import VllmClient
+
+        return self._client if isinstance(self._client, VllmClient) else None
+
+    def save_state(self, directory: Path) -> None:
+        if self.known is not None and self._saves:
+            (directory / _KNOWN).write_text(json.dumps(self.known.known_values.tolist()) + "\n", encoding="utf-8")
+
+    def load_state(self, directory: Path) -> None:
+        import numpy as np
+
+        path = directory / _KNOWN
+        if self.known is not None and path.is_file():
+            values = np.array(json.loads(path.read_text(encoding="utf-8")), np.float32)
+            self.known.compare(
+                values, f"The run was started against another reference of the name {self.known.model!r}"
+            )
 
     def counters(self) -> dict[str, float]:
         stats = self._asked.transport.stats

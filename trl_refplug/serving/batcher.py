@@ -183,7 +183,7 @@ class Batcher:
         while took and room > 0:
             took = False
             for client in list(self._queues):
-                queue, turn = self._queues[client], self._budget // _TURN
+                queue, turn = self._queues[client], max(1, self._budget // _TURN)
                 before = len(batch)
                 while queue and turn > 0 and room > 0 and _fits(queue[0].unit, batch, room):
                     entry = queue.popleft()

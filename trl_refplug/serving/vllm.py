@@ -66,7 +66,7 @@ class VllmClient:
 
     Attributes:
         model (`str`): The name it is served under.
-        known_values (`np.ndarray`): float32 `[scored]`, the log-probs of the known row.
+        known (`Row`), known_values (`np.ndarray`): The known row, and its log-probs: float32 `[scored]`.
 
     Raises:
         RemoteError: No server can be reached, it does not answer as expected, or the servers have different names for
@@ -87,7 +87,7 @@ class VllmClient:
         self.transport = transport
         self._left_padding = left_padding
         self._batch_limit = batch_limit
-        self._known = known
+        self.known = known
         self._tolerance = tolerance
         found = transport.each("GET", "/v1/models", lambda response: _decoded(_models, response))
         chosen = {url: _chosen(url, models.data, model) for url, models in found.items()}
@@ -98,7 +98,7 @@ class VllmClient:
         answers = {url: self._request([], url)[-1] for url in found}
         (first, self.known_values), *others = answers.items()
         for url, values in others:
-            self._compare(values, f"{url} has another reference than {first}")
+            self.compare(values, f"{url} has another reference than {first}")
 
     def score(self, rows: PaddedRows, temperature: float) -> Sequence[Values]:
         assert temperature == 1.0, "the server would ignore it"
@@ -115,12 +115,12 @@ class VllmClient:
                 "server of `trl-refplug serve`."
             )
         *values, known = self._request(rows.rows, None)
-        self._compare(known, "The reference server was restarted with another model or precision")
+        self.compare(known, "The reference server was restarted with another model or precision")
         return values
 
     def _request(self, rows: Sequence[Row], url: str | None) -> list[Values]:
         """The values of `rows`, and of the known row after them."""
-        rows = [*rows, self._known]
+        rows = [*rows, self.known]
         body = msgspec.json.encode(
             {
                 "model": self.model,
@@ -141,7 +141,13 @@ class VllmClient:
         send = self.transport.send
         return send("POST", "/v1/completions", parse, content=body, content_type="application/json", url=url)
 
-    def _compare(self, found: Values, otherwise: str) -> None:
+    def compare(self, found: Values, otherwise: str) -> None:
+        """
+        Compare other log-probs of the known row with those of the start.
+
+        Raises:
+            ReferenceMismatchError: They are another reference's; `otherwise` says what that means.
+        """
         differences = np.abs(found.astype(np.float64) - self.known_values)
         largest, mean = differences.max(), differences.mean()
         if not (largest <= self._tolerance.largest and mean <= self._tolerance.mean):

@@ -38,8 +38,8 @@ class ScoringFacts:
         scoring_mode (`str`): Name of the way rows are laid out and scored, where that changes the last digits.
         temperature (`float`): What logits are divided by.
         cast_lm_head_to_fp32 (`bool`): Whether the LM head runs in float32.
-        autocast_dtype (`str` or `None`): `"bfloat16"`, ...; `None` without autocast, or `"tf32"` where it rounds
-            products of float32 matrices.
+        autocast_dtype (`str` or `None`): `"bfloat16"`, ...; `"bfloat16 weights"` where DeepSpeed has rounded these,
+            too; `"tf32"` where products of float32 matrices are rounded; `None` where nothing is.
     """
 
     identity_digest: str

@@ -7,7 +7,6 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from trl_refplug.random_state import rng_kept
 from trl_refplug.trainers.session import ReferenceSession
 
 
@@ -25,12 +24,11 @@ class SessionCallback(TrainerCallback):  # type: ignore[misc]
         self._reference_seconds = 0.0
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        with rng_kept():
-            for provider in self.session.providers:
-                provider.on_train_begin()
+        self.session.training_begins()
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         assert self.session.stand_in is not None
+        self.session.step_begins()
         self._step_started = time.perf_counter()
         self._reference_before = self.session.stand_in.seconds
 

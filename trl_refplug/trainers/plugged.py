@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from functools import cache
 from typing import Any, TypeVar
 
@@ -14,8 +15,9 @@ from trl_refplug.providers.peft_policy import REFERENCE_ADAPTER
 from trl_refplug.trainers import policy as policies
 from trl_refplug.trainers.callback import SessionCallback
 from trl_refplug.trainers.checkpoint import write_to_checkpoint
+from trl_refplug.trainers.opening import open_session
 from trl_refplug.trainers.seam import Seam, flags_masked, seam_error
-from trl_refplug.trainers.session import ReferenceSession, open_session
+from trl_refplug.trainers.session import ReferenceSession
 
 
 T = TypeVar("T")
@@ -137,17 +139,13 @@ class Plugged:
         self._refplug_saving = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if self._refplug_session is not None and resume_from_checkpoint:
-            checkpoint = resume_from_checkpoint
-            if checkpoint is True:
-                checkpoint = get_last_checkpoint(self.args.output_dir)  # type: ignore[attr-defined]
-            if checkpoint:  # if there is none, the trainer says so
-                self._refplug_session.resume(str(checkpoint))
-        try:
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)  # type: ignore[attr-defined]
+        # If there is none, the trainer says so
+        session = self._refplug_session
+        with nullcontext() if session is None else session.training(str(checkpoint) if checkpoint else None):
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
-        finally:
-            if self._refplug_session is not None and self._refplug_session.look_ahead is not None:
-                self._refplug_session.look_ahead.cancel()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._refplug_session is not None and self.model.training:  # type: ignore[attr-defined]

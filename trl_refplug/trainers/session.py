@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from trl_refplug.arguments import ReferenceArguments
 from trl_refplug.errors import ConfigurationError, SeamError
 from trl_refplug.provider import ReferenceBatch, ReferenceProvider
-from trl_refplug.providers.peft_policy import is_peft
 from trl_refplug.random_state import rng_kept
 from trl_refplug.ranks import all_ranks
 from trl_refplug.trainers import policy as policies
@@ -26,8 +25,8 @@ from trl_refplug.trainers.context import TrainerContext
 from trl_refplug.trainers.dropout import disable_functional_dropout, has_dropout
 from trl_refplug.trainers.look_ahead import LookAhead
 from trl_refplug.trainers.placement import place
-from trl_refplug.trainers.seam import Seam, check_flags, loading_replaced, seam_error
-from trl_refplug.trainers.selection import Selection, check_capabilities, make_provider, select_name
+from trl_refplug.trainers.seam import Seam, loading_replaced, seam_error
+from trl_refplug.trainers.selection import check_capabilities, make_provider
 from trl_refplug.trainers.stand_in import ReferenceModel
 
 
@@ -58,6 +57,8 @@ class ReferenceSession:
         self.passes_ref_model = passes_ref_model
         self.flags = ReferenceArguments.of(args)
         self._resumed = False
+        self._began = False
+        self._calls_before: int | None = None
         self._trainer: Callable[[], Any] = lambda: None
         self.policy_moved = False
         self.stand_in: ReferenceModel | None = None
@@ -186,10 +187,38 @@ class ReferenceSession:
 
     # While training
 
-    def resume(self, checkpoint: str) -> None:
-        """Training goes on from `checkpoint`: the reference must be the one it was started with."""
-        self._resumed = self.policy_moved = True
-        compare_with_checkpoint(checkpoint, self.provider)
+    @contextmanager
+    def training(self, checkpoint: str | None) -> Iterator[None]:
+        """One call of `train()`; from `checkpoint`, the reference must be the one it was started with."""
+        before = self._resumed, self.policy_moved
+        self._began = False
+        try:
+            if checkpoint:
+                compare_with_checkpoint(checkpoint, self.provider)
+                self._resumed = self.policy_moved = True
+            yield
+        except BaseException:
+            if not self._began:  # the policy is what it was, and to be checked when training does begin
+                self._resumed, self.policy_moved = before
+            raise
+        finally:
+            if self.look_ahead is not None:
+                self.look_ahead.cancel()
+
+    def training_begins(self) -> None:
+        """The policy is placed, and loaded if training goes on from a checkpoint."""
+        assert self.stand_in is not None
+        self._began = True
+        if not self.policy_moved:
+            self.stand_in.checked = False  # an evaluation may have been long ago
+        with rng_kept():
+            for provider in self.providers:
+                provider.on_train_begin()
+
+    def step_begins(self) -> None:
+        """An optimiser step begins."""
+        if self._calls_before is None and self.stand_in is not None:
+            self._calls_before = self.stand_in.calls
 
     def rewound(self, checkpoint: str) -> None:
         """The policy is that of `checkpoint` again, the best one, and so must be a reference that follows it."""
@@ -200,7 +229,7 @@ class ReferenceSession:
         """An optimiser step is over."""
         self.policy_moved = True
         assert self.stand_in is not None
-        if self.stand_in.calls == 0:
+        if self.stand_in.calls == self._calls_before:
             raise SeamError(
                 f"Step {step} ended and the trainer never asked for its reference. It was trained without one: "
                 f"{type(self.trainer).__name__} overrides the loss, or ref_model was replaced after construction."
@@ -224,55 +253,6 @@ class ReferenceSession:
             identity=self.provider.identity(),
             strict=self.flags.ref_check == "error",
         )
-
-
-def open_session(
-    seam: Seam, *, model: Any, args: Any, peft_config: Any, reference: ReferenceProvider | None, ref_model: Any
-) -> ReferenceSession | None:
-    """
-    Select a provider from the trainer's arguments, before anything is loaded. `None` leaves TRL alone.
-
-    Raises:
-        ConfigurationError: Flags or arguments contradict each other, or options are wrong.
-    """
-    flags = ReferenceArguments.of(args)
-    explicit = reference is not None or flags.ref_provider != "auto"
-    check_flags(seam, args)
-    if not seam.needs_reference(args):
-        if explicit:
-            logger.warning(
-                "`beta=0.0` needs no reference, so ref_provider=%r is not used and nothing is built. Set `beta` to a "
-                "non-zero value to use it.",
-                flags.ref_provider if reference is None else type(reference).__name__,
-            )
-        return None
-    if ref_model is not None and ref_model is model:
-        raise ConfigurationError(
-            "`model` and `ref_model` are the same object, which is about to be trained. Leave `ref_model` out: a "
-            "copy of the policy is the reference then."
-        )
-    passes_ref_model = ref_model is not None and not seam.online
-    if reference is not None:
-        if flags.ref_provider != "auto" or ref_model is not None:
-            raise ConfigurationError(
-                "`reference=` is a provider already made, so `ref_provider` and `ref_model` must not name another. "
-                "Keep one of the three."
-            )
-        if not isinstance(reference, ReferenceProvider):
-            raise ConfigurationError(
-                f"`reference=` takes a ReferenceProvider instance, got {type(reference).__name__}. A model goes into "
-                "`ref_model=`, a provider's name into `ref_provider`."
-            )
-        return ReferenceSession(seam, reference, type(reference).__name__, args, peft_config, passes_ref_model)
-    selection = Selection(
-        args=args,
-        policy_is_peft=peft_config is not None or is_peft(model),
-        has_ref_model=ref_model is not None,
-        online=seam.online,
-    )
-    name = select_name(selection)
-    provider = make_provider(name, flags.ref_provider_kwargs, args=args, ref_model=ref_model)
-    return ReferenceSession(seam, provider, name, args, peft_config, passes_ref_model)
 
 
 def _close(providers: list[ReferenceProvider]) -> None:

@@ -25,13 +25,15 @@ class ReferenceModel(nn.Module):
 
     Args:
         provider ([`ReferenceProvider`]): Who answers.
-        first_call (`Callable`): Called once with the first batch and its log-probs, before they are used.
+        first_call (`Callable`): Called with the first batch and its log-probs, before they are used; with the next
+            ones until it has returned once.
         look_ahead ([`LookAhead`], *optional*): Who may have asked already.
         dtype (`torch.dtype`): What the policy's own log-probs come in.
         device (`torch.device`, *optional*): Where they come out, if not on the device of the inputs.
 
     Attributes:
         calls (`int`): How often the trainer asked.
+        checked (`bool`): Whether `first_call` has returned. Set to `False`, it is called again.
         seconds (`float`): How long it waited for the answers, all together.
     """
 
@@ -53,6 +55,7 @@ class ReferenceModel(nn.Module):
         self._dtype = dtype
         self._device = device
         self.calls = 0
+        self.checked = False
         self.seconds = 0.0
 
     def forward(
@@ -66,6 +69,8 @@ class ReferenceModel(nn.Module):
     ) -> FusedCausalLMOutput:
         if input_ids is None or labels is None or not fused_lm_head:
             raise seam_error("The trainer called its reference model without `labels=` and `fused_lm_head=True`")
+        if "shift_labels" in extras:
+            raise seam_error("The trainer called its reference model with `shift_labels=` (context parallelism)")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         batch = ReferenceBatch(input_ids, attention_mask, labels, extras, rows_sliceable=ROW_WISE.issuperset(extras))
@@ -90,8 +95,9 @@ class ReferenceModel(nn.Module):
         seconds = time.perf_counter() - started
         self.seconds += seconds
         self.calls += 1
-        if self.calls == 1:
+        if not self.checked:
             self._first_call(batch, log_probs)
+            self.checked = True  # not if it failed: whoever trains on after that is to be told again
         plugin_manager().scored(identity=provider.identity(), batch=batch, log_probs=log_probs, seconds=seconds)
         return FusedCausalLMOutput(log_probs=log_probs.to(self._device, self._dtype))
 

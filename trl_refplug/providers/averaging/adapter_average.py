@@ -57,6 +57,11 @@ class _Product:
     scale: Tensor | None
     error: float = 0.0
 
+    def on(self, device: torch.device) -> _Product:
+        """The same there."""
+        matrix = LowRank(self.matrix.left.to(device), self.matrix.right.to(device))
+        return _Product(matrix, None if self.scale is None else self.scale.to(device), self.error)
+
 
 class AdapterAverage:
     """
@@ -150,6 +155,18 @@ class AdapterAverage:
         return {"rank": float(max(p.matrix.rank for p in self._products.values())), "average_error": max(errors)}
 
     @torch.no_grad()
+    def place(self) -> None:
+        """Move the masters to where the policy is by now, unless they have a place of their own."""
+        if self._device is not None:
+            return
+        for name, layer in self._layers():
+            with added_by(layer, self._source, self._dtype, self._device) as (matrix, _):
+                self._products[name] = self._products[name].on(matrix.left.device)
+        for name, theirs, _ in self._other_parameters():
+            with gathered([theirs]) as (value,):
+                self._values[name] = self._values[name].to(value.device)
+
+    @torch.no_grad()
     def distance(self) -> float:
         """`|policy - reference| / |policy|` over what the adapters add; gathers one module at a time if sharded."""
         difference = size = 0.0
@@ -165,8 +182,11 @@ class AdapterAverage:
         return float((difference / size) ** 0.5) if size else 0.0
 
     @torch.no_grad()
-    def save(self, directory: Path, *, rank: int) -> None:
-        """Write the masters, and beside them the second adapter as PEFT saves one. Called on every rank."""
+    def save(self, directory: Path, *, rank: int, writes: bool) -> None:
+        """
+        Write the masters, and beside them the second adapter as PEFT saves one, where the trainer `writes`. Called on
+        every rank.
+        """
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
 
@@ -178,7 +198,7 @@ class AdapterAverage:
             if owned is not None and owned[0] == REFERENCE_ADAPTER:
                 with gathered([parameter]) as (whole,):
                     adapter[name] = whole.detach().to("cpu", copy=True).contiguous()
-        if rank:
+        if not writes:
             return
         tensors = dict(self._values)
         for name, product in self._products.items():

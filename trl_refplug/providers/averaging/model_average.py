@@ -35,8 +35,11 @@ class MovingAverage(Protocol):
     def counters(self) -> dict[str, float]:
         """Further numbers for the logs."""
 
-    def save(self, directory: Path, *, rank: int) -> None:
-        """Write it. Called on every rank."""
+    def place(self) -> None:
+        """The policy is where it will be trained. Called on every rank."""
+
+    def save(self, directory: Path, *, rank: int, writes: bool) -> None:
+        """Write it; what is not sharded only where the trainer `writes`. Called on every rank."""
 
     def load(self, directory: Path) -> None:
         """Restore what [`save`] wrote."""
@@ -130,15 +133,18 @@ class ModelAverage:
         """None beside the distance."""
         return {}
 
+    def place(self) -> None:
+        """Nothing to do: it is placed with the model that it is in."""
+
     @property
     def sharded(self) -> bool:
         """Whether every rank holds, and saves, another part of the reference."""
         return any(is_sharded(tensor) for tensor in named_parameters(self._reference).values())
 
     @torch.no_grad()
-    def save(self, directory: Path, *, rank: int) -> None:
-        """Write the average: this rank's shards, or on rank 0 everything."""
-        if rank and not self.sharded:
+    def save(self, directory: Path, *, rank: int, writes: bool) -> None:
+        """Write the average: this rank's shards, or everything where the trainer `writes`."""
+        if not (writes or self.sharded):
             return
         tensors = (
             (name, self._masters.get(name, local(tensor)), part_of(tensor), tensor.dtype)
@@ -147,9 +153,10 @@ class ModelAverage:
         buffers = (
             (name, buffer, part_of(buffer), buffer.dtype)
             for name, buffer in _named_buffers(self._reference, persistent=True).items()
-            if rank == 0
+            if writes
         )
-        write_tensors(directory, rank, (entry for entries in (tensors, buffers) for entry in entries))
+        entries = (entry for entries in (tensors, buffers) for entry in entries)
+        write_tensors(directory, rank if self.sharded else 0, entries)
 
     @torch.no_grad()
     def load(self, directory: Path) -> None:

@@ -56,6 +56,12 @@ def write_tensors(directory: Path, rank: int, tensors: Iterable[tuple[str, Tenso
     flush()
 
 
+def clear_tensors(directory: Path) -> None:
+    """Remove what another run has left in a checkpoint that is written anew: more ranks leave more files."""
+    for path in directory.glob("reference-*.safetensors"):
+        path.unlink()
+
+
 class TensorReader:
     """The whole tensors of a directory that all ranks have written to. A context manager."""
 

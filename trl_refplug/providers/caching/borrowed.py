@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from trl_refplug.errors import MissingRowError, ReferenceMismatchError
 from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
+from trl_refplug.tolerances import AUTOCAST_DTYPES
 
 
 if TYPE_CHECKING:
@@ -34,6 +37,11 @@ class BorrowedPolicy(ReferenceProvider):
 
         self._tensors = digest_tensors(context.policy)
         self._dtypes = tensor_dtypes(context.policy)
+        self._rounded = self._tensors
+        dtype = _engine_dtype(context.args)
+        if dtype is not None:  # DeepSpeed casts the policy itself, where others cast what it computes with
+            dtypes = {name: dtype if known.is_floating_point else known for name, known in self._dtypes.items()}
+            self._rounded = digest_tensors(context.policy, dtypes=dtypes)
         digest = combine_digests(context.policy, self._tensors)
         self._identity = ReferenceIdentity("policy", digest, {"dtype": str(getattr(context.policy, "dtype", ""))})
 
@@ -80,6 +88,9 @@ class BorrowedPolicy(ReferenceProvider):
         if state != self._unmoved:
             found = digest_tensors(policy, dtypes=self._dtypes)
             changed = [name for name, digest in self._tensors.items() if found.get(name) != digest]
+            if changed and self._rounded is not self._tensors:
+                found = digest_tensors(policy)
+                changed = [name for name, digest in self._rounded.items() if found.get(name) != digest]
             if changed:
                 raise ReferenceMismatchError(
                     f"{len(changed)} weights of the policy ({changed[0]}, ...) are not those that were passed in, so "
@@ -91,3 +102,11 @@ class BorrowedPolicy(ReferenceProvider):
 
     def close(self) -> None:
         self._context = None
+
+
+def _engine_dtype(args: Any) -> torch.dtype | None:
+    """What DeepSpeed will cast a policy to; `None` if nothing does."""
+    if args.deepspeed_plugin is None:
+        return None
+    asked = (name for name in AUTOCAST_DTYPES if getattr(args, name) or getattr(args, f"{name}_full_eval"))
+    return AUTOCAST_DTYPES.get(next(asked, str(args.mixed_precision)))

@@ -23,6 +23,7 @@ from trl_refplug.providers.caching.verifying import SampleCheck, check_sample
 from trl_refplug.providers.scorers import trainer_precision
 from trl_refplug.ranks import any_rank, least
 from trl_refplug.scoring import Row
+from trl_refplug.scoring.execution import causal_lm
 from trl_refplug.scoring.padding import Values
 from trl_refplug.store import LogProbStore
 from trl_refplug.tolerances import Tolerance
@@ -32,6 +33,7 @@ logger = logging.getLogger("trl_refplug")
 
 _TOKENS_SHOWN = 12
 _VERIFIED_ROWS = 4
+_UNTIL_PUBLISHED = 30.0  # seconds: what is put is published within ten
 
 
 class Filler:
@@ -66,6 +68,7 @@ class Filler:
         self._tolerance = tolerance
         self._fill = fill
         self._verify = verify
+        self._dtype = _dtype_of(context.policy)
         local = source.capabilities.local_model
         # A model over which all ranks have a part is run by all of them at once, or not at all.
         self._in_step = local and _shards_parameters(context.accelerator)
@@ -139,6 +142,11 @@ class Filler:
             StoreError: Rows that other ranks have scored are not seen from here.
         """
         left = survey(store, self._planned(), self._keys)
+        until = time.monotonic() + _UNTIL_PUBLISHED
+        while left.missing and time.monotonic() < until:  # what another run on another rank's machine has put
+            time.sleep(2)
+            store.refresh()
+            left = survey(store, self._planned(), self._keys)
         if left.missing:
             raise StoreError(
                 f"{len(left.missing):,} rows that other ranks have scored are not in {store.location!r} as rank "
@@ -156,12 +164,26 @@ class Filler:
         what = f"Row {missing[0]} of the batch, {which}, is not in the store {store.location!r}"
         if self._fill == "never" or self._in_step:
             raise MissingRowError(f"{what}. {self._why_not_scored()}")
+        self._refuse_cast_policy()
         try:
             with trainer_precision(self._context.accelerator):
                 log_probs = self._source.log_probs(select(batch, missing))
         except MissingRowError as error:
             raise MissingRowError(f"{what}, and {error}") from None
         return list(rows.padded.take(missing).gather(log_probs))
+
+    def _refuse_cast_policy(self) -> None:
+        """transformers casts a policy in place for an evaluation outside of training."""
+        args = self._context.args
+        if self._source.identity().provider not in ("policy", "adapter") or args.deepspeed_plugin is not None:
+            return  # what scores is no policy, or DeepSpeed has cast it already
+        flag = next((name for name in ("bf16_full_eval", "fp16_full_eval") if getattr(args, name, False)), None)
+        if flag and _dtype_of(self._context.policy) != self._dtype:
+            raise MissingRowError(
+                f"`{flag}=True` has cast the policy, with which rows are scored, to "
+                f"{str(_dtype_of(self._context.policy)).removeprefix('torch.')}: their log-probs would not be the "
+                "reference's. Use `bf16=True` or `fp16=True` instead, or evaluate on rows that are in the store."
+            )
 
     def _planned(self) -> Iterator[RowBlock]:
         return planned_blocks(self._context, self._keys)
@@ -184,6 +206,11 @@ class Filler:
     def _why_not_scored(self) -> str:
         if self._fill == "never":
             return "fill='never' scores nothing: use fill='ahead' or 'lazy', or another path."
+        if self.waits_for_training:
+            return (
+                "The rows of a run are scored as its training begins, which shards the policy: evaluate after that, "
+                "on the run's own evaluation set."
+            )
         return (
             "A model that is sharded over ranks (FSDP, DeepSpeed ZeRO-3) cannot score rows one rank at a time. Use "
             "fill='ahead', which scores all rows of the run as training begins, or a source that is not in this "
@@ -194,6 +221,11 @@ class Filler:
         decode = getattr(self._context.processing_class, "decode", None)
         start = row.input_ids[:_TOKENS_SHOWN].tolist()
         return f"which begins {decode(start) if decode else start!r}"
+
+
+def _dtype_of(policy: torch.nn.Module) -> torch.dtype:
+    dtype: torch.dtype = causal_lm(policy).dtype
+    return dtype
 
 
 def _shards_parameters(accelerator: Any) -> bool:

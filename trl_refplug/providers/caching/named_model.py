@@ -41,7 +41,9 @@ class NamedModel(FrozenProvider):
             known_by = fingerprint(self.options.model, self.options.revision, decides)
         self._known_by = known_by
         self._context: ReferenceContext | None = None
-        recalled = recall(known_by)
+        # ZeRO-1 and ZeRO-2 place a model collectively, and later one rank may have rows to score when others have none
+        engine = context.args.deepspeed_plugin
+        recalled = recall(known_by) if engine is None or engine.zero_stage == 3 else None
         if all_ranks(recalled is not None):  # where some have to load a model, all do: TRL places it collectively
             assert recalled is not None
             self._identity = ReferenceIdentity.from_dict(recalled["identity"])
