@@ -68,7 +68,7 @@ class ReferenceMismatchError(RefPlugError):
 
 
 class InvalidLogProbsError(RefPlugError):
-    """A provider answered with a wrong shape, a wrong dtype or a non-finite value at a scored position."""
+    """A provider answered with a wrong shape, a wrong dtype or a value that is not finite."""
 
 
 class RemoteError(RefPlugError):

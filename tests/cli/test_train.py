@@ -139,14 +139,18 @@ def test_launched_from_the_command_line(model: str, tmp_path: Path) -> None:
     assert logged(tmp_path / "out")[0]["learning_rate"] == pytest.approx(1e-3)
 
 
-def test_failure_of_the_launched_process(model: str, tmp_path: Path) -> None:
-    """It says itself what went wrong; the launcher adds no traceback of its own."""
+@pytest.mark.parametrize("asked", ["0", "1"])
+def test_failure_of_the_launched_process(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    """It says itself what went wrong, with a traceback if asked; the launcher adds none of its own."""
+    monkeypatch.setenv("TRL_REFPLUG_TRACEBACK", asked)
     data = write(tiny.preference_data(), tmp_path / "data.jsonl")
     arguments = flags(model, data, tmp_path / "out")
     completed = run_here("dpo", *arguments, "--ref_provider", "adapter")  # the policy has none
     assert completed.returncode == 2, completed.stderr
-    assert completed.stderr.count("Error:") == 1
-    assert "Traceback" not in completed.stderr
+    assert completed.stderr.count("\nError:") + completed.stderr.startswith("Error:") == 1
+    assert completed.stderr.count("Traceback") == int(asked)
     assert not (tmp_path / "out" / "checkpoint-2").exists()
 
 

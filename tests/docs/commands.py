@@ -26,8 +26,8 @@ HEAD = """\
 
 <!-- Written by `python -m tests.docs.commands`. -->
 
-`trl-refplug COMMAND --help` shows the same. Errors are a message and exit status 2; `TRL_REFPLUG_TRACEBACK=1` shows
-the traceback as well.
+`trl-refplug COMMAND --help` shows the same. Errors are a message and exit status 2 (1 where several processes were
+launched); `TRL_REFPLUG_TRACEBACK=1` shows the traceback as well.
 """
 REFERENCE_FLAGS = """
 ## Reference flags

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -76,6 +78,8 @@ def _main() -> None:
     try:
         train(method, arguments, task)
     except RefPlugError as error:
+        if os.environ.get("TRL_REFPLUG_TRACEBACK", "0") not in ("", "0"):
+            traceback.print_exc()
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
