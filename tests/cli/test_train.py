@@ -140,14 +140,12 @@ def test_launched_from_the_command_line(model: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("asked", ["0", "1"])
-def test_failure_of_the_launched_process(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
-) -> None:
+def test_failure_of_the_launched_process(model: str, tmp_path: Path, asked: str) -> None:
     """It says itself what went wrong, with a traceback if asked; the launcher adds none of its own."""
-    monkeypatch.setenv("TRL_REFPLUG_TRACEBACK", asked)
     data = write(tiny.preference_data(), tmp_path / "data.jsonl")
     arguments = flags(model, data, tmp_path / "out")
-    completed = run_here("dpo", *arguments, "--ref_provider", "adapter")  # the policy has none
+    arguments += ["--ref_provider", "adapter"]  # the policy has none
+    completed = run_here("dpo", *arguments, TRL_REFPLUG_TRACEBACK=asked)
     assert completed.returncode == 2, completed.stderr
     assert completed.stderr.count("Error:") == 1 + int(asked)  # a traceback ends with the error, too
     assert completed.stderr.count("Traceback") == int(asked)
