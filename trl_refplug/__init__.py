@@ -46,12 +46,14 @@ from trl_refplug.provider import (
 if TYPE_CHECKING:
     from trl_refplug.arguments import ReferenceArguments
     from trl_refplug.configs import RefPlugDPOConfig, RefPlugGRPOConfig, RefPlugKTOConfig, RefPlugRLOOConfig
+    from trl_refplug.models.identity import digest_model
     from trl_refplug.trainers import RefPlugDPOTrainer, RefPlugGRPOTrainer, RefPlugKTOTrainer, RefPlugRLOOTrainer, plug
 
 
 __version__ = "0.1.0"
 
 _IMPORTED_LATE = {
+    "trl_refplug.models.identity": ("digest_model",),
     "trl_refplug.arguments": ("ReferenceArguments",),
     "trl_refplug.configs": (
         "RefPlugDPOConfig",
@@ -103,6 +105,7 @@ __all__ = [
     "UnknownProviderError",
     "UnsupportedInputError",
     "__version__",
+    "digest_model",
     "hookimpl",
     "plug",
 ]

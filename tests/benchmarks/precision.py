@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_refplug.bench.workloads import synthetic_pairs, tokenize_pairs, workload
 from trl_refplug.preference_files import read_pairs
-from trl_refplug.scoring import Row, Scorer
+from trl_refplug.rows import PaddedRows, Row
+from trl_refplug.scoring import Scorer
 from trl_refplug.scoring.exact import exact_log_probs
-from trl_refplug.scoring.padding import PaddedRows
 
 
 def main() -> None:

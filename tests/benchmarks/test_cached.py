@@ -19,13 +19,13 @@ from transformers import PrinterCallback
 from tests import tiny
 from tests.trainers.runs import build
 from trl_refplug import Capabilities, ReferenceIdentity, ReferenceProvider
-from trl_refplug.providers.caching.filling import fill
-from trl_refplug.providers.caching.row_keys import ModelFacts, RowKeys
-from trl_refplug.providers.caching.survey import survey
+from trl_refplug.providers.cached.filling import fill
+from trl_refplug.providers.cached.missing_rows import survey
+from trl_refplug.providers.cached.row_keys import ModelFacts, RowKeys
 from trl_refplug.scoring import Scorer
 from trl_refplug.store import LogProbStore, ScoringFacts
-from trl_refplug.trainers.planned import planned_rows
-from trl_refplug.trainers.seam import Seam
+from trl_refplug.trainers.planned_rows import planned_rows
+from trl_refplug.trainers.trl_patch import Seam
 
 
 pytestmark = pytest.mark.benchmark

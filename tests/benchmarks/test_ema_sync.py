@@ -13,9 +13,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.callbacks import SyncRefModelCallback
 
-from trl_refplug.providers.averaging.adapter_average import AdapterAverage
-from trl_refplug.providers.averaging.model_average import ModelAverage
-from trl_refplug.providers.ema import EmaOptions
+from trl_refplug.providers.ema.adapter_average import AdapterAverage
+from trl_refplug.providers.ema.model_average import ModelAverage
+from trl_refplug.providers.ema.provider import EmaOptions
 
 
 pytestmark = pytest.mark.benchmark

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from trl_refplug.scoring import Row, Scorer
-from trl_refplug.scoring.padding import PaddedRows
+from trl_refplug.rows import PaddedRows, Row
+from trl_refplug.scoring import Scorer
 from trl_refplug.serving.client import RefPlugClient
 
 from ..serving.servers import ServerProcess, transport

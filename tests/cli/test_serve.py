@@ -9,7 +9,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from trl_refplug.identity import digest_model
+from trl_refplug.models.identity import digest_model
 
 from .. import tiny
 from ..serving.servers import ServerProcess

@@ -15,7 +15,7 @@ from trl_refplug import ConfigurationError, MissingRowError, ReferenceMismatchEr
 from trl_refplug.cli import launched
 from trl_refplug.cli.tasks import Export, Precompute, Verify
 from trl_refplug.store import LogProbStore
-from trl_refplug.trainers.table import reference_table
+from trl_refplug.trainers.reference_columns import reference_table
 
 
 def flags(tmp_path: Path, kind: str = "dpo", rows: int = 12) -> list[str]:

@@ -7,10 +7,10 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 
 from trl_refplug import ConfigurationError
-from trl_refplug.providers.averaging.adapter_average import AdapterAverage
-from trl_refplug.providers.averaging.tensor_files import TensorReader
-from trl_refplug.providers.ema import EmaOptions
-from trl_refplug.providers.peft_policy import REFERENCE_ADAPTER, adapter_parameters, reference_active
+from trl_refplug.models.adapters import REFERENCE_ADAPTER, adapter_parameters, reference_active
+from trl_refplug.providers.ema.adapter_average import AdapterAverage
+from trl_refplug.providers.ema.provider import EmaOptions
+from trl_refplug.providers.ema.tensor_files import TensorReader
 
 from .. import tiny
 from ..trainers.test_memory import peak_bytes

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from trl_refplug import ConfigurationError, ReferenceMismatchError
-from trl_refplug.providers.averaging.model_average import ModelAverage
-from trl_refplug.providers.averaging.tensor_files import TensorReader
+from trl_refplug.providers.ema.model_average import ModelAverage
+from trl_refplug.providers.ema.tensor_files import TensorReader
 
 from .. import tiny
 
@@ -219,7 +219,7 @@ class TestFiles:
             other.load(tmp_path)
 
     def test_large_models_go_to_several_files(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("trl_refplug.providers.averaging.tensor_files._BYTES_PER_FILE", 10_000)
+        monkeypatch.setattr("trl_refplug.providers.ema.tensor_files._BYTES_PER_FILE", 10_000)
         _, average, before = self.saved(tmp_path)
         files = list(tmp_path.glob("*.safetensors"))
         assert len(files) > 3
@@ -231,8 +231,8 @@ class TestFiles:
 
     def test_parts_of_ranks(self, tmp_path):
         """Parts are put together again, and a hole is seen."""
-        from trl_refplug.providers.averaging.shards import Part
-        from trl_refplug.providers.averaging.tensor_files import write_tensors
+        from trl_refplug.models.sharding import Part
+        from trl_refplug.providers.ema.tensor_files import write_tensors
 
         whole = torch.arange(21.0).reshape(7, 3)
         for rank, (start, length) in enumerate([(0, 4), (4, 3)]):

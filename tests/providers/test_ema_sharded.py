@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trl_refplug.providers.averaging.tensor_files import TensorReader
+from trl_refplug.providers.ema.tensor_files import TensorReader
 from trl_refplug.testing.ranks import launch
 
 from . import two_ranks_ema

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_refplug.providers.averaging.low_rank import LowRank, weighted_sum
+from trl_refplug.providers.ema.low_rank import LowRank, weighted_sum
 
 
 def random(rows, columns, rank, seed, dtype=torch.float64):

@@ -11,7 +11,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from trl_refplug import MissingRowError, ReferenceMismatchError, model_files
+from trl_refplug import MissingRowError, ReferenceMismatchError
+from trl_refplug.models import files as model_files
 
 from .. import tiny
 from ..trainers.runs import DATA, assert_same, build, train

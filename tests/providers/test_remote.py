@@ -25,7 +25,7 @@ from trl_refplug import (
     RemoteError,
     UnsupportedInputError,
 )
-from trl_refplug.scoring.padding import PaddedRows
+from trl_refplug.rows import PaddedRows
 from trl_refplug.serving.engine import Engine
 from trl_refplug.serving.limits import Limits
 from trl_refplug.serving.loading import load_engine

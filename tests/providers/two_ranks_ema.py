@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tiny
-from trl_refplug.providers.ema import EmaOptions, EmaProvider
+from trl_refplug.providers.ema.provider import EmaOptions, EmaProvider
 
 
 IDS = torch.arange(3, 23)[None]

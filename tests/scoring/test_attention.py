@@ -10,11 +10,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.scoring.models import tiny
 from tests.scoring.test_head import Sizes
+from trl_refplug.rows import Row
 from trl_refplug.scoring import attention
 from trl_refplug.scoring.attention import TreeAttention, tree_attention
 from trl_refplug.scoring.layout import plan
 from trl_refplug.scoring.operations import Operations
-from trl_refplug.scoring.rows import Row
 
 
 MODEL = tiny("llama")

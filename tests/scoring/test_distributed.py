@@ -15,7 +15,8 @@ from tests.scoring.models import batch_of, random_batch, tiny
 from tests.scoring.test_safety import LeakyLayer
 from tests.scoring.test_scorer import TOLERANCE, trl_log_probs
 from trl_refplug.errors import UnsupportedInputError
-from trl_refplug.scoring import ExactFallbackWarning, Row, Scorer
+from trl_refplug.rows import Row
+from trl_refplug.scoring import ExactFallbackWarning, Scorer
 from trl_refplug.testing.ranks import launch
 
 

@@ -3,9 +3,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trl_refplug.rows import IGNORED, Row
+from trl_refplug.rows.row import rows_of
 from trl_refplug.scoring.layout import Pack, plan
 from trl_refplug.scoring.operations import Operations
-from trl_refplug.scoring.rows import IGNORED, Row, rows_of
 
 
 COST = Operations(token=1.0, pair=0.001, head=1.0)

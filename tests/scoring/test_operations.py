@@ -8,9 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from tests.scoring.models import ARCHITECTURES, VOCAB, tiny
+from trl_refplug.rows import Row
 from trl_refplug.scoring.layout import plan
 from trl_refplug.scoring.operations import Operations, count_operations, layer_configs
-from trl_refplug.scoring.rows import Row
 
 
 ROUTED = ("mixtral", "qwen3_moe")

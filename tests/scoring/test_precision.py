@@ -10,8 +10,8 @@ from accelerate.state import AcceleratorState
 
 from tests.scoring.models import random_batch, tiny
 from tests.scoring.test_scorer import trl_log_probs, trusted
+from trl_refplug.models.tolerances import TOLERANCE, disagreement
 from trl_refplug.scoring import ExactFallbackWarning, Scorer, exact_log_probs
-from trl_refplug.scoring.precision import TOLERANCE, disagreement
 
 
 def float64_log_probs(model, batch):

@@ -14,8 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from tests.scoring.models import VOCAB, batch_of, random_batch, tiny, with_images
 from tests.scoring.test_scorer import TOLERANCE, trl_log_probs
 from trl_refplug.errors import UnsupportedInputError
-from trl_refplug.scoring import ExactFallbackWarning, Row, Scorer
-from trl_refplug.scoring.padding import PaddedRows
+from trl_refplug.rows import PaddedRows, Row
+from trl_refplug.scoring import ExactFallbackWarning, Scorer
 from trl_refplug.scoring.safety import length_limit
 
 

@@ -12,11 +12,11 @@ from trl.trainer.utils import add_fused_lm_head
 
 from tests.scoring.models import ARCHITECTURES, SEEING, VOCAB, batch_of, random_batch, tiny, with_images
 from trl_refplug import ConfigurationError
+from trl_refplug.models.tolerances import disagreement
 from trl_refplug.provider import ReferenceBatch
-from trl_refplug.scoring import ExactFallbackWarning, Row, Scorer, ScoreStats, attention
+from trl_refplug.rows import PaddedRows, Row
+from trl_refplug.scoring import ExactFallbackWarning, Scorer, ScoreStats, attention
 from trl_refplug.scoring.head import Head
-from trl_refplug.scoring.padding import PaddedRows
-from trl_refplug.scoring.precision import disagreement
 
 
 TOLERANCE = 2e-5

@@ -11,8 +11,9 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from tests.scoring.models import ARCHITECTURES, VOCAB, batch_of, random_batch, tiny
 from tests.scoring.test_safety import LeakyLayer, ScarceMemory, stream
 from tests.scoring.test_scorer import TOLERANCE, trl_log_probs
-from trl_refplug.scoring import ExactFallbackWarning, Row, Scorer
-from trl_refplug.scoring.execution import causal_lm
+from trl_refplug.models.causal_lm import causal_lm
+from trl_refplug.rows import Row
+from trl_refplug.scoring import ExactFallbackWarning, Scorer
 from trl_refplug.scoring.layout import plan
 from trl_refplug.scoring.operations import Operations, count_operations
 from trl_refplug.scoring.verification import sharing_rows

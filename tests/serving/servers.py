@@ -18,8 +18,8 @@ from typing import Any
 
 from trl_refplug.serving.app import make_app
 from trl_refplug.serving.engine import Engine
+from trl_refplug.serving.http_server import Server, listen
 from trl_refplug.serving.limits import Limits
-from trl_refplug.serving.server import Server, listen
 from trl_refplug.serving.transport import Transport
 
 from .. import tiny

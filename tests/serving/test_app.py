@@ -17,8 +17,8 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trl_refplug.scoring import Row, Scorer
-from trl_refplug.scoring.padding import PaddedRows
+from trl_refplug.rows import PaddedRows, Row
+from trl_refplug.scoring import Scorer
 from trl_refplug.serving import wire
 from trl_refplug.serving.client import RefPlugClient
 from trl_refplug.serving.limits import Limits

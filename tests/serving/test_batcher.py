@@ -8,8 +8,7 @@ from concurrent.futures import CancelledError
 import numpy as np
 import pytest
 
-from trl_refplug.scoring import Row
-from trl_refplug.scoring.padding import PaddedRows
+from trl_refplug.rows import PaddedRows, Row
 from trl_refplug.serving.batcher import Batcher, ClosedError, QueueFullError
 from trl_refplug.serving.engine import Unit
 

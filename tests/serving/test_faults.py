@@ -19,8 +19,7 @@ from starlette.responses import Response
 from transformers import TrainerCallback
 
 from trl_refplug import ReferenceMismatchError, RemoteError
-from trl_refplug.scoring import Row
-from trl_refplug.scoring.padding import PaddedRows
+from trl_refplug.rows import PaddedRows, Row
 from trl_refplug.serving import wire
 from trl_refplug.serving.background import in_background
 from trl_refplug.serving.client import RefPlugClient

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_refplug import ReferenceBatch
-from trl_refplug.scoring import Row
-from trl_refplug.scoring.padding import PaddedRows
+from trl_refplug.rows import PaddedRows, Row
 from trl_refplug.serving import wire
 
 

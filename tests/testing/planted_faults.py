@@ -20,7 +20,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from trl_refplug import Capabilities, ReferenceIdentity, ReferenceProvider
-from trl_refplug.identity import digest_model
+from trl_refplug.models.identity import digest_model
 from trl_refplug.testing import ReferenceProviderTests, tiny_policy
 
 

@@ -15,7 +15,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tests import tiny
 from tests.trainers.runs import DATA, ONLINE, TRL, config, finished, trainer_class, zero
-from trl_refplug.identity import digest_model
+from trl_refplug.models.identity import digest_model
 from trl_refplug.scoring import ExactFallbackWarning
 
 

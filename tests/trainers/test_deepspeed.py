@@ -12,7 +12,7 @@ import pytest
 
 from trl_refplug.cli import launched
 from trl_refplug.cli.tasks import Precompute
-from trl_refplug.identity import digest_model
+from trl_refplug.models.identity import digest_model
 from trl_refplug.store import summarize
 
 from .. import tiny

@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from peft import LoraConfig
 
 from trl_refplug import ConfigurationError, OptionsError, plug
-from trl_refplug.providers.ema import EmaOptions, EmaProvider
+from trl_refplug.providers.ema.provider import EmaOptions, EmaProvider
 
 from .. import tiny
 from .runs import KINDS, ONLINE, TRL, assert_same, build, train
@@ -151,7 +151,7 @@ class TestOptions:
         provider = run.trainer.ref_model.provider
         (directory := tmp_path / "state").mkdir()
         provider.save_state(directory)
-        from trl_refplug.providers.averaging.tensor_files import TensorReader
+        from trl_refplug.providers.ema.tensor_files import TensorReader
 
         with TensorReader(directory) as reader:
             average = reader.whole("lm_head.weight", (380, 32))

@@ -22,12 +22,11 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from trl_refplug.bench.workloads import Workload
 from trl_refplug.errors import ConfigurationError
-from trl_refplug.resident_set import peak_resident_set
+from trl_refplug.models.causal_lm import causal_lm
+from trl_refplug.rows import PaddedRows, Row
+from trl_refplug.runtime.memory import peak_resident_set
 from trl_refplug.scoring.exact import exact_log_probs
-from trl_refplug.scoring.execution import causal_lm
 from trl_refplug.scoring.operations import count_operations
-from trl_refplug.scoring.padding import PaddedRows
-from trl_refplug.scoring.rows import Row
 from trl_refplug.scoring.scorer import Scorer
 
 

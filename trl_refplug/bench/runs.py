@@ -21,7 +21,7 @@ import trl_refplug
 from trl_refplug.bench.measure import MEASUREMENT, Run
 from trl_refplug.bench.workloads import Workload
 from trl_refplug.errors import ConfigurationError
-from trl_refplug.scoring.execution import causal_lm
+from trl_refplug.models.causal_lm import causal_lm
 
 
 Facts = dict[str, str | int | None]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from trl_refplug.errors import ConfigurationError, did_you_mean
-from trl_refplug.scoring.rows import Ints, Row
+from trl_refplug.rows import Ints, Row
 
 
 TRL_BATCH = 8

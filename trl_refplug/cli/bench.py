@@ -90,7 +90,7 @@ def _score(
 
     from trl_refplug.bench import report, runs, workloads
     from trl_refplug.bench.measure import Result, measure
-    from trl_refplug.identity import digest_model
+    from trl_refplug.models.identity import digest_model
 
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -20,8 +20,8 @@ from trl_refplug.preference_files import read_pairs
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trl_refplug.models.tolerances import Tolerance
     from trl_refplug.provider import ReferenceBatch
-    from trl_refplug.tolerances import Tolerance
 
 
 _BATCH = 4  # pairs
@@ -107,7 +107,7 @@ def check(
     The data goes through the real trainer's own pipeline; the plain model is loaded in float32 and called as TRL calls
     its reference. Exits with 0 if they agree, with 1 if they differ, and with 2 if the check cannot be made.
     """
-    from trl_refplug.tolerances import Tolerance, tolerance_for
+    from trl_refplug.models.tolerances import Tolerance, tolerance_for
 
     allowed = tolerance_for("no", dtype.of_torch(), "cpu")
     if tolerance is not None:
@@ -138,7 +138,7 @@ def _score(
     from peft import LoraConfig
 
     from trl_refplug import RefPlugDPOConfig, RefPlugDPOTrainer
-    from trl_refplug.trainers.requests import preference_requests
+    from trl_refplug.trainers.requested_batches import preference_requests
 
     with TemporaryDirectory() as directory:
         args = RefPlugDPOConfig(

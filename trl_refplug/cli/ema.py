@@ -22,7 +22,7 @@ def export(
     out: Annotated[Path, typer.Argument(help="New directory to write the model or the adapter to.")],
 ) -> None:
     """Write the reference of a checkpoint as an ordinary model or adapter."""
-    from trl_refplug.providers.averaging.export import export_reference
+    from trl_refplug.providers.ema.export import export_reference
 
     kind = export_reference(checkpoint, out)
     typer.echo(f"Wrote the reference, a{'n adapter' if kind == 'adapter' else ' model'}, to {out}.")

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from trl_refplug.errors import ConfigurationError, require_extra
-from trl_refplug.serving.keys import read_key
+from trl_refplug.serving.api_key import read_key
 
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
@@ -67,8 +67,8 @@ def serve(
         _check_certificate(ssl_certfile, ssl_keyfile)
     require_extra("`trl-refplug serve`", "serve", "msgspec", "starlette", "uvicorn", "zstandard")
 
+    from trl_refplug.serving.http_server import Server, listen
     from trl_refplug.serving.limits import Limits
-    from trl_refplug.serving.server import Server, listen
 
     try:
         listener = listen(host, port)  # before the model is loaded, so that a wrong address shows at once

@@ -106,7 +106,7 @@ class Export(Task):
         return {"path": self.path, "fill": "never"}
 
     def run(self, trainer: Any) -> str:
-        from trl_refplug.trainers.table import reference_table
+        from trl_refplug.trainers.reference_columns import reference_table
 
         if not trainer.is_world_process_zero():
             return ""

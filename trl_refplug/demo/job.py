@@ -18,7 +18,7 @@ from peft import LoraConfig
 from transformers import PrinterCallback, TrainerCallback
 
 from trl_refplug import RefPlugDPOConfig, RefPlugDPOTrainer
-from trl_refplug.resident_set import peak_resident_set
+from trl_refplug.runtime.memory import peak_resident_set
 
 
 PAIRS_PER_STEP = 2

@@ -18,8 +18,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from trl_refplug.caches import cache_directory
 from trl_refplug.errors import RefPlugError
+from trl_refplug.runtime.caches import cache_directory
 
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

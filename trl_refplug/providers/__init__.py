@@ -12,6 +12,6 @@ API_VERSION = 1
 def refplug_register_providers(register: Register) -> None:
     register("frozen", "trl_refplug.providers.frozen:FrozenProvider")
     register("adapter", "trl_refplug.providers.adapter:AdapterProvider")
-    register("cached", "trl_refplug.providers.cached:CachedProvider")
-    register("ema", "trl_refplug.providers.ema:EmaProvider")
-    register("remote", "trl_refplug.providers.remote:RemoteProvider")
+    register("cached", "trl_refplug.providers.cached.provider:CachedProvider")
+    register("ema", "trl_refplug.providers.ema.provider:EmaProvider")
+    register("remote", "trl_refplug.providers.remote.provider:RemoteProvider")

@@ -71,9 +71,9 @@ class AdapterProvider(ReferenceProvider):
         return self._reference_adapter
 
     def pin(self, context: ReferenceContext) -> None:
-        from trl_refplug.identity import combine_digests, digest_tensors, tensor_dtypes
-        from trl_refplug.providers.peft_policy import is_peft, policy_adapter
-        from trl_refplug.providers.purity import check_policy
+        from trl_refplug.models.adapters import is_peft, policy_adapter
+        from trl_refplug.models.identity import combine_digests, digest_tensors, tensor_dtypes
+        from trl_refplug.models.purity import check_policy
 
         policy: Any = context.policy
         self._is_new = not is_peft(policy)
@@ -101,8 +101,7 @@ class AdapterProvider(ReferenceProvider):
         )
 
     def setup(self, context: ReferenceContext) -> None:
-        from trl_refplug.identity import combine_digests, digest_tensors
-        from trl_refplug.providers.peft_policy import (
+        from trl_refplug.models.adapters import (
             add_reference_adapter,
             base_model_of,
             freeze_adapter,
@@ -110,7 +109,8 @@ class AdapterProvider(ReferenceProvider):
             policy_adapter,
             starts_as_identity,
         )
-        from trl_refplug.providers.purity import check_policy, rewritten_tensors
+        from trl_refplug.models.identity import combine_digests, digest_tensors
+        from trl_refplug.models.purity import check_policy, rewritten_tensors
 
         policy = peft_model_of(context.policy)
         if self._is_new:
@@ -147,7 +147,7 @@ class AdapterProvider(ReferenceProvider):
         return self._identity
 
     def log_probs(self, batch: ReferenceBatch) -> Tensor:
-        from trl_refplug.providers.peft_policy import reference_active
+        from trl_refplug.models.adapters import reference_active
         from trl_refplug.providers.scorers import trainer_scorer
 
         assert self._context is not None, "log_probs() before setup()"
@@ -161,7 +161,7 @@ class AdapterProvider(ReferenceProvider):
     @contextmanager
     def bulk_scorer(self) -> Iterator[Scorer]:
         """A packed scorer of the reference; the policy is borrowed while the context lasts."""
-        from trl_refplug.providers.peft_policy import reference_active
+        from trl_refplug.models.adapters import reference_active
         from trl_refplug.providers.scorers import trainer_scorer
 
         assert self._context is not None, "setup() comes first"
@@ -177,7 +177,7 @@ class AdapterProvider(ReferenceProvider):
                 f"ref_provider='adapter': the policy has no adapter {name!r}; it has {known}."
                 f"{did_you_mean(name, known)}"
             )
-        from trl_refplug.providers.peft_policy import policy_adapter
+        from trl_refplug.models.adapters import policy_adapter
 
         if name == policy_adapter(policy):
             raise ConfigurationError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trl_refplug.errors import ConfigurationError
-from trl_refplug.scoring import stay_in_evaluation_mode
+from trl_refplug.models.modes import stay_in_evaluation_mode
 
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from trl_refplug.scoring import Scorer, ScoringThread
+    from trl_refplug.runtime.threads import ScoringThread
+    from trl_refplug.scoring import Scorer
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class FrozenProvider(ReferenceProvider):
         return self._module
 
     def pin(self, context: ReferenceContext) -> nn.Module:
-        from trl_refplug.identity import digest_model
+        from trl_refplug.models.identity import digest_model
         from trl_refplug.providers.copies import load_model, snapshot
 
         if self._given is not None:
@@ -116,8 +117,9 @@ class FrozenProvider(ReferenceProvider):
 
     def _use(self, module: nn.Module, context: ReferenceContext) -> None:
         """Score with `module`, which is placed."""
+        from trl_refplug.models.modes import stay_in_evaluation_mode
         from trl_refplug.providers.scorers import trainer_scorer
-        from trl_refplug.scoring import ScoringThread, stay_in_evaluation_mode
+        from trl_refplug.runtime.threads import ScoringThread
 
         self._module = module
         stay_in_evaluation_mode(self._module)  # a model passed as `ref_model=` may still be in train mode

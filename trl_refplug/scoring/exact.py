@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trl_refplug.models.causal_lm import causal_lm, on_its_device
 from trl_refplug.provider import ReferenceBatch
-from trl_refplug.scoring.execution import causal_lm, on_its_device
 
 
 def ensure_fused_head(model: nn.Module, temperature: float, cast_lm_head_to_fp32: bool) -> None:

@@ -9,32 +9,20 @@ hands no position on to the model's own head.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from trl_refplug.errors import ConfigurationError
+from trl_refplug.models.causal_lm import causal_lm, on_its_device
+from trl_refplug.models.tolerances import as_precise_as
+from trl_refplug.rows import IGNORED
 from trl_refplug.scoring.attention import UnsafeError, tree_attention
 from trl_refplug.scoring.head import Head
 from trl_refplug.scoring.layout import Pack
-from trl_refplug.scoring.rows import IGNORED
-from trl_refplug.tolerances import as_precise_as
-
-
-def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The causal LM inside `model`, whatever it is wrapped in (PEFT, DDP, FSDP, DeepSpeed, ...)."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
-            return module
-    raise ConfigurationError(
-        f"Found a {type(model).__name__} without a transformers language model in it; expected a causal LM with an LM "
-        "head, such as AutoModelForCausalLM loads."
-    )
 
 
 @dataclass(frozen=True)
@@ -108,42 +96,9 @@ def _computed_in(hidden: Tensor) -> torch.dtype:
 
 
 @contextmanager
-def on_its_device(model: PreTrainedModel) -> Iterator[None]:
-    """Triton launches its kernels on the current device, wherever their arguments are: that of the LM head."""
-    device = model.get_output_embeddings().weight.device
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        yield
-
-
-@contextmanager
 def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:
     handle = module.register_forward_hook(hook)
     try:
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch `model` to evaluation mode and back, module by module: a frozen part may have been in it before."""
-    training = [module for module in model.modules() if module.training and not _is_repacked(module)]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def stay_in_evaluation_mode(model: nn.Module) -> None:
-    """Put a model that is never trained in evaluation mode, where it scores as it would inside [`evaluation_mode`]."""
-    for module in model.modules():
-        module.training = _is_repacked(module)
-
-
-def _is_repacked(module: nn.Module) -> bool:
-    # On a CPU, bitsandbytes' layers rewrite their weights in place for another, less precise kernel when they run in
-    # evaluation mode. They have no dropout to switch off.
-    return type(module).__module__.startswith("bitsandbytes.")

@@ -18,8 +18,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from trl_refplug.rows import Ints, Row
 from trl_refplug.scoring.operations import Operations
-from trl_refplug.scoring.rows import Ints, Row
 
 
 NODE_TOKENS = 1.0

@@ -12,17 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trl_refplug.models.causal_lm import causal_lm
+from trl_refplug.models.modes import evaluation_mode
+from trl_refplug.models.positions import absolute_positions
+from trl_refplug.models.sharding import in_lockstep
 from trl_refplug.provider import ReferenceBatch
+from trl_refplug.rows import IGNORED, Ints, PaddedRows, Row
+from trl_refplug.rows.row import check_labels
+from trl_refplug.runtime.memory import ran_out_of_memory
 from trl_refplug.scoring import safety
 from trl_refplug.scoring.attention import UnsafeError
-from trl_refplug.scoring.execution import Scored, causal_lm, evaluation_mode, run_pack
+from trl_refplug.scoring.execution import Scored, run_pack
 from trl_refplug.scoring.head import Head
 from trl_refplug.scoring.layout import Pack, plan
-from trl_refplug.scoring.memory import ran_out_of_memory
 from trl_refplug.scoring.operations import count_operations
 from trl_refplug.scoring.order import ChooseNext, chosen
-from trl_refplug.scoring.padding import PaddedRows
-from trl_refplug.scoring.rows import IGNORED, Ints, Row, check_labels
 from trl_refplug.scoring.stats import ScoreStats
 
 
@@ -51,13 +55,13 @@ class PackedPass:
         self.budget = budget
         self.config: Any = inner.config
         self.device: torch.device = inner.get_input_embeddings().weight.device
-        self.lockstep = safety.in_lockstep(model)
+        self.lockstep = in_lockstep(model)
         self.limit, self.limit_reason = safety.length_limit(inner)
         # Where a pass is a collective operation TRL's own: a rank that packs may meet one that has to score exactly
         self._head = None if self.lockstep else head
         self._stats = stats
         self._cost = count_operations(inner)
-        self.absolute = safety.absolute_positions(inner)
+        self.absolute = absolute_positions(inner)
 
     def unsafe_model(self) -> str | None:
         """Why no rows may be packed, as a phrase that completes "because of". Asked anew: adapters come and go."""

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from trl_refplug.models.positions import batch_length_limit
 from trl_refplug.scoring.operations import layer_configs
 
 
@@ -65,44 +64,3 @@ def length_limit(inner: PreTrainedModel) -> tuple[float, str]:
 def _shortest(config: Any, name: str) -> int | None:
     """Of the lengths that are set for some layer."""
     return min(filter(None, (getattr(layer, name, None) for layer in layer_configs(config))), default=None)
-
-
-def batch_length_limit(inner: PreTrainedModel) -> float:
-    """The longest batch in which a row's log-probs do not depend on how long the other rows are."""
-    config = inner.config.get_text_config()
-    return min(
-        (
-            rope.get("original_max_position_embeddings") or config.max_position_embeddings
-            for rope in _rope_parameters(config)
-            if rope.get("rope_type") in ("dynamic", "longrope")
-        ),
-        default=float("inf"),
-    )
-
-
-def absolute_positions(inner: PreTrainedModel) -> bool:
-    """Whether shifting a row, as padding on its left does, may change its log-probabilities."""
-    config = inner.config.get_text_config()
-    parameters = _rope_parameters(config)
-    # Ministral and Beam scale queries by where they are
-    scaled = getattr(config, "model_type", "") == "beam" or any("llama_4_scaling_beta" in some for some in parameters)
-    return scaled or not parameters
-
-
-def in_lockstep(model: nn.Module) -> bool:
-    """
-    Whether a forward pass is a collective operation, so that every rank has to make as many of them: sharded weights
-    (FSDP, ZeRO-3, tensor parallel) and DDP, which synchronises buffers.
-    """
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
-        return torch.distributed.get_world_size() > 1
-    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()) or any(
-        type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
-    )
-
-
-def _rope_parameters(config: Any) -> list[dict[str, Any]]:
-    """The rotary embeddings' parameters: one dictionary, or one a layer type."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    return nested or [parameters] * ("rope_type" in parameters or "rope_theta" in parameters)

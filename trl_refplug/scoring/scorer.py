@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from trl_refplug.errors import RefPlugWarning, UnsupportedInputError
+from trl_refplug.models.causal_lm import causal_lm
+from trl_refplug.models.modes import evaluation_mode
 from trl_refplug.provider import ReferenceBatch
+from trl_refplug.rows import IGNORED, Ints, PaddedRows, Row, Values
+from trl_refplug.runtime.memory import ran_out_of_memory
 from trl_refplug.scoring.attention import UnsafeError
 from trl_refplug.scoring.exact import ensure_fused_head, exact_log_probs
-from trl_refplug.scoring.execution import causal_lm, evaluation_mode
 from trl_refplug.scoring.head import Head
-from trl_refplug.scoring.memory import ran_out_of_memory
 from trl_refplug.scoring.order import ChooseNext, chosen
 from trl_refplug.scoring.packed import PackedError, PackedPass
-from trl_refplug.scoring.padding import PaddedRows, Values
-from trl_refplug.scoring.rows import IGNORED, Ints, Row
 from trl_refplug.scoring.stats import ScoreStats
 from trl_refplug.scoring.verification import verify
 

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trl_refplug.models.causal_lm import causal_lm
+from trl_refplug.models.modes import evaluation_mode
+from trl_refplug.models.positions import batch_length_limit
+from trl_refplug.models.tolerances import disagreement, tolerance_of
+from trl_refplug.rows import Ints, PaddedRows, Row
+from trl_refplug.runtime.memory import ran_out_of_memory
 from trl_refplug.scoring.exact import exact_log_probs
-from trl_refplug.scoring.execution import causal_lm, evaluation_mode
-from trl_refplug.scoring.memory import ran_out_of_memory
 from trl_refplug.scoring.packed import PackedPass, why
-from trl_refplug.scoring.padding import PaddedRows
-from trl_refplug.scoring.precision import TOLERANCE, disagreement
-from trl_refplug.scoring.rows import Ints, Row
-from trl_refplug.scoring.safety import batch_length_limit
 
 
 TOKENS = 1024
@@ -73,7 +73,7 @@ def _compare(packed: PackedPass, rows: list[Row]) -> str | None:
     if not packed.absolute:
         # Only now: a model whose table of positions is as long as its input has been found out
         differences = (_moved(packed, padded.take([0])) - torch.from_numpy(exact[0])).abs()
-        allowed = MOVED * TOLERANCE.get(scored.dtype, TOLERANCE[torch.bfloat16])[0]
+        allowed = MOVED * tolerance_of(scored.dtype).largest
         packed.absolute = bool((differences > allowed).any())
     answers: Tensor = scored.log_probs.cpu()
     found = [answers[torch.from_numpy(answer)] for answer in pack.answers]

@@ -30,7 +30,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from trl_refplug.scoring.padding import Values
+from trl_refplug.rows import Values
 from trl_refplug.serving import wire
 from trl_refplug.serving.batcher import Answers, Batcher, ClosedError, QueueFullError
 from trl_refplug.serving.engine import Engine

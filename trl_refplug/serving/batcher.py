@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from trl_refplug.scoring.padding import Values
+from trl_refplug.rows import Values
 from trl_refplug.serving.engine import Unit
 
 

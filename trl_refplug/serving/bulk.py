@@ -12,9 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from trl_refplug.scoring import Row
+from trl_refplug.rows import PaddedRows, Row, Values
 from trl_refplug.scoring.order import ChooseNext, chosen
-from trl_refplug.scoring.padding import PaddedRows, Values
 from trl_refplug.serving.background import in_background
 from trl_refplug.serving.client import ScoringClient
 

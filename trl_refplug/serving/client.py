@@ -12,10 +12,10 @@ import httpx
 import msgspec
 
 from trl_refplug.errors import ReferenceMismatchError, RemoteError, UnsupportedInputError
-from trl_refplug.scoring.padding import PaddedRows, Values
+from trl_refplug.rows import PaddedRows, Values
 from trl_refplug.serving import wire
-from trl_refplug.serving.facts import ServerFacts
 from trl_refplug.serving.http_errors import DamagedAnswerError
+from trl_refplug.serving.served_model import ServerFacts
 from trl_refplug.serving.transport import Transport
 
 

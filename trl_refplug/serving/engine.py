@@ -13,13 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from trl_refplug.identity import digest_model
+from trl_refplug.models.causal_lm import causal_lm
+from trl_refplug.models.identity import digest_model
+from trl_refplug.models.positions import absolute_positions, batch_length_limit
+from trl_refplug.rows import PaddedRows, Values
 from trl_refplug.scoring import Scorer
-from trl_refplug.scoring.execution import causal_lm
-from trl_refplug.scoring.padding import PaddedRows, Values
-from trl_refplug.scoring.safety import absolute_positions, batch_length_limit
 from trl_refplug.scoring.scorer import TOKEN_BUDGET, TOKEN_BUDGET_ELSEWHERE
-from trl_refplug.serving.facts import ServerFacts, tokenizer_digest
+from trl_refplug.serving.served_model import ServerFacts, tokenizer_digest
 from trl_refplug.serving.wire import PROTOCOL, ScoringRequest
 
 

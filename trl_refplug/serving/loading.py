@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from trl_refplug.errors import ConfigurationError
-from trl_refplug.scoring import stay_in_evaluation_mode
+from trl_refplug.models.modes import stay_in_evaluation_mode
 from trl_refplug.serving.engine import Engine
 
 

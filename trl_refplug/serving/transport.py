@@ -21,6 +21,7 @@ import httpx
 import tenacity
 
 from trl_refplug.errors import RemoteError
+from trl_refplug.serving.failover import Server, Servers
 from trl_refplug.serving.http_errors import (
     DamagedAnswerError,
     UnreachableError,
@@ -30,7 +31,6 @@ from trl_refplug.serving.http_errors import (
     unreachable,
     untrusted,
 )
-from trl_refplug.serving.servers import Server, Servers
 
 
 logger = logging.getLogger("trl_refplug")

@@ -15,11 +15,10 @@ import msgspec
 import numpy as np
 
 from trl_refplug.errors import InvalidLogProbsError, ReferenceMismatchError, RemoteError, UnsupportedInputError
-from trl_refplug.scoring import Row
-from trl_refplug.scoring.padding import PaddedRows, Values
+from trl_refplug.models.tolerances import Tolerance
+from trl_refplug.rows import PaddedRows, Row, Values
 from trl_refplug.serving.http_errors import DamagedAnswerError
 from trl_refplug.serving.transport import Transport
-from trl_refplug.tolerances import Tolerance
 
 
 _NOT_A_NUMBER = -9999.0  # what vLLM puts in place of -inf and NaN

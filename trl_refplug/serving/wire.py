@@ -30,9 +30,7 @@ import xxhash
 import zstandard
 from numpy.typing import NDArray
 
-from trl_refplug.scoring import Row
-from trl_refplug.scoring.padding import PaddedRows, Values
-from trl_refplug.scoring.rows import IGNORED
+from trl_refplug.rows import IGNORED, PaddedRows, Row, Values
 
 
 PROTOCOL = 1

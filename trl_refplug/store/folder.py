@@ -18,8 +18,8 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import xxhash
 
-from trl_refplug.caches import cache_directory
 from trl_refplug.errors import StoreError
+from trl_refplug.runtime.caches import cache_directory
 
 
 DAMAGED_SUFFIX = ".damaged"

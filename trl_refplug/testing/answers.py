@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from trl_refplug.answers import form_problem
 from trl_refplug.errors import ConfigurationError
 from trl_refplug.provider import ReferenceBatch
+from trl_refplug.rows.answers import form_problem
 from trl_refplug.testing.bench import Attached, Bench, largest_difference, require
 from trl_refplug.testing.samples import Row, copy_of, image_preference_data, make_batch, scored, tiny_image_processor
 from trl_refplug.testing.setting import Setting
@@ -177,7 +177,7 @@ class AnswerTests(Setting):
         if not bench.capabilities.multimodal:
             pytest.skip("capabilities.multimodal is not declared, so batches with images are refused")
         pytest.importorskip("PIL")
-        from trl_refplug.trainers.requests import preference_requests
+        from trl_refplug.trainers.requested_batches import preference_requests
 
         self._needs_values(bench)
         bench = bench.using(policy=image_policy, processing_class=tiny_image_processor())

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trl_refplug.answers import form_problem
 from trl_refplug.errors import InvalidLogProbsError, RefPlugError
 from trl_refplug.options import parse_options
 from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceProvider
+from trl_refplug.rows.answers import form_problem
 from trl_refplug.testing.samples import copy_of, make_batch, preference_data, sample_rows, scored
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from trl_refplug.random_state import random_state
+from trl_refplug.runtime.random_state import random_state
 from trl_refplug.testing.bench import Attached, Bench, require
 from trl_refplug.testing.samples import copy_of
 from trl_refplug.testing.setting import Setting
@@ -81,7 +81,7 @@ class SideEffectTests(Setting):
         require(not changed, f"{len(changed)} of the policy's weights were changed ({_some(changed)}).")
 
     def test_active_adapter(self, attached: Attached) -> None:
-        from trl_refplug.providers.peft_policy import is_peft
+        from trl_refplug.models.adapters import is_peft
 
         if not is_peft(attached.policy):
             pytest.skip("the policy has no adapter; give a `peft_config` if yours may")

@@ -44,7 +44,7 @@ class IdentityTests(Setting):
         require(
             first.digest == again.digest,
             f"The same weights and options, loaded from another path, are another reference: {first}, then {again}. "
-            "A run could not be resumed. Digest what changes the log-probs (trl_refplug.identity.digest_model), "
+            "A run could not be resumed. Digest what changes the log-probs (trl_refplug.digest_model), "
             "nothing else: no path, time, id() or hash().",
         )
 
@@ -57,7 +57,7 @@ class IdentityTests(Setting):
             attached,
             other,
             different="Another policy gives another reference, and its identity is the same. Caches and resumed runs "
-            "would take one for the other. Digest the weights (trl_refplug.identity.digest_model) in pin().",
+            "would take one for the other. Digest the weights (trl_refplug.models.identity.digest_model) in pin().",
             same="The answers do not depend on the policy's weights, and the identity does. A run "
             "could not be resumed with the same reference beside another policy.",
         )

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from trl_refplug.models.tolerances import TOLERANCES
 from trl_refplug.provider import ReferenceBatch
 from trl_refplug.testing.bench import Attached, Bench, Reference
 from trl_refplug.testing.samples import plain_log_probs, tiny_image_policy, tiny_policy, tiny_tokenizer
-from trl_refplug.tolerances import TOLERANCES
 
 
 if TYPE_CHECKING:

@@ -3,8 +3,8 @@
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer
 
 from trl_refplug.trainers.plugged import plug
-from trl_refplug.trainers.seam import Seam
-from trl_refplug.trainers.stand_in import ReferenceModel
+from trl_refplug.trainers.reference_model import ReferenceModel
+from trl_refplug.trainers.trl_patch import Seam
 
 
 RefPlugDPOTrainer = plug(DPOTrainer)

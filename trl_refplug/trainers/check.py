@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from trl_refplug.errors import ReferenceMismatchError
+from trl_refplug.models.tolerances import Tolerance, tolerance_for
 from trl_refplug.provider import ReferenceBatch, ReferenceIdentity
-from trl_refplug.tolerances import Tolerance, tolerance_for
 from trl_refplug.trainers.policy import policy_log_probs
 
 

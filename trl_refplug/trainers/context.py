@@ -70,12 +70,12 @@ class TrainerContext:
         return place(module, self._built("devices"), temperature=self.temperature, device=device)
 
     def planned(self, split: str) -> Iterator[ReferenceBatch] | None:
-        from trl_refplug.trainers.requests import planned
+        from trl_refplug.trainers.requested_batches import planned
 
         return planned(self._built("planned batches"), self._session.seam, split)
 
     def planned_rows(self, split: str) -> Iterator[PlannedRows] | None:
-        from trl_refplug.trainers.planned import planned_rows
+        from trl_refplug.trainers.planned_rows import planned_rows
 
         return planned_rows(self._built("planned rows"), self._session.seam, split)
 

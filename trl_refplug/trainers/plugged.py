@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 from transformers.trainer_utils import get_last_checkpoint
 
 from trl_refplug.errors import ConfigurationError
+from trl_refplug.models.adapters import REFERENCE_ADAPTER
 from trl_refplug.provider import ReferenceProvider
-from trl_refplug.providers.peft_policy import REFERENCE_ADAPTER
 from trl_refplug.trainers import policy as policies
 from trl_refplug.trainers.callback import SessionCallback
 from trl_refplug.trainers.checkpoint import write_to_checkpoint
-from trl_refplug.trainers.opening import open_session
-from trl_refplug.trainers.seam import Seam, flags_masked, seam_error
+from trl_refplug.trainers.open_session import open_session
 from trl_refplug.trainers.session import ReferenceSession
+from trl_refplug.trainers.trl_patch import Seam, flags_masked, seam_error
 
 
 T = TypeVar("T")

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trl_refplug.models.adapters import REFERENCE_ADAPTER, is_peft
+from trl_refplug.models.causal_lm import causal_lm
+from trl_refplug.models.modes import evaluation_mode
 from trl_refplug.provider import ReferenceBatch, ReferenceProvider
-from trl_refplug.providers.peft_policy import REFERENCE_ADAPTER, is_peft
-from trl_refplug.scoring import evaluation_mode, exact_log_probs
-from trl_refplug.scoring.execution import causal_lm
+from trl_refplug.scoring import exact_log_probs
 
 
 def output_dtype(accelerator: Any) -> torch.dtype:

@@ -14,20 +14,20 @@ from torch import Tensor, nn
 
 from trl_refplug.arguments import ReferenceArguments
 from trl_refplug.errors import ConfigurationError, SeamError
+from trl_refplug.models.dropout import disable_functional_dropout, has_dropout
 from trl_refplug.provider import ReferenceBatch, ReferenceProvider
-from trl_refplug.random_state import rng_kept
-from trl_refplug.ranks import all_ranks
+from trl_refplug.runtime.random_state import rng_kept
+from trl_refplug.runtime.ranks import all_ranks
 from trl_refplug.trainers import policy as policies
-from trl_refplug.trainers.agreement import agree
 from trl_refplug.trainers.check import check_against_policy
 from trl_refplug.trainers.checkpoint import compare_with_checkpoint
 from trl_refplug.trainers.context import TrainerContext
-from trl_refplug.trainers.dropout import disable_functional_dropout, has_dropout
-from trl_refplug.trainers.look_ahead import LookAhead
 from trl_refplug.trainers.placement import place
-from trl_refplug.trainers.seam import Seam, loading_replaced, seam_error
+from trl_refplug.trainers.prefetch import LookAhead
+from trl_refplug.trainers.rank_check import agree
+from trl_refplug.trainers.reference_model import ReferenceModel
 from trl_refplug.trainers.selection import check_capabilities, make_provider
-from trl_refplug.trainers.stand_in import ReferenceModel
+from trl_refplug.trainers.trl_patch import Seam, loading_replaced, seam_error
 
 
 logger = logging.getLogger("trl_refplug")

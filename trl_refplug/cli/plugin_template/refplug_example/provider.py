@@ -8,8 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from trl_refplug import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
-from trl_refplug.identity import digest_model
+from trl_refplug import (
+    Capabilities,
+    ReferenceBatch,
+    ReferenceContext,
+    ReferenceIdentity,
+    ReferenceProvider,
+    digest_model,
+)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,91 @@
+"""How far two right answers about the same tokens may be apart, and no further."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """
+    Largest difference, in nats per token, between two right answers.
+
+    Args:
+        largest (`float`): Of any single token.
+        mean (`float`): Of the mean over the scored tokens.
+    """
+
+    largest: float
+    mean: float
+
+    def allows(self, largest: float, mean: float) -> bool:
+        """Whether differences of this size are rounding. They are not if one of them is not a number."""
+        return largest <= self.largest and mean <= self.mean
+
+
+TOLERANCES = {
+    torch.float64: Tolerance(largest=1e-5, mean=1e-6),
+    torch.float32: Tolerance(largest=5e-4, mean=5e-5),
+    torch.float16: Tolerance(largest=0.25, mean=1e-2),
+    torch.bfloat16: Tolerance(largest=1.0, mean=5e-2),
+}
+"""
+The tolerance of each dtype that a model computes in. Two right answers differ by rounding alone: other kernels, other
+batch shapes, another engine. Measured against a float64 run, a float32 engine of another make stays within 6e-5 nats
+per token; bfloat16 stays within 0.5 for single unlikely tokens and within 6e-3 on average. A wrong reference (another
+revision, another chat template) is off by 0.1 and more on average.
+"""
+
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What accelerate's `mixed_precision` computes in; anything else leaves the model's own dtype."""
+
+
+def tolerance_for(mixed_precision: str, dtype: torch.dtype, device_type: str) -> Tolerance:
+    """The tolerance of a model in `dtype` that runs under accelerate's `mixed_precision`."""
+    rounded = as_precise_as(AUTOCAST_DTYPES.get(mixed_precision, dtype), device_type)
+    return tolerance_of(rounded)
+
+
+def tolerance_of(dtype: torch.dtype) -> Tolerance:
+    """The tolerance of values that were computed in `dtype`; a dtype that is not in the table counts as bfloat16."""
+    return TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
+
+
+def as_precise_as(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """The dtype whose rounding errors a computation in `dtype` has."""
+    if dtype == torch.float32 and rounds_float32(device_type):
+        return torch.float16  # TF32 has its mantissa
+    return dtype
+
+
+def rounds_float32(device_type: str) -> bool:
+    """
+    Whether products of float32 matrices are computed in less (TF32), as `tf32=True` of the training arguments or
+    `torch.set_float32_matmul_precision` asks for.
+    """
+    backend = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}.get(device_type)
+    return backend is not None and backend.matmul.fp32_precision not in ("none", "ieee")
+
+
+def disagreement(found: Tensor, expected: Tensor, dtype: torch.dtype) -> str | None:
+    """
+    Compare two lists of log-probabilities that were computed in `dtype`.
+
+    Returns:
+        `str` or `None`: Why they are not the same up to rounding, as a phrase; `None` if they are the same.
+    """
+    if not expected.isfinite().any():
+        return "log-probs of the exact call that are not finite: there is nothing to compare with"
+    same = (found == expected) | (found.isnan() & expected.isnan())  # infinity less infinity is not a number
+    differences = (found.double() - expected.double()).abs().masked_fill_(same, 0.0)
+    largest, mean = differences.max().item(), differences.mean().item()
+    allowed = tolerance_of(dtype)
+    if allowed.allows(largest, mean):
+        return None
+    return (
+        f"log-probs that differ from the exact call's by up to {largest:.2g} nats, {mean:.2g} on average (allowed for "
+        f"{str(dtype).removeprefix('torch.')}: {allowed.largest:g} and {allowed.mean:g})"
+    )

@@ -1,0 +1,64 @@
+"""Rows in bulk for a source that answers one batch at a time, on one rank or on several in step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from trl_refplug.provider import ReferenceProvider
+from trl_refplug.rows import PaddedRows, Row, Values
+from trl_refplug.scoring.order import ChooseNext, chosen
+
+
+_BATCH_ROWS = 16
+_WINDOW_BATCHES = 16
+
+
+class BatchScorer:
+    """
+    Args:
+        source ([`ReferenceProvider`]): Answers.
+        device (`torch.device`): Of the batches it is given.
+        any_rank (`Callable[[bool], bool]`, *optional*): Whether something holds on any rank. Given where a forward
+            pass takes all of them: a rank that has no rows left goes on with one that counts for nothing.
+    """
+
+    def __init__(
+        self, source: ReferenceProvider, device: torch.device, any_rank: Callable[[bool], bool] | None = None
+    ) -> None:
+        self._source = source
+        self._device = device
+        self._any_rank = any_rank
+
+    def score_passes(self, rows: Iterator[Row], choose: ChooseNext) -> Iterator[list[tuple[int, Tensor]]]:
+        """
+        Yields:
+            `list[tuple[int, Tensor]]`: Of the rows of one batch, the index and the log-probabilities of the scored
+            tokens, in order: float32 `[scored]` on the CPU.
+        """
+        batches = _batches(rows, choose)
+        while True:
+            batch = next(batches, None)
+            if not (batch if self._any_rank is None else self._any_rank(batch is not None)):
+                return
+            if batch is None:
+                self._score([Row.completion([0], [0])])
+            else:
+                values = self._score([row for _, row in batch])
+                yield [(index, torch.from_numpy(found)) for (index, _), found in zip(batch, values, strict=True)]
+
+    def _score(self, rows: Sequence[Row]) -> list[Values]:
+        padded = PaddedRows.flush_left(rows)
+        return list(padded.gather(self._source.log_probs(padded.batch(self._device))))
+
+
+def _batches(rows: Iterator[Row], choose: ChooseNext) -> Iterator[list[tuple[int, Row]]]:
+    """Rows of similar length together, and the index of each."""
+    indexed = enumerate(rows)
+    while window := list(islice(indexed, _WINDOW_BATCHES * _BATCH_ROWS)):
+        window.sort(key=lambda item: len(item[1]))
+        batches = [window[start : start + _BATCH_ROWS] for start in range(0, len(window), _BATCH_ROWS)]
+        yield from chosen(batches, lambda batch: [index for index, _ in batch], choose)

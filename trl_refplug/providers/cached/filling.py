@@ -1,0 +1,313 @@
+"""Scoring what a store misses: all that training will ask for before it begins, or a batch's rows as it asks."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from itertools import count
+from typing import Any, Literal
+
+import torch
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+from trl_refplug.errors import ConfigurationError, MissingRowError, StoreError, UnsupportedInputError
+from trl_refplug.models.causal_lm import causal_lm
+from trl_refplug.models.tolerances import Tolerance
+from trl_refplug.provider import ReferenceBatch, ReferenceContext, ReferenceProvider
+from trl_refplug.providers.cached.batch_scorer import BatchScorer
+from trl_refplug.providers.cached.missing_rows import RowBlock, Survey, planned_blocks, survey
+from trl_refplug.providers.cached.row_keys import BatchRows, RowKeys, select
+from trl_refplug.providers.cached.sharing import SharedWork
+from trl_refplug.providers.cached.verifying import SampleCheck, check_sample
+from trl_refplug.providers.scorers import trainer_precision
+from trl_refplug.rows import Row, Values
+from trl_refplug.runtime.ranks import any_rank, least
+from trl_refplug.store import LogProbStore
+
+
+logger = logging.getLogger("trl_refplug")
+
+_TOKENS_SHOWN = 12
+_VERIFIED_ROWS = 4
+_UNTIL_PUBLISHED = 30.0  # seconds: what is put is published within ten
+
+
+class Filler:
+    """
+    Has the rows scored that a store misses.
+
+    Args:
+        context ([`ReferenceContext`]): Of the run, once its trainer is built.
+        source ([`ReferenceProvider`]): Scores.
+        keys ([`RowKeys`]): Of its rows.
+        tolerance ([`Tolerance`]): Between a stored row and the same row scored again.
+        fill, verify: What the options of `cached` say.
+
+    Attributes:
+        waits_for_training (`bool`): Whether `prepare` belongs in `on_train_begin` and not in `setup`: FSDP and
+            DeepSpeed shard a policy, and cast it, only then.
+    """
+
+    def __init__(
+        self,
+        context: ReferenceContext,
+        source: ReferenceProvider,
+        keys: RowKeys,
+        tolerance: Tolerance,
+        *,
+        fill: Literal["ahead", "lazy", "never"],
+        verify: int | None,
+    ) -> None:
+        self._context = context
+        self._source = source
+        self._keys = keys
+        self._tolerance = tolerance
+        self._fill = fill
+        self._verify = verify
+        self._dtype = _dtype_of(context.policy)
+        local = source.capabilities.local_model
+        # A model over which all ranks have a part is run by all of them at once, or not at all.
+        self._in_step = local and _shards_parameters(context.accelerator)
+        kind = context.accelerator.distributed_type
+        self.waits_for_training = local and fill == "ahead" and kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+
+    def prepare(self, store: LogProbStore) -> SampleCheck | None:
+        """
+        Look up all that training will ask for, score some of it again, and score what is missing.
+
+        Returns:
+            `SampleCheck` or `None`: How far what was scored again is from what the store has, if anything was.
+
+        Raises:
+            ConfigurationError: `verify` was given, and nothing can be scored again.
+            MissingRowError: With fill='never', a row is missing.
+            ReferenceMismatchError: The store has other values than the source.
+        """
+        if self._verify and (obstacle := self._obstacle()):
+            raise ConfigurationError(
+                f"ref_provider='cached': verify={self._verify} has stored rows scored again at the start, and "
+                f"{obstacle}. Remove the option, or set it to 0."
+            )
+        if self._context.planned("train") is None:
+            return None  # fill='never': each batch is looked up as it comes
+        accelerator = self._context.accelerator
+        found = survey(
+            store,
+            self._planned(),
+            self._keys,
+            verify=_VERIFIED_ROWS if self._verify is None else self._verify,
+            rank=accelerator.process_index,
+            ranks=accelerator.num_processes,
+        )
+        missing = bool(found.missing)
+        if self._in_step and self.waits_for_training:
+            # One rank may see more of the store than others, and all do the same.
+            missing = any_rank(missing)
+            found.sample = found.sample[: least(len(found.sample))]
+        check = None
+        source_needed = (missing and self._fill != "never") or bool(self._verify)
+        if (source_needed or self._source_at_hand) and not self._obstacle():
+            with trainer_precision(accelerator):
+                check = check_sample(found, self._source, accelerator.device, self._tolerance)
+        if missing and self._fill == "never":
+            assert found.first is not None
+            raise MissingRowError(
+                f"{len(found.missing):,} of the {found.rows:,} rows that training will ask for are not in the store "
+                f"{store.location!r}; the first is planned row {found.first.number}, "
+                f"{self._shown(found.first.row)}. {self._why_not_scored()}"
+            )
+        if missing and (found.mine or self._in_step):
+            with trainer_precision(accelerator):
+                fill(
+                    store,
+                    self._planned(),
+                    self._keys,
+                    found,
+                    self._source,
+                    accelerator.device,
+                    progress=accelerator.is_main_process and not self._context.args.disable_tqdm,
+                    any_rank=any_rank if self._in_step else None,
+                )
+        return check
+
+    def check_complete(self, store: LogProbStore) -> None:
+        """
+        After `prepare` on all ranks, with the store opened anew.
+
+        Raises:
+            StoreError: Rows that other ranks have scored are not seen from here.
+        """
+        left = survey(store, self._planned(), self._keys)
+        until = time.monotonic() + _UNTIL_PUBLISHED
+        while left.missing and time.monotonic() < until:  # what another run on another rank's machine has put
+            time.sleep(2)
+            store.refresh()
+            left = survey(store, self._planned(), self._keys)
+        if left.missing:
+            raise StoreError(
+                f"{len(left.missing):,} rows that other ranks have scored are not in {store.location!r} as rank "
+                f"{self._context.accelerator.process_index} sees it. Use a `path` that all nodes share."
+            )
+
+    def score(self, store: LogProbStore, batch: ReferenceBatch, rows: BatchRows, missing: list[int]) -> list[Values]:
+        """
+        Score the rows of `batch` that `store` misses: the values of each.
+
+        Raises:
+            MissingRowError: Nothing may score them now.
+        """
+        which = self._shown(rows.row(missing[0]))
+        what = f"Row {missing[0]} of the batch, {which}, is not in the store {store.location!r}"
+        if self._fill == "never" or self._in_step:
+            raise MissingRowError(f"{what}. {self._why_not_scored()}")
+        self._refuse_cast_policy()
+        try:
+            with trainer_precision(self._context.accelerator):
+                log_probs = self._source.log_probs(select(batch, missing))
+        except MissingRowError as error:
+            raise MissingRowError(f"{what}, and {error}") from None
+        return list(rows.padded.take(missing).gather(log_probs))
+
+    def _refuse_cast_policy(self) -> None:
+        """transformers casts a policy in place for an evaluation outside of training."""
+        args = self._context.args
+        if self._source.identity().provider not in ("policy", "adapter") or args.deepspeed_plugin is not None:
+            return  # what scores is no policy, or DeepSpeed has cast it already
+        flag = next((name for name in ("bf16_full_eval", "fp16_full_eval") if getattr(args, name, False)), None)
+        if flag and _dtype_of(self._context.policy) != self._dtype:
+            raise MissingRowError(
+                f"`{flag}=True` has cast the policy, with which rows are scored, to "
+                f"{str(_dtype_of(self._context.policy)).removeprefix('torch.')}: their log-probs would not be the "
+                "reference's. Use `bf16=True` or `fp16=True` instead, or evaluate on rows that are in the store."
+            )
+
+    def _planned(self) -> Iterator[RowBlock]:
+        return planned_blocks(self._context, self._keys)
+
+    @property
+    def _source_at_hand(self) -> bool:
+        """Whether scoring a row takes no more than what is in this process anyway."""
+        return self._source.capabilities.local_model and not getattr(self._source, "idle", False)
+
+    def _obstacle(self) -> str:
+        """Why no stored row can be scored again now; an empty string if one can."""
+        if self._context.planned("train") is None:
+            return "the rows of this run are not known at the start"
+        if getattr(self._source, "gone", False):  # as training begins it may be resumed
+            return "the reference is the policy as it started, which has moved since"
+        if self._in_step and not self.waits_for_training:
+            return "a model that is sharded over ranks is scored only with fill='ahead'"
+        return ""
+
+    def _why_not_scored(self) -> str:
+        if self._fill == "never":
+            return "fill='never' scores nothing: use fill='ahead' or 'lazy', or another path."
+        if self.waits_for_training:
+            return (
+                "The rows of a run are scored as its training begins, which shards the policy: evaluate after that, "
+                "on the run's own evaluation set."
+            )
+        return (
+            "A model that is sharded over ranks (FSDP, DeepSpeed ZeRO-3) cannot score rows one rank at a time. Use "
+            "fill='ahead', which scores all rows of the run as training begins, or a source that is not in this "
+            'process: {"source": "remote", "source_kwargs": {"url": ...}}.'
+        )
+
+    def _shown(self, row: Row) -> str:
+        decode = getattr(self._context.processing_class, "decode", None)
+        start = row.input_ids[:_TOKENS_SHOWN].tolist()
+        return f"which begins {decode(start) if decode else start!r}"
+
+
+def _dtype_of(policy: torch.nn.Module) -> torch.dtype:
+    dtype: torch.dtype = causal_lm(policy).dtype
+    return dtype
+
+
+def _shards_parameters(accelerator: Any) -> bool:
+    """Whether each rank holds a part of the policy only. ZeRO-1 and ZeRO-2 leave its parameters whole."""
+    if accelerator.distributed_type == "DEEPSPEED":
+        return bool(accelerator.state.deepspeed_plugin.zero_stage == 3)
+    return accelerator.distributed_type in ("FSDP", "MEGATRON_LM")
+
+
+def fill(
+    store: LogProbStore,
+    blocks: Iterable[RowBlock],
+    keys: RowKeys,
+    found: Survey,
+    source: Any,
+    device: torch.device,
+    *,
+    progress: bool,
+    any_rank: Callable[[bool], bool] | None = None,
+) -> None:
+    """
+    Score this rank's part of what is missing, and store it as it is scored.
+
+    Args:
+        device (`torch.device`): The trainer's.
+        any_rank (`Callable[[bool], bool]`, *optional*): Whether something holds on any rank. Given where the source is
+            sharded: then every rank makes as many forward passes as the others, on padded batches.
+
+    Raises:
+        StoreWriteError: Rows could not be published; what was published before is kept.
+    """
+    store.ensure_room(found.tokens)
+    pending = set(found.mine)
+    sent: dict[int, bytes] = {}
+    numbers = count()
+
+    def missing_rows() -> Iterator[Row]:
+        for rows in blocks:
+            if not pending:
+                return
+            keys_here = rows.keys(keys.packed)
+            there = store.contains(keys_here)  # by now: others fill it, too
+            for index, key in enumerate(keys_here):
+                if key not in pending:
+                    continue
+                pending.discard(key)
+                if there[index]:
+                    bar.update()
+                    continue
+                if rows.padding_offset(index):
+                    raise UnsupportedInputError(
+                        "fill='ahead' cannot score rows that are padded on the left for a model with absolute "
+                        "positions: their log-probs depend on the padding. Pad on the right, or use fill='lazy'."
+                    )
+                sent[next(numbers)] = key if bulk else rows.keys(keys.exact, [index])[0]
+                yield rows.row(index)
+
+    def leave_out(number: int) -> None:
+        del sent[number]
+        bar.update()
+
+    bulk = any_rank is None and hasattr(source, "bulk_scorer")
+    batches = BatchScorer(source, device, any_rank)
+    shared = SharedWork(store, sent.__getitem__, leave_out)
+    started = time.perf_counter()
+    scored_rows = scored_tokens = 0
+    scorer: Any
+    bar = tqdm(total=len(found.mine), desc="Reference log-probs", unit="row", disable=not progress)
+    with bar, source.bulk_scorer() if bulk else nullcontext(batches) as scorer:
+        for answers in scorer.score_passes(missing_rows(), shared.choose):
+            # Pass by pass, so that a killed process loses no more than the one it is in.
+            store.put([sent.pop(number) for number, _ in answers], [values.numpy() for _, values in answers])
+            scored_rows += len(answers)
+            scored_tokens += sum(len(values) for _, values in answers)
+            bar.update(len(answers))
+    store.flush()
+    seconds = time.perf_counter() - started
+    line = (
+        f"Scored {scored_rows:,} rows ({scored_tokens:,} log-probs) into {store.location} in {seconds:,.1f} s, "
+        f"{scored_rows / seconds:,.0f} rows/s; {found.rows - len(found.missing):,} of {found.rows:,} were there"
+    )
+    if others := len(found.mine) - scored_rows:
+        line += f", {others:,} were scored by other processes meanwhile"
+    logger.info("%s.", line)
+    if progress:
+        tqdm.write(f"{line}.", file=sys.stderr)

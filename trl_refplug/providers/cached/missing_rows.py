@@ -1,0 +1,146 @@
+"""What a store misses of the rows that training will ask for."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from trl_refplug.errors import ConfigurationError
+from trl_refplug.provider import ReferenceContext, ReferenceProvider
+from trl_refplug.providers.cached.policy_source import BorrowedPolicy
+from trl_refplug.providers.cached.row_keys import BatchRows, RowKeys, TailScoredRows
+from trl_refplug.rows import Row, Values
+from trl_refplug.store import KEY_BYTES, LogProbStore
+
+
+RowBlock = BatchRows | TailScoredRows
+_SHARE = 128  # rows in a row that one rank scores: neighbours have prompts in common
+
+
+@dataclass(frozen=True)
+class _Descending:
+    """A key that is smaller the larger it is: heaps keep the smallest."""
+
+    key: bytes
+
+    def __lt__(self, other: _Descending) -> bool:
+        return self.key > other.key
+
+
+@dataclass(frozen=True)
+class MissingRow:
+    """A row the store does not have: its number among the planned ones, and its tokens."""
+
+    number: int
+    row: Row
+
+
+@dataclass
+class Survey:
+    """
+    What a store has of the rows planned.
+
+    Args:
+        rows (`int`): Different rows planned.
+        missing (`set[bytes]`): Keys of those the store misses.
+        mine (`set[bytes]`): The part of `missing` that is this rank's to score.
+        tokens (`int`): Log-probs in `mine`.
+        first (`MissingRow` or `None`): The first that is missing.
+        sample (`list[tuple[Row, Values]]`): Some rows the store has, chosen by their keys, for verification.
+    """
+
+    rows: int = 0
+    missing: set[bytes] = field(default_factory=set)
+    mine: set[bytes] = field(default_factory=set)
+    tokens: int = 0
+    first: MissingRow | None = None
+    sample: list[tuple[Row, Values]] = field(default_factory=list)
+
+
+def check_known_ahead(context: ReferenceContext, source: ReferenceProvider) -> None:
+    """
+    Refuse to fill ahead what is not known ahead.
+
+    Raises:
+        ConfigurationError: The data set is a stream, or its completions are generated.
+    """
+    if context.planned("train") is None:
+        raise ConfigurationError(
+            "ref_provider='cached' (what `precompute_ref_log_probs=True` means): fill='ahead' is not supported "
+            "with IterableDataset, or with a trainer that generates its completions: it scores rows before "
+            "training, and here they are not known beforehand. Use fill='lazy'."
+        )
+    if context.planned("eval") is None and isinstance(source, BorrowedPolicy):
+        raise ConfigurationError(
+            "ref_provider='cached' (what `precompute_ref_log_probs=True` means) is not supported with "
+            "IterableDataset for evaluation in full fine-tuning: its rows are first seen when the policy, which "
+            'scores them, has moved. Evaluate on a Dataset, or name a source, such as {"source": "frozen"}.'
+        )
+
+
+def planned_blocks(context: ReferenceContext, keys: RowKeys) -> Iterator[RowBlock]:
+    """All rows that training and evaluation are going to ask for."""
+    for split in ("train", "eval"):
+        plain = context.planned_rows(split)
+        if plain is not None:
+            yield from map(keys.of_planned, plain)
+        else:
+            yield from map(keys.of, context.planned(split) or ())
+
+
+def survey(
+    store: LogProbStore,
+    blocks: Iterable[RowBlock],
+    keys: RowKeys,
+    *,
+    verify: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Survey:
+    """
+    Look up every row planned.
+
+    Args:
+        blocks (`Iterable[BatchRows | TailScoredRows]`): The same on every rank, in the same order.
+        verify (`int`): How many of the rows found are kept as a sample.
+    """
+    report = Survey()
+    every: list[bytes] = []
+    # The largest of the keys kept comes first: keys are hashes, so those with the smallest ones are a random sample.
+    sample: list[tuple[_Descending, Row, Values]] = []
+    number = 0
+    for rows in blocks:
+        packed = rows.keys(keys.packed)
+        counts = rows.scored_counts()
+        there = store.contains(packed) | (counts == 0)  # what has no scored token has nothing to be stored
+        missed = np.flatnonzero(~there)
+        if len(missed):
+            there[missed] = store.contains(rows.keys(keys.exact, missed.tolist()))
+        for index in np.flatnonzero(~there).tolist():
+            if packed[index] not in report.missing:
+                report.missing.add(packed[index])
+                report.first = report.first or MissingRow(number + index, rows.row(index))
+                if (number + index) // _SHARE % ranks == rank:
+                    report.mine.add(packed[index])
+                    report.tokens += int(counts[index])
+        if verify:
+            for index in np.flatnonzero(there & (counts > 0)).tolist():
+                key = packed[index]
+                if (len(sample) < verify or key < sample[0][0].key) and all(key != kept.key for kept, *_ in sample):
+                    entry = (_Descending(key), rows.row(index), _stored(store, keys, rows, index))
+                    (heapq.heappush if len(sample) < verify else heapq.heappushpop)(sample, entry)
+        every.append(b"".join(packed))
+        number += len(rows)
+    report.rows = len(np.unique(np.frombuffer(b"".join(every), f"V{KEY_BYTES}")))
+    report.sample = [(row, values) for _, row, values in sample]
+    return report
+
+
+def _stored(store: LogProbStore, keys: RowKeys, rows: RowBlock, index: int) -> Values:
+    answer = store.lookup([*rows.keys(keys.packed, [index]), *rows.keys(keys.exact, [index])])
+    values = answer[1] if answer[0] is None else answer[0]
+    assert values is not None
+    return values

@@ -1,0 +1,112 @@
+"""The policy as its own reference, for as long as it has not moved: no second model, ever."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trl_refplug.errors import MissingRowError, ReferenceMismatchError
+from trl_refplug.models.tolerances import AUTOCAST_DTYPES
+from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trl_refplug.scoring import Scorer
+
+
+class BorrowedPolicy(ReferenceProvider):
+    """
+    Scores with a fully fine-tuned policy before its first step; afterwards it is not the reference any more.
+
+    Only a part of other providers: it is not registered, as it cannot answer while training.
+    """
+
+    capabilities = Capabilities(local_model=True, temperature=True, multimodal=True, offline=True)
+
+    @property
+    def starts_as_policy(self) -> bool:
+        return True
+
+    def pin(self, context: ReferenceContext) -> None:
+        from trl_refplug.models.identity import combine_digests, digest_tensors, tensor_dtypes
+
+        self._tensors = digest_tensors(context.policy)
+        self._dtypes = tensor_dtypes(context.policy)
+        self._rounded = self._tensors
+        dtype = _engine_dtype(context.args)
+        if dtype is not None:  # DeepSpeed casts the policy itself, where others cast what it computes with
+            dtypes = {name: dtype if known.is_floating_point else known for name, known in self._dtypes.items()}
+            self._rounded = digest_tensors(context.policy, dtypes=dtypes)
+        digest = combine_digests(context.policy, self._tensors)
+        self._identity = ReferenceIdentity("policy", digest, {"dtype": str(getattr(context.policy, "dtype", ""))})
+
+    def setup(self, context: ReferenceContext) -> None:
+        self._context: ReferenceContext | None = context
+        self._unmoved: list[tuple[int, int]] = []
+
+    def identity(self) -> ReferenceIdentity:
+        return self._identity
+
+    @property
+    def gone(self) -> bool:
+        """Whether the policy has moved, so that nobody can score with what it was."""
+        return self._context is None or self._context.policy_moved
+
+    def log_probs(self, batch: ReferenceBatch) -> Tensor:
+        from trl_refplug.providers.scorers import trainer_scorer
+
+        context = self._usable()
+        return trainer_scorer(context.policy, context, "exact").log_probs(batch)
+
+    @contextmanager
+    def bulk_scorer(self) -> Iterator[Scorer]:
+        """A packed scorer of the reference; the policy is borrowed while the context lasts."""
+        from trl_refplug.providers.scorers import trainer_scorer
+
+        context = self._usable()
+        yield trainer_scorer(context.policy, context, "packed")
+
+    def _usable(self) -> ReferenceContext:
+        from trl_refplug.models.identity import digest_tensors
+
+        context = self._context
+        assert context is not None, "setup() comes first"
+        if context.policy_moved:
+            raise MissingRowError(
+                "the reference is the policy as it started, which has moved since. Name a model that can be scored "
+                'at any time, such as ref_provider_kwargs={"source": "frozen", "source_kwargs": {"model": ...}} with '
+                "the policy's own path (the same weights give the same keys), or fill the store before training."
+            )
+        policy: Any = context.policy
+        # Looked at before every use, and digested again only if something wrote to the weights since.
+        state = [(tensor.data_ptr(), tensor._version) for tensor in policy.state_dict(keep_vars=True).values()]
+        if state != self._unmoved:
+            found = digest_tensors(policy, dtypes=self._dtypes)
+            changed = [name for name, digest in self._tensors.items() if found.get(name) != digest]
+            if changed and self._rounded is not self._tensors:
+                found = digest_tensors(policy)
+                changed = [name for name, digest in self._rounded.items() if found.get(name) != digest]
+            if changed:
+                raise ReferenceMismatchError(
+                    f"{len(changed)} weights of the policy ({changed[0]}, ...) are not those that were passed in, so "
+                    "it cannot be scored in place of the reference. Change the policy before the trainer is built, or "
+                    'use ref_provider_kwargs={"source": "frozen", ...}.'
+                )
+            self._unmoved = state
+        return context
+
+    def close(self) -> None:
+        self._context = None
+
+
+def _engine_dtype(args: Any) -> torch.dtype | None:
+    """What DeepSpeed will cast a policy to; `None` if nothing does."""
+    if args.deepspeed_plugin is None:
+        return None
+    asked = (name for name in AUTOCAST_DTYPES if getattr(args, name) or getattr(args, f"{name}_full_eval"))
+    return AUTOCAST_DTYPES.get(next(asked, str(args.mixed_precision)))

@@ -1,0 +1,307 @@
+"""The `cached` provider: log-probs of another provider, kept on disk and keyed by content."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from trl_refplug.errors import ConfigurationError
+from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
+from trl_refplug.runtime.caches import cache_directory
+
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from trl_refplug.providers.cached.filling import Filler
+    from trl_refplug.providers.cached.row_keys import RowKeys
+    from trl_refplug.providers.cached.verifying import SampleCheck
+    from trl_refplug.serving.vllm import VllmClient
+    from trl_refplug.store import LogProbStore
+
+
+logger = logging.getLogger("trl_refplug")
+
+
+@dataclass(frozen=True)
+class CachedOptions:
+    """Options of `cached`."""
+
+    path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Directory or fsspec URL of the store, shared by any number of runs. By default "
+            "`~/.cache/trl-refplug/log-probs`."
+        },
+    )
+    source: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name of the provider that scores missing rows. By default the policy itself, before it is "
+            "trained: no second model."
+        },
+    )
+    source_kwargs: dict[str, Any] | None = field(default=None, metadata={"help": "Options of `source`."})
+    fill: Literal["ahead", "lazy", "never"] = field(
+        default="ahead",
+        metadata={
+            "help": "`ahead`: score all missing rows before training. `lazy`: score them when training asks for "
+            "them. `never`: a missing row is an error."
+        },
+    )
+    verify: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many stored rows are scored again at the start, to be sure of them. By default 4, and none "
+            "where that would take a model or a server that nothing else needs."
+        },
+    )
+
+
+class CachedProvider(ReferenceProvider):
+    """
+    Looks log-probs up in a store, and has what is missing scored once.
+
+    Rows are found by what they are (tokens, scored positions, the reference's digest, precision), so nothing that
+    only changes how they are batched, shuffled or reduced misses, and nothing that changes a value hits.
+    """
+
+    Options = CachedOptions
+    capabilities = Capabilities(local_model=True, temperature=True, multimodal=False, offline=True)
+    options: CachedOptions
+
+    def __init__(self, options: CachedOptions | None = None, *, model: nn.Module | None = None) -> None:
+        super().__init__(options)
+        self._given = model
+        self._source: ReferenceProvider | None = None
+        self._owns_source = True
+        self._store: Any = None
+        self._hits = self._misses = 0
+        self.sample_check: SampleCheck | None = None
+        """How far the stored rows that were scored again at the start are from what the store has."""
+        chosen = self.options
+        if model is not None and chosen.source is not None:
+            raise ConfigurationError(
+                f"A reference model was passed to the trainer (`ref_model=`), which is what `cached` scores with, and "
+                f"option source={chosen.source!r} names another source. Keep one of the two."
+            )
+        if chosen.source_kwargs is not None and chosen.source is None:
+            raise ConfigurationError("ref_provider='cached': option 'source_kwargs' needs option 'source'.")
+        if chosen.source == "cached":
+            raise ConfigurationError("ref_provider='cached': a store cannot be its own source. Name another one.")
+        if chosen.verify is not None and chosen.verify < 0:
+            raise ConfigurationError(f"ref_provider='cached': option 'verify' must not be negative: {chosen.verify}.")
+        if chosen.verify and chosen.fill == "lazy":
+            raise ConfigurationError(
+                f"ref_provider='cached': verify={chosen.verify} has stored rows scored again at the start, and with "
+                "fill='lazy' nothing is looked up before training asks for it. Remove 'verify', or use fill='ahead'."
+            )
+
+    @property
+    def starts_as_policy(self) -> bool:
+        return self._scored_by.starts_as_policy
+
+    @property
+    def device(self) -> str | None:
+        return self._source.device if self._source is not None and self._owns_source else None
+
+    @property
+    def module(self) -> nn.Module | None:
+        return self._source.module if self._source is not None else None
+
+    @property
+    def _scored_by(self) -> ReferenceProvider:
+        assert self._source is not None, "pin() comes first"
+        return self._source
+
+    def pin(self, context: ReferenceContext) -> nn.Module | None:
+        from trl_refplug.models.adapters import is_peft
+        from trl_refplug.options import parse_options
+        from trl_refplug.providers.cached.named_model import NamedModel
+        from trl_refplug.providers.cached.policy_source import BorrowedPolicy
+        from trl_refplug.providers.frozen import FrozenOptions, FrozenProvider
+
+        if self._given is not None:
+            self._source, self._given = FrozenProvider(model=self._given), None
+        elif self.options.source == "frozen" and (self.options.source_kwargs or {}).get("model") is not None:
+            self._source = NamedModel(parse_options("frozen", FrozenOptions, self.options.source_kwargs))
+        elif self.options.source is not None:
+            self._owns_source = False
+            self._source = context.create(self.options.source, self.options.source_kwargs)
+        elif is_peft(context.policy) or context.peft_config is not None:
+            self._owns_source = False
+            self._source = context.create("adapter")
+        else:
+            if self.options.fill == "lazy":
+                raise ConfigurationError(
+                    "ref_provider='cached': with fill='lazy' rows are scored while the policy is being trained, so it "
+                    "cannot be scored in place of the reference. Use fill='ahead' where the data set is known "
+                    'beforehand, or name a source: {"source": "frozen"} (a second copy), {"source": "frozen", '
+                    '"source_kwargs": {"model": ...}}.'
+                )
+            self._source = BorrowedPolicy()
+        if not self._source.capabilities.offline or self._source.capabilities.moving:
+            raise ConfigurationError(
+                f"ref_provider='cached' stores what never changes, and source={self.options.source!r} answers "
+                "differently as training goes on. Use another source."
+            )
+        return self._source.pin(context) if self._owns_source else None
+
+    def setup(self, context: ReferenceContext) -> None:
+        from trl_refplug.providers.cached.missing_rows import check_known_ahead
+        from trl_refplug.providers.cached.row_keys import ModelFacts
+        from trl_refplug.providers.remote.provider import RemoteProvider
+
+        self._context = context
+        source = self._scored_by
+        if self._owns_source:
+            source.setup(context)
+        self._model_facts = getattr(source, "model_facts", None) or ModelFacts.of(source.module or context.policy)
+        self._keys = self._row_keys(context)
+        self._filler = self._make_filler(context)
+        self._store = self._open(self.options.path or default_path())
+        if isinstance(source, RemoteProvider) and source.known is not None:
+            self._check_known(source.known)
+        if self.options.fill == "ahead":
+            check_known_ahead(context, source)
+        if self.options.fill != "lazy" and not self.fills_as_training_begins:
+            self._prepare()
+        if (
+            self.options.fill == "lazy"
+            and context.planned("train") is None
+            and hasattr(context.args, "num_generations")
+        ):
+            logger.warning(
+                "ref_provider='cached' with a trainer that generates its completions: they are new in every step, so "
+                "the store never has them, and grows for nothing. Use the source itself as `ref_provider`."
+            )
+
+    @property
+    def fills_as_training_begins(self) -> bool:
+        """Whether missing rows are scored not in `setup` but in `on_train_begin`: a policy is not sharded before."""
+        return self._filler.waits_for_training
+
+    def on_train_begin(self) -> None:
+        if self.fills_as_training_begins:
+            self._prepare()
+
+    def _prepare(self) -> None:
+        self.sample_check = self._filler.prepare(self._store)
+        accelerator = self._context.accelerator
+        if accelerator.num_processes > 1 and self.options.fill == "ahead":
+            accelerator.wait_for_everyone()
+            # Opened anew, so that of rows with one key all ranks read the same.
+            self._store.close()
+            self._store = self._open(self._store.location)
+            self._filler.check_complete(self._store)
+
+    def _check_known(self, served: VllmClient) -> None:
+        """Of a reference that has a name and no digest, the store keeps what it answered to a known row."""
+        from trl_refplug.providers.cached.row_keys import BatchRows
+        from trl_refplug.rows import PaddedRows
+
+        row = BatchRows(PaddedRows.flush_left([served.known]), [0])
+        (stored,) = self._keys.find(self._store, row)
+        if stored is not None:
+            where = f"{self._store.location} has log-probs of another reference of the name {served.model!r}"
+            served.compare(stored, f"{where} (another `path` starts anew)")
+        elif self.options.fill != "never" and self._context.accelerator.is_main_process:
+            self._store.put(row.keys(self._keys.exact), [served.known_values])
+
+    def identity(self) -> ReferenceIdentity:
+        source = self._scored_by.identity()
+        return ReferenceIdentity("cached", source.digest, {"source": source.provider}, (source,))
+
+    def log_probs(self, batch: ReferenceBatch) -> Tensor:
+        rows = self._keys.of(batch)
+        values = self._keys.find(self._store, rows)
+        missing = [index for index, value in enumerate(values) if value is None]
+        self._hits += len(rows) - len(missing)
+        self._misses += len(missing)
+        if missing:
+            scored = self._filler.score(self._store, batch, rows, missing)
+            for index, found in zip(missing, scored, strict=True):
+                values[index] = found
+            facts = self._keys.packed if self._scores_packed else self._keys.exact
+            self._store.put(rows.keys(facts, missing), scored)
+        return rows.padded.place(values).to(batch.input_ids.device)
+
+    def counters(self) -> dict[str, float]:
+        return {"hits": self._hits, "misses": self._misses}
+
+    def metadata(self) -> dict[str, Any]:
+        return {"path": self._store.location, "rows": len(self._store)}
+
+    def save_state(self, directory: Path) -> None:
+        self._store.flush()
+
+    def on_train_end(self) -> None:
+        self._store.flush()
+
+    def close(self) -> None:
+        try:
+            if self._store is not None:
+                self._store.close()
+        finally:
+            if self._source is not None and self._owns_source:
+                self._source.close()
+
+    @property
+    def _scores_packed(self) -> bool:
+        return getattr(self._scored_by.options, "scoring", "exact") == "packed"
+
+    def _open(self, path: str) -> LogProbStore:
+        from trl_refplug.store import LogProbStore
+
+        if self.options.fill == "never":
+            return LogProbStore(path, mode="r")
+        reference = self._scored_by.identity().to_dict()
+        return LogProbStore(path, mode="a", provenance={"reference": reference, "scoring": asdict(self._keys.exact)})
+
+    def _make_filler(self, context: ReferenceContext) -> Filler:
+        import torch
+
+        from trl_refplug.models.tolerances import tolerance_for
+        from trl_refplug.providers.cached.filling import Filler
+
+        dtype = getattr(torch, self._model_facts.dtype)
+        tolerance = tolerance_for(str(context.accelerator.mixed_precision), dtype, context.accelerator.device.type)
+        chosen = self.options
+        return Filler(context, self._scored_by, self._keys, tolerance, fill=chosen.fill, verify=chosen.verify)
+
+    def _row_keys(self, context: ReferenceContext) -> RowKeys:
+        from trl_refplug.models.tolerances import AUTOCAST_DTYPES, rounds_float32
+        from trl_refplug.providers.cached.row_keys import RowKeys
+        from trl_refplug.store import ScoringFacts
+
+        precision = str(context.accelerator.mixed_precision)
+        computed_in = None if precision == "no" else str(AUTOCAST_DTYPES.get(precision, precision))
+        computed_in = computed_in and computed_in.removeprefix("torch.")
+        if (
+            computed_in is None
+            and self._model_facts.dtype == "float32"
+            and rounds_float32(context.accelerator.device.type)
+        ):
+            computed_in = "tf32"
+        engine = context.args.deepspeed_plugin if self._scored_by.capabilities.local_model else None
+        if engine is not None and computed_in not in (None, self._model_facts.dtype):
+            computed_in = f"{computed_in} weights"  # DeepSpeed rounds these too, autocast only what is computed
+
+        def facts(mode: str) -> ScoringFacts:
+            return ScoringFacts(
+                identity_digest=self._scored_by.identity().digest,
+                attention_implementation=self._model_facts.attention_implementation,
+                scoring_mode=mode,
+                temperature=context.temperature,
+                cast_lm_head_to_fp32=bool(getattr(context.args, "cast_lm_head_to_fp32", False)),
+                autocast_dtype=computed_in,
+            )
+
+        return RowKeys(facts("packed"), facts("exact"), self._model_facts)
+
+
+def default_path() -> str:
+    """Where log-probs are kept unless `path` says otherwise: one store a user, for all runs."""
+    return str(cache_directory("log-probs"))

@@ -1,0 +1,316 @@
+"""The `ema` provider: a reference that follows the policy, by a moving average of its weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from trl_refplug.errors import ConfigurationError, ReferenceMismatchError
+from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
+
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from trl_refplug.providers.ema.model_average import MovingAverage
+    from trl_refplug.scoring import Scorer
+
+
+_STATE = "ema.json"
+
+
+@dataclass(frozen=True)
+class EmaOptions:
+    """Options of `ema`."""
+
+    alpha: float = field(
+        default=0.6,
+        metadata={"help": "Weight of the policy in a sync, from 0 (never moves) to 1 (becomes the policy)."},
+    )
+    sync_steps: int = field(default=512, metadata={"help": "Optimiser steps from one sync to the next."})
+    start_step: int = field(default=0, metadata={"help": "No sync before this optimiser step."})
+    master_dtype: Literal["float32", "float64", "bfloat16"] = field(
+        default="float32",
+        metadata={
+            "help": "Least precision in which the average is kept. `bfloat16` saves the masters of a bfloat16 model, "
+            "and then a small `alpha` moves nothing."
+        },
+    )
+    master_device: Literal["same", "cpu"] = field(
+        default="same", metadata={"help": "Where those masters are: with the reference, or in the host's memory."}
+    )
+    average: Literal["exact", "factors"] = field(
+        default="exact",
+        metadata={
+            "help": "With PEFT, what is averaged. `exact`: the products BA, that is, the weights. `factors`: B and A "
+            "separately, which is cheaper and another method."
+        },
+    )
+    tolerance: float = field(
+        default=1e-4, metadata={"help": "With `exact`, relative error that a sync may make to keep the rank low."}
+    )
+    max_rank: int | None = field(
+        default=None,
+        metadata={"help": "With `exact`, rank of the reference's adapter. By default 4 times the policy's."},
+    )
+    scoring: Literal["exact", "packed"] = field(
+        default="exact",
+        metadata={"help": "`exact`: the trainer's own shapes, bit for bit. `packed`: shared prompts computed once."},
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must be from 0 to 1, got {self.alpha}")
+        if self.sync_steps < 1:
+            raise ValueError(f"sync_steps must be at least 1, got {self.sync_steps}")
+        if self.start_step < 0:
+            raise ValueError(f"start_step must be at least 0, got {self.start_step}")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance must be at least 0 and less than 1, got {self.tolerance}")
+
+
+class EmaProvider(ReferenceProvider):
+    """
+    Scores with a moving average of the policy (TR-DPO, arXiv 2404.09656): in full fine-tuning a copy held in the
+    trainer's process, with a LoRA policy a second adapter of it.
+
+    Args:
+        options ([`EmaOptions`]): How the reference moves.
+        model (`nn.Module`, *optional*): Where it starts; by default at the policy as it was passed in.
+    """
+
+    Options = EmaOptions
+    capabilities = Capabilities(local_model=True, moving=True, temperature=True, multimodal=True)
+    options: EmaOptions
+
+    def __init__(self, options: EmaOptions | None = None, *, model: nn.Module | None = None) -> None:
+        super().__init__(options)
+        self._given = model
+        self._start = ""
+        self._architecture = ""
+        self._context: ReferenceContext | None = None
+        self._module: nn.Module | None = None
+        self._kept_average: MovingAverage | None = None
+        self._scorers: dict[tuple[nn.Module, str], Scorer] = {}
+        self._is_peft = False
+        self._syncs = 0
+        self._last: tuple[ReferenceBatch, Tensor] | None = None
+
+    @property
+    def starts_as_policy(self) -> bool:
+        return self._given is None
+
+    @property
+    def module(self) -> nn.Module | None:
+        return self._module
+
+    @property
+    def reference_adapter(self) -> str | None:
+        """Name of the policy's adapter that is the reference, for PEFT."""
+        from trl_refplug.models.adapters import REFERENCE_ADAPTER
+
+        return REFERENCE_ADAPTER if self._is_peft else None
+
+    def pin(self, context: ReferenceContext) -> nn.Module | None:
+        from trl_refplug.models.adapters import is_peft
+        from trl_refplug.models.identity import digest_model
+        from trl_refplug.models.purity import check_policy
+        from trl_refplug.providers.copies import snapshot
+
+        self._is_peft = context.peft_config is not None or is_peft(context.policy)
+        if self._is_peft:
+            if self._given is not None:
+                raise ConfigurationError(
+                    "A reference model was passed (`ref_model=`), and with a PEFT policy the 'ema' reference is an "
+                    "adapter of the policy that starts where the policy does. Remove `ref_model`."
+                )
+            if is_peft(context.policy):
+                check_policy(context.policy, "ema")
+            return None  # the policy's adapter may not exist yet
+        module = snapshot(context.policy) if self._given is None else self._given
+        self._start = digest_model(module)
+        self._architecture = type(module).__name__
+        return module
+
+    def setup(self, context: ReferenceContext) -> None:
+        import torch
+
+        _refuse_fsdp1(context.accelerator)
+        self._context = context
+        dtype = getattr(torch, self.options.master_dtype)
+        device = torch.device("cpu") if self.options.master_device == "cpu" else None
+        if self._is_peft:
+            self._setup_adapter(context, dtype, device)
+        else:
+            self._setup_model(context, dtype, device)
+
+    def _setup_model(self, context: ReferenceContext, dtype: torch.dtype, device: torch.device | None) -> None:
+        from trl_refplug.models.modes import stay_in_evaluation_mode
+        from trl_refplug.providers.ema.model_average import ModelAverage
+
+        self._module = context.reference_model
+        assert self._module is not None, "the seam places what pin() returned"
+        stay_in_evaluation_mode(self._module)  # a model passed as `ref_model=` may still be in train mode
+        average = ModelAverage(self._module, lambda: context.policy, dtype, device)
+        average.check()
+        self._kept_average = average
+
+    def _setup_adapter(self, context: ReferenceContext, dtype: torch.dtype, device: torch.device | None) -> None:
+        from trl_refplug.models.adapters import (
+            base_model_of,
+            peft_model_of,
+            policy_adapter,
+            save_without,
+            starts_as_identity,
+        )
+        from trl_refplug.models.identity import combine_digests, digest_tensors
+        from trl_refplug.models.purity import check_policy
+        from trl_refplug.providers.ema.adapter_average import AdapterAverage
+
+        policy = peft_model_of(context.policy)
+        check_policy(policy, "ema")
+        adapter = policy_adapter(policy)
+        if starts_as_identity(policy, adapter):
+            self._start = combine_digests(base_model_of(policy), digest_tensors(policy))
+        else:
+            self._start = combine_digests(policy, digest_tensors(policy, adapter), adapter)
+        self._kept_average = AdapterAverage(lambda: context.policy, self.options, dtype, device)
+        assert self.reference_adapter is not None
+        save_without(policy, self.reference_adapter)
+
+    @property
+    def _average(self) -> MovingAverage:
+        assert self._kept_average is not None, "setup() comes first"
+        return self._kept_average
+
+    def identity(self) -> ReferenceIdentity:
+        import xxhash
+
+        assert self._start, "identity() before setup()"
+        schedule = self._schedule()
+        digest = xxhash.xxh3_128(json.dumps([self._start, schedule]).encode()).hexdigest()
+        return ReferenceIdentity("ema", digest, {"start": self._start[:12], **schedule})
+
+    def _schedule(self) -> dict[str, Any]:
+        """The options that decide where the reference is after so many steps."""
+        options = asdict(self.options)
+        names = ["alpha", "sync_steps", "start_step", "master_dtype"]
+        if self._is_peft:
+            names += ["average", "tolerance", "max_rank"] if self.options.average == "exact" else ["average"]
+        return {name: options[name] for name in names}
+
+    def log_probs(self, batch: ReferenceBatch) -> Tensor:
+        from trl_refplug.models.adapters import reference_active
+
+        assert self._context is not None, "log_probs() before setup()"
+        policy = self._context.policy
+        if self._is_peft:
+            with reference_active(policy, self.reference_adapter):
+                log_probs = self._score(policy, self.options.scoring, batch)
+        else:
+            assert self._module is not None, "log_probs() after close()"
+            log_probs = self._score(self._module, self.options.scoring, batch)
+        if policy.training:
+            self._last = batch, log_probs.clone()
+        return log_probs
+
+    def _score(self, model: nn.Module, mode: Literal["exact", "packed"], batch: ReferenceBatch) -> Tensor:
+        from trl_refplug.providers.scorers import trainer_scorer
+
+        assert self._context is not None
+        if (model, mode) not in self._scorers:  # FSDP and DeepSpeed put another policy in its place as training starts
+            self._scorers[model, mode] = trainer_scorer(model, self._context, mode)
+        return self._scorers[model, mode].log_probs(batch)
+
+    def on_step_end(self, step: int) -> None:
+        # Multiples of `sync_steps`, as TRL counts; with alpha 0 a sync would only cost time.
+        if self.options.alpha and step >= self.options.start_step and step % self.options.sync_steps == 0:
+            self._average.update(self.options.alpha)
+            self._syncs += 1
+
+    def counters(self) -> dict[str, float]:
+        assert self._context is not None
+        policy = self._context.policy
+        counters = {
+            "syncs": float(self._syncs),
+            "distance": self._average.distance(),
+            **self._average.counters(),
+        }
+        if self._last is not None:
+            counters["log_ratio"] = self._log_ratio(policy, *self._last)
+            self._last = None
+        return counters
+
+    def _log_ratio(self, policy: nn.Module, batch: ReferenceBatch, reference: Tensor) -> float:
+        """Mean over the scored tokens of this rank's last batch of `log policy - log reference`, in nats."""
+        log_probs = self._score(policy, "exact", batch)
+        scored = batch.labels[:, 1:] != -100
+        return float((log_probs - reference)[scored].mean()) if scored.any() else 0.0
+
+    def metadata(self) -> dict[str, Any]:
+        return {"syncs": self._syncs}
+
+    def save_state(self, directory: Path) -> None:
+        from trl_refplug.providers.ema.tensor_files import clear_tensors
+
+        assert self._context is not None
+        accelerator, writes = self._context.accelerator, self._context.args.should_save
+        if writes:
+            clear_tensors(directory)
+        if self._average.sharded:
+            accelerator.wait_for_everyone()
+        self._average.save(directory, rank=accelerator.process_index, writes=writes)
+        if writes:
+            state: dict[str, Any] = {"kind": "adapter", "syncs": self._syncs}
+            if self._module is not None:
+                state.update(kind="model", architecture=self._architecture)
+                accelerator.unwrap_model(self._module).config.save_pretrained(directory)
+            (directory / _STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
+        if self._average.sharded:
+            accelerator.wait_for_everyone()  # the checkpoint counts as complete soon after this returns
+
+    def on_train_begin(self) -> None:
+        self._average.place()
+
+    def load_state(self, directory: Path) -> None:
+        state = read_state(directory)
+        self._average.load(directory)
+        self._syncs = state["syncs"]
+
+    def close(self) -> None:
+        # The trainer's objects may outlive training; the copy must not.
+        self._module = None
+        self._given = None
+        self._kept_average = None
+        self._context = None
+        self._last = None
+        self._scorers.clear()
+
+
+def _refuse_fsdp1(accelerator: Any) -> None:
+    if accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2:
+        raise ConfigurationError(
+            "ref_provider='ema' pairs the policy's parameters with the reference's by name, and FSDP version 1 "
+            "flattens them into others. Set `fsdp_version: 2` (in the accelerate configuration, or "
+            "`fsdp_config={'version': 2}`)."
+        )
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """
+    What a checkpoint says about its moving reference, tensors aside.
+
+    Raises:
+        ReferenceMismatchError: There is none.
+    """
+    try:
+        state: dict[str, Any] = json.loads((directory / _STATE).read_text(encoding="utf-8"))
+        return state
+    except (OSError, json.JSONDecodeError) as error:
+        raise ReferenceMismatchError(
+            f"{directory} has no state of a moving reference ({error}), so it cannot go on where it was. Resume from "
+            "a checkpoint written with ref_provider='ema', or start anew."
+        ) from error

@@ -1,0 +1,230 @@
+"""The `remote` provider: a reference that is served elsewhere."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+from trl_refplug.errors import ConfigurationError, UnsupportedInputError, require_extra
+from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
+from trl_refplug.serving.api_key import read_key
+
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from trl_refplug.rows import PaddedRows
+    from trl_refplug.serving.bulk import BulkScorer
+    from trl_refplug.serving.client import ScoringClient
+    from trl_refplug.serving.transport import Transport
+    from trl_refplug.serving.vllm import VllmClient
+
+_KNOWN = "known-row.json"
+
+
+@dataclass(frozen=True)
+class RemoteOptions:
+    """Options of `remote`."""
+
+    url: str | list[str] = field(metadata={"help": "Address of the server, or of several that serve the same model."})
+    protocol: Literal["refplug", "vllm"] = field(
+        default="refplug",
+        metadata={"help": "`refplug`: `trl-refplug serve`. `vllm`: any OpenAI-compatible one with `prompt_logprobs`."},
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "`vllm`: the name it is served under. By default the only one there is."}
+    )
+    api_key_env: str | None = field(
+        default=None, metadata={"help": "Environment variable with the key that the server expects."}
+    )
+    starts_as_policy: bool = field(
+        default=True,
+        metadata={"help": "The server serves the policy as it starts, which is checked. `false`: another model."},
+    )
+    connect_timeout: float = field(default=5.0, metadata={"help": "Seconds to connect."})
+    read_timeout: float = field(default=120.0, metadata={"help": "Seconds to wait for an answer."})
+    deadline: float = field(
+        default=300.0, metadata={"help": "Seconds after which a batch that no server has answered ends the run."}
+    )
+
+
+class RemoteProvider(ReferenceProvider):
+    """
+    Asks a server for the reference's log-probs: no reference in the trainer's process, or on its machine.
+
+    Every answer is checked: as many values as asked for, undamaged, finite, of the reference of the start.
+    Several ranks ask independently of each other.
+    """
+
+    Options = RemoteOptions
+    capabilities = Capabilities(overlap=True, temperature=True, offline=True)
+    options: RemoteOptions
+
+    def __init__(self, options: RemoteOptions) -> None:
+        super().__init__(options)
+        require_extra("ref_provider='remote'", "serve", "httpx", "msgspec", "tenacity", "zstandard")
+        self._urls = _checked_urls(options.url)
+        option = "ref_provider='remote': option 'api_key_env'"
+        self._key = None if options.api_key_env is None else read_key(options.api_key_env, option)
+        if options.model is not None and options.protocol != "vllm":
+            raise ConfigurationError(
+                "ref_provider='remote': option 'model' is for protocol='vllm'. A server of `trl-refplug serve` has "
+                "one model only."
+            )
+        for name in ("connect_timeout", "read_timeout", "deadline"):
+            if not 0 < getattr(options, name) < 1e9:
+                raise ConfigurationError(
+                    f"ref_provider='remote': option {name!r} is a number of seconds above 0, and finite, found "
+                    f"{getattr(options, name)}."
+                )
+        if options.protocol == "vllm":  # it ignores the temperature when it scores a prompt
+            self.capabilities = replace(type(self).capabilities, temperature=False)
+        self._transport: Transport | None = None
+        self._client: ScoringClient | None = None
+        self._identity: ReferenceIdentity | None = None
+        self._temperature = 1.0
+        self._saves = True
+        self._lock = threading.Lock()
+        self._tokens = 0
+        self._seconds = 0.0
+
+    @property
+    def starts_as_policy(self) -> bool:
+        return self.options.starts_as_policy
+
+    def pin(self, context: ReferenceContext) -> None:
+        from trl_refplug.providers.remote import checks as remote_checks
+        from trl_refplug.serving.transport import Transport
+
+        options = self.options
+        self._transport = Transport(
+            self._urls,
+            key=self._key,
+            connect_timeout=options.connect_timeout,
+            read_timeout=options.read_timeout,
+            deadline=options.deadline,
+        )
+        self._temperature = context.temperature
+        connect = remote_checks.connect_vllm if options.protocol == "vllm" else remote_checks.connect
+        self._client, self._identity = connect(self._transport, context, options)
+
+    def setup(self, context: ReferenceContext) -> None:
+        from trl_refplug.providers.remote.checks import check_tokenizer
+
+        check_tokenizer(self._asked, context.processing_class)
+        self._saves = context.args.should_save
+
+    def identity(self) -> ReferenceIdentity:
+        assert self._identity is not None, "identity() before pin()"
+        return self._identity
+
+    def log_probs(self, batch: ReferenceBatch) -> Tensor:
+        return self._score(self._rows(batch), batch.input_ids.device)
+
+    def submit(self, batch: ReferenceBatch) -> Future[Tensor]:
+        from trl_refplug.serving.background import in_background
+
+        rows, device = self._rows(batch), batch.input_ids.device
+        return in_background(lambda: self._score(rows, device))
+
+    @contextmanager
+    def bulk_scorer(self) -> Iterator[BulkScorer]:
+        """Scores streams of rows with several requests in flight."""
+        from trl_refplug.serving.bulk import BulkScorer
+
+        yield BulkScorer(self._asked, self._temperature)
+
+    @property
+    def known(self) -> VllmClient | None:
+        """Whose `known` row tells the reference from another one of its name; `None` where its digest does."""
+        from trl_refplug.serving.vllm import VllmClient
+
+        return self._client if isinstance(self._client, VllmClient) else None
+
+    def save_state(self, directory: Path) -> None:
+        if self.known is not None and self._saves:
+            (directory / _KNOWN).write_text(json.dumps(self.known.known_values.tolist()) + "\n", encoding="utf-8")
+
+    def load_state(self, directory: Path) -> None:
+        import numpy as np
+
+        path = directory / _KNOWN
+        if self.known is not None and path.is_file():
+            values = np.array(json.loads(path.read_text(encoding="utf-8")), np.float32)
+            self.known.compare(
+                values, f"The run was started against another reference of the name {self.known.model!r}"
+            )
+
+    def counters(self) -> dict[str, float]:
+        stats = self._asked.transport.stats
+        with self._lock:
+            tokens, seconds = self._tokens, self._seconds
+        return {
+            "bytes_per_token": (stats.bytes_sent + stats.bytes_received) / max(tokens, 1),
+            "request_seconds": seconds,
+            "retries": stats.retries,
+        }
+
+    def metadata(self) -> dict[str, Any]:
+        return {"url": self._urls, "protocol": self.options.protocol}
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    @property
+    def _asked(self) -> ScoringClient:
+        assert self._client is not None, "pin() comes first"
+        return self._client
+
+    def _rows(self, batch: ReferenceBatch) -> PaddedRows:
+        from trl_refplug.rows import PaddedRows
+
+        try:
+            return PaddedRows.of(batch)
+        except ValueError as error:
+            raise UnsupportedInputError(
+                f"ref_provider='remote' sends rows that are plain token sequences; this batch has {error}. Use "
+                "ref_provider='frozen' or 'adapter'."
+            ) from None
+
+    def _score(self, rows: PaddedRows, device: Any) -> Tensor:
+        started = time.perf_counter()
+        values = self._asked.score(rows, self._temperature)
+        with self._lock:
+            self._tokens += rows.tokens
+            self._seconds += time.perf_counter() - started
+        return rows.place(values).to(device)
+
+
+def _checked_urls(given: str | list[str]) -> list[str]:
+    urls = [given] if isinstance(given, str) else list(given)
+    if not urls:
+        raise ConfigurationError("ref_provider='remote': option 'url' is empty; expected 'http://host:port'.")
+    for url in urls:
+        parts = urlsplit(url)
+        try:
+            sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # of a port that is no number
+            sound = False
+        if not sound or parts.query or parts.fragment:
+            raise ConfigurationError(
+                f"ref_provider='remote': option 'url' has {url!r}; expected an address such as 'http://host:8321'."
+            )
+        if parts.username or parts.password:
+            raise ConfigurationError(
+                f"ref_provider='remote': option 'url' has credentials for {parts.hostname}, which would end in logs "
+                "and checkpoints. Put the key into an environment variable and name that in option 'api_key_env'."
+            )
+    if len({url.rstrip("/") for url in urls}) < len(urls):
+        raise ConfigurationError("ref_provider='remote': option 'url' has the same address twice.")
+    return urls

@@ -1,0 +1,3 @@
+"""
+The process that all of this runs in: `ranks` of a launch, `random_state`, `threads`, `memory`, and `caches` on disk.
+"""

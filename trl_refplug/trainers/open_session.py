@@ -1,0 +1,80 @@
+"""From a trainer's arguments to the session of its reference, before anything is loaded."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from trl_refplug.arguments import ReferenceArguments
+from trl_refplug.errors import ConfigurationError
+from trl_refplug.models.adapters import is_peft
+from trl_refplug.provider import ReferenceProvider
+from trl_refplug.trainers.selection import Selection, make_provider, select_name
+from trl_refplug.trainers.session import ReferenceSession
+from trl_refplug.trainers.trl_patch import Seam, check_flags
+
+
+logger = logging.getLogger("trl_refplug")
+
+
+def open_session(
+    seam: Seam, *, model: Any, args: Any, peft_config: Any, reference: ReferenceProvider | None, ref_model: Any
+) -> ReferenceSession | None:
+    """
+    Select a provider from the trainer's arguments, before anything is loaded. `None` leaves TRL alone.
+
+    Raises:
+        ConfigurationError: Flags or arguments contradict each other, or options are wrong.
+    """
+    flags = ReferenceArguments.of(args)
+    explicit = reference is not None or flags.ref_provider != "auto" or (ref_model is not None and seam.online)
+    check_flags(seam, args)
+    if not seam.needs_reference(args):
+        if explicit:
+            logger.warning(
+                "`beta=0.0` needs no reference, so %s is not used and nothing is built. Set `beta` to a non-zero "
+                "value to use it.",
+                _asked_for(flags, reference, ref_model),
+            )
+        return None
+    if ref_model is not None and ref_model is model:
+        raise ConfigurationError(
+            "`model` and `ref_model` are the same object, which is about to be trained. Leave `ref_model` out: a "
+            "copy of the policy is the reference then."
+        )
+    passes_ref_model = ref_model is not None and not seam.online
+    if reference is not None:
+        if flags.ref_provider != "auto" or ref_model is not None:
+            raise ConfigurationError(
+                "`reference=` is a provider already made, so `ref_provider` and `ref_model` must not name another. "
+                "Keep one of the three."
+            )
+        if not isinstance(reference, ReferenceProvider):
+            raise ConfigurationError(
+                f"`reference=` takes a ReferenceProvider instance, got {type(reference).__name__}. A model goes into "
+                "`ref_model=`, a provider's name into `ref_provider`."
+            )
+        if getattr(reference, "_refplug_taken", False):
+            raise ConfigurationError(
+                f"`reference=` is a {type(reference).__name__} that another trainer was given before. It belongs to "
+                "that trainer's policy, and is closed with it. Make a new one for every trainer."
+            )
+        session = ReferenceSession(seam, reference, type(reference).__name__, args, peft_config, passes_ref_model)
+        reference._refplug_taken = True  # type: ignore[attr-defined]
+        return session
+    selection = Selection(
+        args=args,
+        policy_is_peft=peft_config is not None or is_peft(model),
+        has_ref_model=ref_model is not None,
+        online=seam.online,
+    )
+    name = select_name(selection)
+    provider = make_provider(name, flags.ref_provider_kwargs, args=args, ref_model=ref_model)
+    return ReferenceSession(seam, provider, name, args, peft_config, passes_ref_model)
+
+
+def _asked_for(flags: ReferenceArguments, reference: ReferenceProvider | None, ref_model: Any) -> str:
+    """Of several ways to ask for a reference, the one that was taken."""
+    if reference is not None:
+        return f"reference={type(reference).__name__}(...)"
+    return "`ref_model`" if ref_model is not None else f"ref_provider={flags.ref_provider!r}"

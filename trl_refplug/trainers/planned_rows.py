@@ -1,0 +1,133 @@
+"""
+The rows of a tokenised data set as the trainer will ask for them, without collating them.
+
+Collating costs some 60 µs a row, which is seconds for a data set of usual size, in every run. What TRL's collators do
+to rows of text is simple enough to do to whole columns; some rows are collated as well, which proves that the release
+of TRL that is installed does just that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from trl_refplug.provider import PlannedRows
+from trl_refplug.trainers.requested_batches import indexed_datasets, planned_batches
+from trl_refplug.trainers.trl_patch import Seam
+
+
+_BLOCK_ROWS = 1024
+_COMPARED_ROWS = 16
+_COMPLETIONS = {
+    "DataCollatorForPreference": ("chosen_ids", "rejected_ids"),
+    "DataCollatorForUnpairedPreference": ("KL_completion_ids", "completion_ids"),
+}
+
+Ints = NDArray[np.int64]
+
+
+class _Column(NamedTuple):
+    """A column of lists: the items of all of them, and where each begins and how long it is."""
+
+    items: Ints
+    starts: Ints
+    lengths: Ints
+
+
+def planned_rows(trainer: Any, seam: Seam, split: str) -> Iterator[PlannedRows] | None:
+    """
+    What [`~requests.planned`] has, cut out of its padding, in blocks and another order; `None` where the rows are not
+    known beforehand or are not TRL's own.
+    """
+    datasets = indexed_datasets(trainer, seam, split)
+    collator = trainer.data_collator
+    if datasets is None or not all(_is_plain(dataset, collator) for dataset in datasets):
+        return None
+    if not all(_agrees(dataset, collator) for dataset in datasets):
+        return None
+    return chain.from_iterable(_rows(dataset, collator) for dataset in datasets)
+
+
+def _is_plain(dataset: Any, collator: Any) -> bool:
+    """Whether `collator` is known, and reads the columns of `dataset` as they are stored."""
+    known = type(collator).__module__.startswith("trl.") and type(collator).__name__ in _COMPLETIONS
+    return (
+        known
+        and isinstance(dataset, Dataset)
+        and dataset.format["type"] is None
+        and {"prompt_ids", _COMPLETIONS[type(collator).__name__][-1]} <= set(dataset.column_names)
+        and collator.pad_to_multiple_of is None
+        and (collator.max_length is None or collator.max_length > 0)
+    )
+
+
+def _agrees(dataset: Dataset, collator: Any) -> bool:
+    """Whether some rows of `dataset` come out of the collator as they come out of here."""
+    if not len(dataset):
+        return True
+    some = dataset.select(np.unique(np.linspace(0, len(dataset) - 1, _COMPARED_ROWS).astype(int)))
+    collated = sorted(
+        (tuple(ids[mask == 1].tolist()), tuple((labels[mask == 1] != -100).tolist()[1:]))
+        for batch in planned_batches(some, collator, torch.device("cpu"))
+        if not batch.extras
+        for ids, mask, labels in zip(batch.input_ids, batch.attention_mask, batch.labels, strict=True)
+    )
+    read = sorted(
+        (tuple(ids.tolist()), tuple((np.arange(1, len(ids)) >= first).tolist()))
+        for rows in _rows(some, collator)
+        for ids, first in zip(np.split(rows.token_ids, rows.offsets[1:-1]), rows.first_scored, strict=True)
+    )
+    return collated == read
+
+
+def _rows(dataset: Dataset, collator: Any) -> Iterator[PlannedRows]:
+    completions = [name for name in _COMPLETIONS[type(collator).__name__] if name in dataset.column_names]
+    keep_end = getattr(collator, "truncation_mode", "keep_start") == "keep_end"
+    tables = dataset.select_columns(["prompt_ids", *completions]).with_format("arrow")
+    for start in range(0, len(dataset), _BLOCK_ROWS):
+        table = tables[start : start + _BLOCK_ROWS]
+        columns = [_column(table, name) for name in completions]
+        yield _joined(_column(table, "prompt_ids"), columns, collator.max_length, keep_end)
+
+
+def _column(table: Any, name: str) -> _Column:
+    lists = table.column(name).combine_chunks()
+    lengths = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+    items = lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
+    return _Column(items, np.cumsum(lengths) - lengths, lengths)
+
+
+def _joined(prompts: _Column, completions: list[_Column], max_length: int | None, keep_end: bool) -> PlannedRows:
+    """Each prompt before each of its completions, truncated; rows of one prompt come one after the other."""
+    # Two pieces a row, [data set rows, completions, 2]: where they begin among all items, and how long they are.
+    items = np.concatenate([prompts.items, *(column.items for column in completions)])
+    begins = np.cumsum([len(prompts.items), *(len(column.items) for column in completions)])
+    starts = np.stack(
+        [
+            np.stack([prompts.starts, begin + column.starts], axis=1)
+            for begin, column in zip(begins.tolist(), completions, strict=False)
+        ],
+        axis=1,
+    )
+    lengths = np.stack([np.stack([prompts.lengths, column.lengths], axis=1) for column in completions], axis=1)
+    if max_length is not None:
+        excess = np.maximum(lengths.sum(-1) - max_length, 0)
+        near = np.minimum(excess, lengths[..., 0 if keep_end else 1])  # taken from the piece at the end that is cut
+        cut = np.stack([near, excess - near] if keep_end else [excess - near, near], axis=-1)
+        lengths = lengths - cut
+        starts = starts + cut if keep_end else starts
+    row_lengths = lengths.sum(-1).ravel()
+    flat_starts, flat_lengths = starts.ravel(), lengths.ravel()
+    ends = np.cumsum(flat_lengths)
+    source = np.repeat(flat_starts - (ends - flat_lengths), flat_lengths) + np.arange(ends[-1] if len(ends) else 0)
+    return PlannedRows(
+        token_ids=items[source],
+        offsets=np.concatenate([[0], np.cumsum(row_lengths)]),
+        first_scored=np.maximum(lengths[..., 0].ravel(), 1),
+    )

@@ -1,0 +1,253 @@
+"""
+Looking ahead: the reference is asked for the next batches while the policy works on this one.
+
+The trainer takes its batches, one optimiser step's at a time, from an iterator of ours. It reads up to `ref_prefetch`
+batches more than the trainer asks for and submits what the trainer will want to know about them. An answer is used
+only for a question that is equal to the one predicted, bit for bit; any other is asked afresh. Reading ahead leaves no
+trace: what accelerate says about the loader is what it said when the batch at hand was read, and a loader that draws
+from the global random streams is not read ahead.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trl_refplug.provider import ReferenceBatch, ReferenceProvider
+from trl_refplug.runtime.random_state import random_state
+from trl_refplug.runtime.ranks import all_ranks
+from trl_refplug.runtime.threads import Autocast
+from trl_refplug.trainers.requested_batches import predicted_requests
+
+
+logger = logging.getLogger("trl_refplug")
+
+_PATIENCE = 3  # wrong predictions in a row after which nothing is predicted any more
+
+
+class LookAhead:
+    """
+    Asks the provider of one trainer ahead of time.
+
+    Nothing is read or asked ahead before the trainer has shown, with its first batches, how it asks and that its
+    loader draws no random numbers. At most `depth` batches beyond those the trainer holds are in memory or in flight.
+
+    Args:
+        provider ([`ReferenceProvider`]): With `capabilities.overlap`.
+        depth (`int`): Batches to look ahead.
+    """
+
+    def __init__(self, provider: ReferenceProvider, depth: int) -> None:
+        self._provider = provider
+        self._depth = depth
+        self._epoch: _Epoch | None = None
+        self._reads_ahead: bool | None = None  # not known yet
+        self._warned_of_draws = False
+        self._autocast: Autocast | None = None  # not known yet
+        self._expected: list[_Question] = []
+        self._wrong = 0
+
+    @contextmanager
+    def around(self, trainer: Any, epoch_iterator: Iterator[Any]) -> Iterator[Iterator[Any]]:
+        """
+        Where the trainer fetches the batches of an optimiser step: gives the iterator it is to take them from instead
+        of `epoch_iterator`, and looks ahead when it has them.
+        """
+        if self._epoch is None or self._epoch.source is not epoch_iterator:
+            self.cancel()
+            self._epoch = _Epoch(epoch_iterator, trainer.accelerator.gradient_state)
+        _cancel(self._expected)
+        epoch = self._epoch
+        yield epoch
+        if self._may_read_ahead(epoch):
+            steps_left = trainer.state.max_steps - trainer.state.global_step - 1
+            epoch.read_ahead(min(self._depth, steps_left * trainer.args.gradient_accumulation_steps))
+        if self._autocast is not None and self._wrong < _PATIENCE:
+            for batch in (*epoch.delivered, *epoch.ahead):
+                if batch.questions is None:
+                    requests = predicted_requests(batch.inputs)
+                    batch.questions = [self._submit(request.to(trainer.args.device)) for request in requests]
+        self._expected = [question for batch in epoch.delivered for question in batch.questions or ()]
+        epoch.delivered.clear()
+
+    def take(self, batch: ReferenceBatch) -> Future[Tensor] | None:
+        """The answer to `batch` that is on its way, if it was predicted; `None` to ask now."""
+        self._autocast = Autocast.current()
+        for index, question in enumerate(self._expected):
+            if question.autocast == self._autocast and _equal(question.batch, batch):
+                self._wrong = 0
+                return self._expected.pop(index).answer
+        if self._expected:
+            self._wrong += 1
+            if self._wrong == _PATIENCE:
+                logger.warning(
+                    "The trainer asks its reference for other batches than its loader gave it (it changes them on the "
+                    "way), so the reference cannot be asked ahead of time and every step waits for its answer. Change "
+                    "batches in the data collator, or set `ref_prefetch=0`, to have no such work done in vain."
+                )
+        return None
+
+    def cancel(self) -> None:
+        """Forget all batches read and questions asked ahead. What is being answered is not waited for."""
+        _cancel(self._expected)
+        if self._epoch is not None:
+            for batch in self._epoch.ahead:
+                _cancel(batch.questions or [])
+            self._epoch = None
+
+    def _submit(self, request: ReferenceBatch) -> _Question:
+        batch = _copied(request)  # the trainer may change its own, in place
+        assert self._autocast is not None
+        answer: Future[Tensor]
+        try:
+            with torch.no_grad(), self._autocast.entered():
+                answer = self._provider.submit(batch)
+        except Exception as error:  # belongs to the step that needs the answer
+            answer = Future()
+            answer.set_exception(error)
+        return _Question(batch, self._autocast, answer)
+
+    def _may_read_ahead(self, epoch: _Epoch) -> bool:
+        """Decided once and by all ranks together: reading a loader can be a collective operation."""
+        if self._reads_ahead is None and epoch.read > 1:
+            self._reads_ahead = all_ranks(not epoch.draws)
+        if epoch.draws and not self._warned_of_draws:
+            self._warned_of_draws = True
+            logger.warning(
+                "The training data is made with random numbers of the global streams (by the dataset, its transform "
+                "or the data collator). Reading it ahead would change their order, and so the run: %s Give it a "
+                "generator of its own, or make it in worker processes (`dataloader_num_workers=1`).",
+                "use `ref_prefetch=0` for a run without that." if self._reads_ahead else "it is not done.",
+            )
+        return bool(self._reads_ahead)
+
+
+@dataclass
+class _Question:
+    """Something asked ahead of time, under that autocast."""
+
+    batch: ReferenceBatch
+    autocast: Autocast
+    answer: Future[Tensor]
+
+
+@dataclass
+class _Batch:
+    """A batch that was read: what accelerate said about the loader then, and what was asked about the batch."""
+
+    inputs: Any
+    error: Exception | None
+    loader: Any
+    loader_state: tuple[bool, int]
+    questions: list[_Question] | None = None
+
+    def restore_loader_state(self) -> None:
+        if self.loader is not None:
+            self.loader.end_of_dataloader, self.loader.remainder = self.loader_state
+
+
+@dataclass
+class _Epoch:
+    """
+    One pass over the trainer's loader.
+
+    Args:
+        source (`Iterator`): The trainer's own iterator over its loader.
+        gradient_state: Accelerate's, which knows that loader.
+
+    Attributes:
+        ahead (`deque[_Batch]`): Read, and not delivered yet.
+        delivered (`list[_Batch]`): Delivered, and not looked at yet.
+        read (`int`): How many batches were read.
+        draws (`bool`): Whether reading one drew random numbers. The first is not looked at: starting to read may draw.
+    """
+
+    source: Iterator[Any]
+    gradient_state: Any
+    ahead: deque[_Batch] = field(default_factory=deque)
+    delivered: list[_Batch] = field(default_factory=list)
+    read: int = 0
+    draws: bool = False
+    _last: _Batch | None = None
+
+    def __iter__(self) -> _Epoch:
+        return self
+
+    def __next__(self) -> Any:
+        self._last = batch = self.ahead.popleft() if self.ahead else self._read()
+        batch.restore_loader_state()
+        if batch.error is not None:
+            raise batch.error
+        self.delivered.append(batch)
+        return batch.inputs
+
+    def read_ahead(self, count: int) -> None:
+        """Have `count` batches ready, or as many as there are."""
+        while len(self.ahead) < count and self._more():
+            try:
+                self.ahead.append(self._read())
+            except StopIteration:
+                break
+        if self._last is not None:
+            self._last.restore_loader_state()
+
+    def _more(self) -> bool:
+        # To ask a loader that has no more would end its pass, which the trainer may never do.
+        newest = self.ahead[-1] if self.ahead else self._last
+        return newest is None or (newest.error is None and newest.loader is not None and not newest.loader_state[0])
+
+    def _read(self) -> _Batch:
+        before = random_state()
+        inputs = error = None
+        try:
+            inputs = next(self.source)
+        except StopIteration:
+            raise
+        except Exception as raised:  # delivered in its turn
+            error = raised
+        self.draws = self.draws or (self.read > 0 and before != random_state())
+        self.read += 1
+        loader = self.gradient_state.active_dataloader
+        state = (False, -1) if loader is None else (loader.end_of_dataloader, loader.remainder)
+        return _Batch(inputs, error, loader, state)
+
+
+def _cancel(questions: list[_Question]) -> None:
+    for question in questions:
+        question.answer.cancel()
+    questions.clear()
+
+
+def _copied(batch: ReferenceBatch) -> ReferenceBatch:
+    return ReferenceBatch(
+        input_ids=batch.input_ids.clone(),
+        attention_mask=batch.attention_mask.clone(),
+        labels=batch.labels.clone(),
+        extras={name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.extras.items()},
+        rows_sliceable=batch.rows_sliceable,
+    )
+
+
+def _equal(one: ReferenceBatch, other: ReferenceBatch) -> bool:
+    return one.rows_sliceable == other.rows_sliceable and _same(_tensors(one), _tensors(other))
+
+
+def _tensors(batch: ReferenceBatch) -> dict[str, Any]:
+    return {"ids": batch.input_ids, "mask": batch.attention_mask, "labels": batch.labels, **batch.extras}
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(
+        value.device == other[name].device and value.dtype == other[name].dtype and torch.equal(value, other[name])
+        if isinstance(value, Tensor) and isinstance(other[name], Tensor)
+        else type(value) is type(other[name]) and bool(value == other[name])
+        for name, value in one.items()
+    )

@@ -1,0 +1,118 @@
+"""The module that takes the place of TRL's reference model and hands every batch to the provider."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from trl.trainer.utils import FusedCausalLMOutput
+
+from trl_refplug.errors import InvalidLogProbsError, UnsupportedInputError
+from trl_refplug.plugins import plugin_manager
+from trl_refplug.provider import ReferenceBatch, ReferenceProvider
+from trl_refplug.rows.answers import form_problem
+from trl_refplug.trainers.prefetch import LookAhead
+from trl_refplug.trainers.requested_batches import ROW_WISE
+from trl_refplug.trainers.trl_patch import seam_error
+
+
+class ReferenceModel(nn.Module):
+    """
+    Stands in `trainer.ref_model`. It has no parameters of its own and names those of an in-process copy instead.
+
+    Args:
+        provider ([`ReferenceProvider`]): Who answers.
+        first_call (`Callable`): Called with the first batch and its log-probs, before they are used; with the next
+            ones until it has returned once.
+        look_ahead ([`LookAhead`], *optional*): Who may have asked already.
+        dtype (`torch.dtype`): What the policy's own log-probs come in.
+        device (`torch.device`, *optional*): Where they come out, if not on the device of the inputs.
+
+    Attributes:
+        calls (`int`): How often the trainer asked.
+        checked (`bool`): Whether `first_call` has returned. Set to `False`, it is called again.
+        seconds (`float`): How long it waited for the answers, all together.
+    """
+
+    provider: ReferenceProvider
+    _first_call: Callable[[ReferenceBatch, Tensor], None]
+
+    def __init__(
+        self,
+        provider: ReferenceProvider,
+        first_call: Callable[[ReferenceBatch, Tensor], None],
+        look_ahead: LookAhead | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.provider = provider  # no module itself: the trainer does not find, move, save or train what it holds
+        self._first_call = first_call
+        self._look_ahead = look_ahead
+        self._dtype = dtype
+        self._device = device
+        self.calls = 0
+        self.checked = False
+        self.seconds = 0.0
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        fused_lm_head: bool = False,
+        use_cache: bool | None = None,
+        **extras: Any,
+    ) -> FusedCausalLMOutput:
+        if input_ids is None or labels is None or not fused_lm_head:
+            raise seam_error("The trainer called its reference model without `labels=` and `fused_lm_head=True`")
+        if "shift_labels" in extras:
+            raise seam_error("The trainer called its reference model with `shift_labels=` (context parallelism)")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        batch = ReferenceBatch(input_ids, attention_mask, labels, extras, rows_sliceable=ROW_WISE.issuperset(extras))
+        provider = self.provider
+        if not batch.rows_sliceable and not provider.capabilities.multimodal:
+            raise UnsupportedInputError(
+                f"Reference provider {provider.identity().provider!r} scores text only, and this batch has "
+                f"{sorted(set(extras) - ROW_WISE)}. Use ref_provider='frozen' or 'adapter'."
+            )
+        if input_ids.is_cuda:
+            # The policy's forward pass is still on its way there; to wait for it is not to wait for the reference
+            torch.cuda.current_stream(input_ids.device).synchronize()
+        started = time.perf_counter()
+        with torch.no_grad():
+            coming = None if self._look_ahead is None else self._look_ahead.take(batch)
+            log_probs = provider.log_probs(batch) if coming is None else coming.result()
+            if problem := form_problem(log_probs, batch):  # which the loss would silently turn into nonsense
+                raise InvalidLogProbsError(
+                    f"Reference provider {provider.identity().provider!r}: {problem}. Nothing was trained on it."
+                )
+            log_probs = log_probs.detach()
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        self.calls += 1
+        if not self.checked:
+            self._first_call(batch, log_probs)
+            self.checked = True  # not if it failed: whoever trains on after that is to be told again
+        plugin_manager().scored(identity=provider.identity(), batch=batch, log_probs=log_probs, seconds=seconds)
+        return FusedCausalLMOutput(log_probs=log_probs.to(self._device, self._dtype))
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        module = self.provider.module
+        if module is None:
+            raise AttributeError(f"Reference provider {type(self.provider).__name__} has no in-process copy")
+        return module.get_parameter(target)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.provider.module
+        return iter(()) if module is None else module.named_parameters(*args, **kwargs)
+
+    def parameters(self, recurse: bool = True) -> Any:
+        return (parameter for _, parameter in self.named_parameters(recurse=recurse))
+
+    def extra_repr(self) -> str:
+        return str(self.provider.identity())

@@ -1,0 +1,92 @@
+"""Which rows of a collated batch the trainer will ask its reference for: one pure function per trainer family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+
+from trl_refplug.provider import ReferenceBatch
+from trl_refplug.trainers.trl_patch import Seam
+
+
+ROW_WISE = frozenset({"token_type_ids", "mm_token_type_ids", "position_ids"})
+"""Inputs besides ids, mask and labels that are known to have one row per sequence."""
+
+_PREFERENCE_NON_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
+_REQUIRED = {"input_ids", "attention_mask", "completion_mask"}
+_PLANNED_ROWS = 64  # read at a time: faster than the trainer's own batches, whose make-up is not known anyway
+_UNPAIRED_NON_MODEL = {"completion_mask", "label", "ref_logps", "ref_KL_logps"}
+
+
+def preference_requests(inputs: Mapping[str, Any]) -> list[ReferenceBatch]:
+    """DPO: one batch, chosen rows first and rejected rows after them."""
+    return [_request({k: v for k, v in inputs.items() if k not in _PREFERENCE_NON_MODEL}, inputs["completion_mask"])]
+
+
+def unpaired_requests(inputs: Mapping[str, Any]) -> list[ReferenceBatch]:
+    """KTO: the mismatched KL rows first, where the loss has a KL term, then the completions."""
+    main = {k: v for k, v in inputs.items() if k not in _UNPAIRED_NON_MODEL and not k.startswith("KL_")}
+    requests = [_request(main, inputs["completion_mask"])]
+    if "KL_input_ids" in inputs:
+        kl = {**main, **{k[3:]: v for k, v in inputs.items() if k.startswith("KL_") and k != "KL_completion_mask"}}
+        requests.insert(0, _request(kl, inputs["KL_completion_mask"]))
+    return requests
+
+
+def predicted_requests(inputs: Any) -> list[ReferenceBatch]:
+    """What the trainer will ask for a batch of its loader; nothing where it is not made as TRL's collators make it."""
+    if not isinstance(inputs, Mapping) or not _REQUIRED.issubset(inputs):
+        return []
+    return unpaired_requests(inputs) if "label" in inputs else preference_requests(inputs)
+
+
+def planned(trainer: Any, seam: Seam, split: str) -> Iterator[ReferenceBatch] | None:
+    """
+    The requests of a whole split in dataset order, or `None` where they are not known beforehand: every row once, in
+    other batches than training will make. `split` is `"train"`, `"eval"` (all evaluation sets) or the name of one.
+    """
+    datasets = indexed_datasets(trainer, seam, split)
+    if datasets is None:
+        return None
+    return chain.from_iterable(
+        planned_batches(dataset, trainer.data_collator, trainer.args.device) for dataset in datasets
+    )
+
+
+def indexed_datasets(trainer: Any, seam: Seam, split: str) -> list[Any] | None:
+    """The data sets of a split, or `None` where it has rows that are not known beforehand."""
+    dataset = trainer.train_dataset if split == "train" else trainer.eval_dataset
+    if isinstance(dataset, Mapping):
+        datasets = list(dataset.values()) if split == "eval" else [dataset.get(split)]
+    else:
+        datasets = [dataset]
+    datasets = [dataset for dataset in datasets if dataset is not None]
+    if seam.online or not all(map(_is_indexed, datasets)):
+        return None
+    return datasets
+
+
+def _is_indexed(dataset: Any) -> bool:
+    # Streams inherit a `__getitem__` that does nothing from torch's Dataset.
+    return hasattr(dataset, "__len__") and not isinstance(dataset, torch.utils.data.IterableDataset)
+
+
+def planned_batches(dataset: Any, collate: Any, device: torch.device) -> Iterator[ReferenceBatch]:
+    """The requests of one data set, in its order."""
+    requests = unpaired_requests if "label" in dataset.column_names else preference_requests
+    # No DataLoader: iterating one draws from the global random stream.
+    for start in range(0, len(dataset), _PLANNED_ROWS):
+        columns = dataset[start : start + _PLANNED_ROWS]
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        for request in requests(collate(rows)):
+            yield request.to(device)
+
+
+def _request(inputs: dict[str, Any], completion_mask: torch.Tensor) -> ReferenceBatch:
+    input_ids = inputs.pop("input_ids")
+    attention_mask = inputs.pop("attention_mask")
+    labels = input_ids.masked_fill(completion_mask == 0, -100)
+    return ReferenceBatch(input_ids, attention_mask, labels, inputs, rows_sliceable=ROW_WISE.issuperset(inputs))
