@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from trl_refplug.provider import ReferenceBatch
-from trl_refplug.rows import IGNORED, Row
-from trl_refplug.rows.row import rows_of
+from trl_refplug.rows.row import IGNORED, Row, rows_of
 
 
 Values = NDArray[np.float32]

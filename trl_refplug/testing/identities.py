@@ -57,7 +57,7 @@ class IdentityTests(Setting):
             attached,
             other,
             different="Another policy gives another reference, and its identity is the same. Caches and resumed runs "
-            "would take one for the other. Digest the weights (trl_refplug.models.identity.digest_model) in pin().",
+            "would take one for the other. Digest the weights (trl_refplug.digest_model) in pin().",
             same="The answers do not depend on the policy's weights, and the identity does. A run "
             "could not be resumed with the same reference beside another policy.",
         )
