@@ -35,7 +35,6 @@ from trl_refplug.hookspecs import API_VERSION, hookimpl
 from trl_refplug.provider import (
     Capabilities,
     NoOptions,
-    PlannedRows,
     ReferenceBatch,
     ReferenceContext,
     ReferenceIdentity,
@@ -79,7 +78,6 @@ __all__ = [
     "MissingRowError",
     "NoOptions",
     "OptionsError",
-    "PlannedRows",
     "PluginError",
     "RefPlugDPOConfig",
     "RefPlugDPOTrainer",

@@ -31,7 +31,7 @@ import pluggy
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trl_refplug.provider import ReferenceBatch, ReferenceIdentity, ReferenceProvider
+    from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceIdentity, ReferenceProvider
 
 
 API_VERSION = 1
@@ -44,8 +44,24 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 class Register(Protocol):
-    def __call__(self, name: str, target: type[ReferenceProvider] | str) -> None:
-        """Offer `target`, a class or a lazy `"package.module:Class"`, as `ref_provider=name`."""
+    def __call__(
+        self,
+        name: str,
+        target: type[ReferenceProvider] | str,
+        *,
+        options: type | None = None,
+        capabilities: Capabilities | None = None,
+    ) -> None:
+        """
+        Offer a provider as `ref_provider=name`.
+
+        Args:
+            name (`str`): Lower-case letters, digits, `-` and `_`.
+            target (`type` or `str`): The class, or a lazy `"package.module:Class"`, imported when it is selected.
+            options (`type`, *optional*), capabilities (`Capabilities`, *optional*): The `Options` and `capabilities`
+                of the class. With both of them the provider is listed, and its flags are checked, without importing
+                it: define them in a module that imports no torch.
+        """
 
 
 class SelectionContext(Protocol):
@@ -67,6 +83,14 @@ class SelectionContext(Protocol):
     def online(self) -> bool:
         """Whether the trainer generates its completions (GRPO, RLOO)."""
 
+    @property
+    def wants_stored(self) -> bool:
+        """Whether TRL's `precompute_ref_log_probs` asks for a reference that is `stored`."""
+
+    @property
+    def wants_moving(self) -> bool:
+        """Whether TRL's `sync_ref_model` asks for a reference that is `moving`."""
+
 
 @hookspec
 def refplug_register_providers(register: Register) -> None:
@@ -75,7 +99,10 @@ def refplug_register_providers(register: Register) -> None:
 
 @hookspec(firstresult=True)
 def refplug_select_provider(context: SelectionContext) -> str | None:
-    """Answer `ref_provider="auto"`: the name of a provider, or `None` to leave the choice to others."""
+    """
+    Answer `ref_provider="auto"`: the name of a provider, or `None` to leave the choice to others. Plugins are asked
+    only where neither TRL's own flags nor `ref_model=` decide.
+    """
 
 
 @hookspec

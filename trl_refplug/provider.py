@@ -7,19 +7,20 @@ This module knows no provider and no trainer, and imports no torch, so that list
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
     from pathlib import Path
 
-    import numpy as np
     from accelerate import Accelerator
-    from numpy.typing import NDArray
     from torch import Tensor, nn
+
+    from trl_refplug.rows.row import Row
 
 
 STATE_DIRECTORY = "refplug/state"
@@ -59,39 +60,27 @@ class ReferenceBatch:
 
 
 @dataclass(frozen=True)
-class PlannedRows:
-    """
-    Rows that a run will ask for, one after the other and without padding: a prompt that is not scored, then a
-    completion that is.
-
-    Args:
-        token_ids (`NDArray[np.int64]`): `[tokens]`, of all rows.
-        offsets (`NDArray[np.int64]`): `[rows + 1]`; row `i` is `token_ids[offsets[i] : offsets[i + 1]]`.
-        first_scored (`NDArray[np.int64]`): `[rows]`, at least 1: where in its row the first scored token is. All that
-            follow are scored, too. The length of the row, or more, if none is.
-    """
-
-    token_ids: NDArray[np.int64]
-    offsets: NDArray[np.int64]
-    first_scored: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.first_scored)
-
-
-@dataclass(frozen=True)
 class Capabilities:
     """
-    What a provider can do. The trainers' seam refuses misuse before any long work starts.
+    What a provider can do. Misuse is refused before any long work starts.
 
     Args:
         local_model (`bool`): Holds or borrows a model in the trainer's process.
-        moving (`bool`): The reference changes during training; `on_step_end` is called after every optimiser step.
+        moving (`bool`): The reference changes during training; `on_step_end` is called after every optimizer step.
+            This is what TRL's `sync_ref_model` asks for.
         overlap (`bool`): `submit` may be called ahead of time, from the trainer's thread, while the policy works. Not
             for a moving reference.
         temperature (`bool`): Divides logits by the trainer's temperature, as GRPO and RLOO require when it is not 1.
         multimodal (`bool`): Scores batches with `extras`.
         offline (`bool`): Gives the same values whether asked before or during training, so they can be stored.
+        stored (`bool`): Answers with values that were scored before and are kept on disk, in what the option `path`
+            names. This is what TRL's `precompute_ref_log_probs` asks for.
+        accepts_model (`bool`): Takes the model that was passed to the trainer as `ref_model=`: the constructor has a
+            keyword argument `model` for it.
+        scores_policy (`bool`): Scores with the policy's own weights: as it was before its first step, or with its
+            adapter disabled. Whatever casts or changes those changes the reference's values.
+        before_training_only (`bool`): Can be asked only before the first step, as a policy that is its own reference.
+            Such a provider cannot be selected; it fills a store.
     """
 
     local_model: bool = False
@@ -100,6 +89,57 @@ class Capabilities:
     temperature: bool = False
     multimodal: bool = False
     offline: bool = False
+    stored: bool = False
+    accepts_model: bool = False
+    scores_policy: bool = False
+    before_training_only: bool = False
+
+
+@dataclass(frozen=True)
+class ModelTraits:
+    """
+    What decides, besides the identity, which of a reference's values may be stored and found again.
+
+    Args:
+        attention_implementation (`str`): `"sdpa"`, `"eager"`, ...
+        absolute_positions (`bool`): Whether padding on the left of a row changes its log-probs.
+        length_limit (`int` or `None`): The longest batch in which rows do not depend on each other's length; `None` if
+            there is no such limit.
+        dtype (`str`): Of the weights: `"bfloat16"`, ...
+    """
+
+    attention_implementation: str
+    absolute_positions: bool
+    length_limit: int | None
+    dtype: str
+
+
+class BulkScorer(Protocol):
+    """Scores a stream of rows, in whatever passes suit it."""
+
+    def score_passes(self, rows: Iterable[Row]) -> Iterator[list[tuple[int, Tensor]]]:
+        """
+        Score any number of rows.
+
+        Args:
+            rows (`Iterable[Row]`): Read as far ahead as is useful.
+
+        Yields:
+            `list[tuple[int, Tensor]]`: The rows of one pass, as soon as it is done: the index of each in `rows`, and
+            the log-probabilities of its scored tokens, in order: float32 `[scored]` on the CPU. Every row comes once,
+            in any order.
+        """
+
+
+@runtime_checkable
+class ScoresInBulk(Protocol):
+    """
+    An optional ability of a provider: to score rows outside of the trainer's batches, many at a time. Whoever fills a
+    store uses it where it is there, and asks for one batch after the other where it is not.
+    """
+
+    def bulk_scorer(self) -> AbstractContextManager[BulkScorer]:
+        """A scorer of the reference. What it borrows, such as the policy, is borrowed while the context lasts."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +204,10 @@ class ReferenceContext(Protocol):
         """Temperature the trainer divides logits by: 1.0 for DPO and KTO."""
 
     @property
+    def online(self) -> bool:
+        """Whether the trainer generates its completions (GRPO, RLOO)."""
+
+    @property
     def peft_config(self) -> Any:
         """The `peft_config` argument of the trainer: the adapter TRL will add to the policy, or `None`."""
 
@@ -179,8 +223,23 @@ class ReferenceContext(Protocol):
     def reference_model(self) -> nn.Module | None:
         """In `setup`: the module returned by `pin`, placed by TRL (dropout, LM head, DeepSpeed, FSDP, device)."""
 
-    def create(self, name: str, options: Mapping[str, Any] | None = None) -> ReferenceProvider:
-        """Another provider by name, pinned; it is set up and closed with the one that asked. Call it in `pin`."""
+    @property
+    def may_load_late(self) -> bool:
+        """
+        In `pin`: whether this provider may never be asked for a log-prob, as when a store has all of them. A model
+        that is named is then better loaded with the first question, if its identity is known without.
+        """
+
+    def create(
+        self, name: str, options: Mapping[str, Any] | None = None, *, may_load_late: bool = False
+    ) -> ReferenceProvider:
+        """
+        Another provider by name, for one that is made of others. Call it in `pin`. The new provider is pinned at once;
+        it is set up, checked and closed with the one that asked.
+        """
+
+    def adopt(self, provider: ReferenceProvider, *, may_load_late: bool = False) -> ReferenceProvider:
+        """The same for a provider that is made already, under a name that nobody has to know."""
 
     def place(self, module: nn.Module, device: str | None = None) -> nn.Module:
         """
@@ -192,12 +251,6 @@ class ReferenceContext(Protocol):
         """
         The rows that this run will ask for, in batches of any size, where they are known; `None` for GRPO, RLOO and
         streams. `split` is `"train"`, `"eval"` (all evaluation sets) or the name of one evaluation set.
-        """
-
-    def planned_rows(self, split: str) -> Iterable[PlannedRows] | None:
-        """
-        The rows of `planned`, in blocks and some thirty times as fast: they are read from the tokenised data set and
-        not collated. `None` where that is not possible, as with a collator that is not TRL's own.
         """
 
 
@@ -239,7 +292,10 @@ class ReferenceProvider(ABC):
     """
 
     Options: ClassVar[type] = NoOptions
-    """Frozen dataclass that `ref_provider_kwargs` are parsed into; unknown or ill-typed keys are errors."""
+    """
+    Frozen dataclass that `ref_provider_kwargs` are parsed into; unknown or ill-typed keys are errors. A field whose
+    metadata has `trl_flag` takes its value from the trainer's argument of that name where it is not given.
+    """
 
     capabilities: Capabilities = Capabilities()
     """Declared by the class; an instance may have others, from `setup` on at the latest, where its options decide."""
@@ -264,6 +320,31 @@ class ReferenceProvider(ABC):
     def module(self) -> nn.Module | None:
         """The in-process copy behind this reference, for `trainer.ref_model.named_parameters()`, if there is one."""
         return None
+
+    @property
+    def reference_adapter(self) -> str | None:
+        """Name of the policy's adapter that is the reference, if one is: it is kept, and not trained."""
+        return None
+
+    @property
+    def scoring(self) -> Literal["exact", "packed"]:
+        """How `log_probs` scores: in the trainer's own shapes, or packed. A store keeps the two apart."""
+        return "exact"
+
+    @property
+    def model_traits(self) -> ModelTraits | None:
+        """Traits of a model that is not loaded; `None` where `module`, or else the policy, has them."""
+        return None
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether to score a row takes nothing that is not in this process already: no model to load, no server."""
+        return self.capabilities.local_model
+
+    @property
+    def unavailable(self) -> str:
+        """Why no row can be scored now, as a sentence without its full stop; an empty string where one can."""
+        return ""
 
     def pin(self, context: ReferenceContext) -> nn.Module | None:
         """

@@ -19,13 +19,14 @@ from transformers import PrinterCallback
 from tests import tiny
 from tests.trainers.runs import build
 from trl_refplug import Capabilities, ReferenceIdentity, ReferenceProvider
+from trl_refplug.models.traits import traits_of
 from trl_refplug.providers.cached.filling import fill
-from trl_refplug.providers.cached.missing_rows import survey
-from trl_refplug.providers.cached.row_keys import ModelFacts, RowKeys
+from trl_refplug.providers.cached.missing_rows import find_missing
+from trl_refplug.providers.cached.row_keys import RowKeys
 from trl_refplug.scoring import Scorer
 from trl_refplug.store import LogProbStore, ScoringFacts
 from trl_refplug.trainers.planned_rows import planned_rows
-from trl_refplug.trainers.trl_patch import Seam
+from trl_refplug.trainers.trl_patch import PatchPoint
 
 
 pytestmark = pytest.mark.benchmark
@@ -131,10 +132,10 @@ def test_filling(tmp_path: Path) -> None:
     ).train_dataset
     model = trainer.model
     facts = ScoringFacts("benchmark", attention_implementation="sdpa", scoring_mode="packed")
-    keys = RowKeys(facts, facts, ModelFacts.of(model))
+    keys = RowKeys(facts, facts, traits_of(model))
 
     def blocks() -> Any:
-        return map(keys.of_planned, planned_rows(trainer, Seam.of(type(trainer)), "train") or ())
+        return map(keys.of_planned, planned_rows(trainer, PatchPoint.of(type(trainer)), "train") or ())
 
     class Source:
         def bulk_scorer(self) -> Any:
@@ -149,8 +150,8 @@ def test_filling(tmp_path: Path) -> None:
             started = time.perf_counter()
             if name == "filling":
                 with LogProbStore(tmp_path / f"store-{round_}", mode="a") as store:
-                    missing = survey(store, blocks(), keys)
-                    fill(store, blocks(), keys, missing, Source(), torch.device("cpu"), progress=False)
+                    missing = find_missing(store, blocks(), keys)
+                    fill(store, blocks, keys, missing, Source(), torch.device("cpu"), progress=False)
             else:
                 rows = [block.row(index) for block in blocks() for index in range(len(block))]
                 started = time.perf_counter()

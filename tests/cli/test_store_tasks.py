@@ -15,7 +15,7 @@ from trl_refplug import ConfigurationError, MissingRowError, ReferenceMismatchEr
 from trl_refplug.cli import launched
 from trl_refplug.cli.tasks import Export, Precompute, Verify
 from trl_refplug.store import LogProbStore
-from trl_refplug.trainers.reference_columns import reference_table
+from trl_refplug.trainers.reference_columns import reference_columns
 
 
 def flags(tmp_path: Path, kind: str = "dpo", rows: int = 12) -> list[str]:
@@ -126,14 +126,14 @@ class TestExport:
         args = {"ref_provider": "cached", "ref_provider_kwargs": {"path": str(tmp_path / "store")}}
         lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
         trainer = build("dpo", tmp_path, tiny.saved(tmp_path), args=args, eval_dataset=sets, peft_config=lora)
-        assert len(reference_table(trainer, "two")) == 7
+        assert len(reference_columns(trainer, "two")) == 7
         for split in ("eval", "three"):
             with pytest.raises(ConfigurationError, match="split"):
-                reference_table(trainer, split)
+                reference_columns(trainer, split)
 
     def test_a_trainer_of_trl(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match=r"DPOTrainer.*RefPlugDPOTrainer"):
-            reference_table(build("dpo", tmp_path, tiny.saved(tmp_path), ours=False))
+            reference_columns(build("dpo", tmp_path, tiny.saved(tmp_path), ours=False))
 
     def test_no_such_format(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match=r"table\.arrows.*\.parquet"):

@@ -11,18 +11,19 @@ from hypothesis import strategies as st
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
-from trl_refplug.providers.cached.row_keys import ModelFacts, RowKeys
+from trl_refplug.provider import ModelTraits
+from trl_refplug.providers.cached.row_keys import RowKeys
 from trl_refplug.store import ScoringFacts
 from trl_refplug.trainers.planned_rows import planned_rows
 from trl_refplug.trainers.requested_batches import planned
-from trl_refplug.trainers.trl_patch import Seam
+from trl_refplug.trainers.trl_patch import PatchPoint
 
 from .. import tiny
 from .runs import DATA, build
 
 
 FACTS = ScoringFacts("some-model", attention_implementation="sdpa", scoring_mode="packed")
-KEYS = RowKeys(FACTS, FACTS, ModelFacts("sdpa", absolute_positions=True, length_limit=None, dtype="float32"))
+KEYS = RowKeys(FACTS, FACTS, ModelTraits("sdpa", absolute_positions=True, length_limit=None, dtype="float32"))
 COLUMNS = {
     "dpo": ("prompt_ids", "chosen_ids", "rejected_ids"),
     "kto": ("prompt_ids", "completion_ids", "KL_completion_ids"),
@@ -38,9 +39,9 @@ def trainers(tmp_path_factory):
 
 
 def keys_both_ways(trainer, split="train"):
-    seam = Seam.of(type(trainer))
-    by_column = planned_rows(trainer, seam, split)
-    collated = Counter(key for batch in planned(trainer, seam, split) for key in KEYS.of(batch).keys(FACTS))
+    patch_point = PatchPoint.of(type(trainer))
+    by_column = planned_rows(trainer, patch_point, split)
+    collated = Counter(key for batch in planned(trainer, patch_point, split) for key in KEYS.of(batch).keys(FACTS))
     if by_column is None:
         return None, collated
     blocks = [KEYS.of_planned(rows) for rows in by_column]

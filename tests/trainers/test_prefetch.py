@@ -28,7 +28,7 @@ from trl_refplug import (
 )
 from trl_refplug.runtime.threads import Autocast, ScoringThread
 from trl_refplug.testing.samples import image_preference_data, tiny_image_policy, tiny_image_processor
-from trl_refplug.trainers import reference_model as stand_in
+from trl_refplug.trainers import reference_model as reference_model
 
 from .. import tiny
 from .ahead import Ahead
@@ -328,7 +328,7 @@ class TestAsking:
 
     def test_time_is_what_the_trainer_waited(self, tmp_path, monkeypatch):
         now = [0.0]
-        monkeypatch.setattr(stand_in, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+        monkeypatch.setattr(reference_model, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
         class Late(Ahead):
             """The third answer takes long."""

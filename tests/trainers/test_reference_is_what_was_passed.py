@@ -9,8 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from trl_refplug import ReferenceMismatchError, RefPlugDPOTrainer
-from trl_refplug.providers.copies import loading, snapshot
+from trl_refplug.models.copies import snapshot
 from trl_refplug.providers.frozen import FrozenOptions
+from trl_refplug.providers.named_model import loading
 from trl_refplug.trainers.policy import output_device
 
 from .. import tiny

@@ -62,9 +62,8 @@ def _described_provider(provider: RegisteredProvider) -> dict[str, Any]:
         "error": "",
     }
     try:
-        provider_class = provider.load()
-        described["capabilities"] = asdict(provider_class.capabilities)
-        described["options"] = [asdict(option) for option in describe_options(provider_class.Options)]
+        described["capabilities"] = asdict(provider.capabilities)
+        described["options"] = [asdict(option) for option in describe_options(provider.options)]
     except Exception as error:
         described["error"] = str(error)
     return described

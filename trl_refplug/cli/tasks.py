@@ -106,11 +106,11 @@ class Export(Task):
         return {"path": self.path, "fill": "never"}
 
     def run(self, trainer: Any) -> str:
-        from trl_refplug.trainers.reference_columns import reference_table
+        from trl_refplug.trainers.reference_columns import reference_columns
 
         if not trainer.is_world_process_zero():
             return ""
-        table = reference_table(trainer, self.split)
+        table = reference_columns(trainer, self.split)
         getattr(table, self.WRITERS.get(Path(self.output).suffix, "save_to_disk"))(self.output)
         columns = [name for name in table.column_names if name.startswith("ref_")]
         return f"{len(table):,} rows with {' and '.join(columns)} in {self.output}"

@@ -175,3 +175,8 @@ def _flags_kept(model: nn.Module) -> Iterator[None]:
         for parameter, flag in flags:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
+
+
+def active_adapter(model: Any) -> str | None:
+    """Name of the adapter that is part of what `model` computes; `None` for a model without one."""
+    return policy_adapter(model) if is_peft(model) else None

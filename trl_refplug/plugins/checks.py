@@ -69,8 +69,16 @@ def _implementation_problems(
             )
 
 
-def registration_problem(name: object, target: object, builtin: Container[str], own: Container[str]) -> str:
-    """Why `register(name, target)` is refused, given the built-in names and those the plugin has registered so far."""
+def registration_problem(
+    name: object,
+    target: object,
+    options: object = None,
+    capabilities: object = None,
+    *,
+    builtin: Container[str],
+    own: Container[str],
+) -> str:
+    """Why a registration is refused, given the built-in names and those the plugin has registered so far."""
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
         return (
             f"Found provider name {name!r}; expected a lower-case letter, then lower-case letters, digits, '-' or '_'."
@@ -82,14 +90,19 @@ def registration_problem(name: object, target: object, builtin: Container[str], 
     if name in own:
         return f"The provider name {name!r} is registered twice by this plugin."
     if not isinstance(target, str):
-        return " ".join(f"Provider {name!r}: {problem}" for problem in class_problems(target))
+        return " ".join(f"Provider {name!r}: {problem}" for problem in class_problems(target, options, capabilities))
     if not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", target):
         return f"Provider {name!r}: found target {target!r}; expected a class or 'package.module:Class'."
-    return ""
+    problems = []
+    if options is not None and not (inspect.isclass(options) and dataclasses.is_dataclass(options)):
+        problems.append(f"found options={options!r}; expected a dataclass.")
+    if capabilities is not None and not isinstance(capabilities, Capabilities):
+        problems.append(f"found capabilities={capabilities!r}; expected Capabilities.")
+    return " ".join(f"Provider {name!r}: {problem}" for problem in problems)
 
 
-def class_problems(provider: object) -> list[str]:
-    """Why `provider` is no complete provider class."""
+def class_problems(provider: object, options: object = None, capabilities: object = None) -> list[str]:
+    """Why `provider` is no complete provider class, or not the one that was registered with these options."""
     if not (inspect.isclass(provider) and issubclass(provider, ReferenceProvider)):
         return [f"found {provider!r}; expected a subclass of trl_refplug.ReferenceProvider."]
     problems = []
@@ -100,5 +113,14 @@ def class_problems(provider: object) -> list[str]:
     if not isinstance(provider.capabilities, Capabilities):
         problems.append(
             f"found {provider.__qualname__}.capabilities = {provider.capabilities!r}; expected Capabilities."
+        )
+    if options not in (None, provider.Options):
+        problems.append(
+            f"{provider.__qualname__}.Options is {provider.Options!r}; it was registered with {options!r}."
+        )
+    if capabilities not in (None, provider.capabilities):
+        problems.append(
+            f"{provider.__qualname__}.capabilities are {provider.capabilities!r}; it was registered with "
+            f"{capabilities!r}."
         )
     return problems

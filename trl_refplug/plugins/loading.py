@@ -25,7 +25,7 @@ from trl_refplug.errors import PluginError
 from trl_refplug.plugins.checks import class_problems, hook_problems, incompatibility, registration_problem
 from trl_refplug.plugins.failures import told_with_remedy
 from trl_refplug.plugins.installed import PluginRecord, canonical, canonical_names, installed
-from trl_refplug.provider import ReferenceProvider
+from trl_refplug.provider import Capabilities, ReferenceProvider
 
 
 BLOCK = "TRL_REFPLUG_BLOCK"
@@ -36,14 +36,38 @@ LOAD = "TRL_REFPLUG_LOAD"
 
 Target: TypeAlias = "type[ReferenceProvider] | str"
 
+Offer: TypeAlias = "tuple[Target, type | None, Capabilities | None]"
+"""What a plugin has registered under a name: the target, and the options and capabilities given with it."""
+
 
 @dataclass(frozen=True)
 class RegisteredProvider:
-    """A provider name, the class or `"package.module:Class"` behind it, and the plugin it comes from."""
+    """
+    A provider that was registered.
+
+    Args:
+        name (`str`): Its name.
+        target (`type` or `str`): The class, or `"package.module:Class"`.
+        plugin (`PluginRecord`): The plugin it comes from.
+        light_options (`type` or `None`), light_capabilities (`Capabilities` or `None`): What was registered with it,
+            so that nothing has to be imported to know it.
+    """
 
     name: str
     target: Target
     plugin: PluginRecord
+    light_options: type | None = None
+    light_capabilities: Capabilities | None = None
+
+    @property
+    def options(self) -> type:
+        """The options class. Imports the provider where the plugin did not register it."""
+        return self.light_options or self.load().Options
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the provider can do. Imports it where the plugin did not register that."""
+        return self.light_capabilities or self.load().capabilities
 
     def load(self) -> type[ReferenceProvider]:
         """
@@ -62,7 +86,7 @@ class RegisteredProvider:
             except BaseException as error:
                 reason = told_with_remedy(error, self.plugin.distribution)
                 raise PluginError(f"{origin} cannot be imported: {reason}") from error
-        if problems := class_problems(target):
+        if problems := class_problems(target, self.light_options, self.light_capabilities):
             raise PluginError(f"{origin} cannot be used: {' '.join(problems)}")
         return target  # type: ignore[no-any-return]
 
@@ -95,9 +119,9 @@ class LoadedPlugins:
 
     def _load_installed(self) -> None:
         """Load what is installed, and take in the plugins that are sound and contradict nobody."""
-        loaded: list[tuple[PluginRecord, dict[str, Target]]] = []
+        loaded: list[tuple[PluginRecord, dict[str, Offer]]] = []
         for record, entry_point in installed():
-            targets: dict[str, Target] = {}
+            targets: dict[str, Offer] = {}
             loaded.append((self._load(record, entry_point, targets) if entry_point else record, targets))
 
         claims: defaultdict[str, list[PluginRecord]] = defaultdict(list)
@@ -117,7 +141,7 @@ class LoadedPlugins:
                 self.records.append(record)
 
     def _load(
-        self, record: PluginRecord, entry_point: importlib.metadata.EntryPoint, targets: dict[str, Target]
+        self, record: PluginRecord, entry_point: importlib.metadata.EntryPoint, targets: dict[str, Offer]
     ) -> PluginRecord:
         """The record of a plugin after the attempt to load it. What it registers goes into `targets`."""
         if reason := self._kept_out(record):
@@ -152,7 +176,7 @@ class LoadedPlugins:
             return f"Not among {LOAD}={self._allowed}."
         return ""
 
-    def _admit(self, record: PluginRecord, plugin: object, targets: dict[str, Target]) -> dict[str, Target]:
+    def _admit(self, record: PluginRecord, plugin: object, targets: dict[str, Offer]) -> dict[str, Offer]:
         """Check the plugin, register its hooks, collect its providers in `targets`. Raises what is wrong with it."""
         if problems := list(hook_problems(plugin, self.hooks)):
             raise PluginError(" ".join(problems))
@@ -160,10 +184,13 @@ class LoadedPlugins:
             raise PluginError(f"{record.value} is loaded already, as {twin}; uninstall one of the two.")
         self.hooks.register(plugin, name=record.key)
 
-        def register(name: str, target: Target) -> None:
-            if problem := registration_problem(name, target, builtin=self.providers, own=targets):
+        def register(
+            name: str, target: Target, *, options: type | None = None, capabilities: Capabilities | None = None
+        ) -> None:
+            light = options, capabilities
+            if problem := registration_problem(name, target, *light, builtin=self.providers, own=targets):
                 raise PluginError(problem)
-            targets[name] = target
+            targets[name] = target, *light
 
         try:
             for implementation in self.hooks.hook.refplug_register_providers.get_hookimpls():
@@ -174,10 +201,13 @@ class LoadedPlugins:
             raise
         return targets
 
-    def _accept(self, record: PluginRecord, targets: Mapping[str, Target]) -> None:
+    def _accept(self, record: PluginRecord, targets: Mapping[str, Offer]) -> None:
         record = replace(record, providers=tuple(targets))
         self.records.append(record)
-        self.providers |= {name: RegisteredProvider(name, target, record) for name, target in targets.items()}
+        self.providers |= {
+            name: RegisteredProvider(name, target, record, options, capabilities)
+            for name, (target, options, capabilities) in targets.items()
+        }
 
     def _contest(self, name: str, claimants: list[PluginRecord]) -> str:
         """The sentence about a provider name that several plugins claim."""

@@ -8,8 +8,10 @@ import functools
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
+from trl_refplug import providers
 from trl_refplug.errors import PluginError, RefPlugWarning, UnknownProviderError, did_you_mean
 from trl_refplug.plugins.failures import drop_frames, told
 from trl_refplug.plugins.installed import PluginRecord, canonical, canonical_names
@@ -61,11 +63,29 @@ class PluginManager:
             [`PluginError`]: The plugin behind that name failed (`__cause__` is its own exception), is incompatible or
                 in conflict with another one, or the provider cannot be imported.
         """
-        if name not in self.providers:
-            self._raise_unavailable(name)
-        provider = self.providers[name].load()
+        provider = self.registered(name).load()
         self._warn()
         return provider
+
+    def registered(self, name: str) -> RegisteredProvider:
+        """
+        What was registered as `name`; nothing is imported.
+
+        Raises:
+            [`UnknownProviderError`], [`PluginError`]: As [`provider_class`].
+        """
+        if name not in self.providers:
+            self._raise_unavailable(name)
+        return self.providers[name]
+
+    def able(self, capability: str) -> list[str]:
+        """Names of the providers that declare a capability, for messages. One that cannot be imported is left out."""
+        names = []
+        for name, provider in self.providers.items():
+            with suppress(PluginError):
+                if getattr(provider.capabilities, capability):
+                    names.append(name)
+        return names
 
     def _raise_unavailable(self, name: str) -> NoReturn:
         left_out = [record for record in self.records if record.status != "ok"]
@@ -108,15 +128,19 @@ class PluginManager:
 
     # Hooks
 
-    def select(self, context: SelectionContext) -> str | None:
+    def select(self, context: SelectionContext) -> str:
         """
-        What plugins answer to `ref_provider="auto"`: the name of a provider, or `None` if none of them answers.
+        The answer to `ref_provider="auto"`: the name of a provider. Where TRL's own flags or a reference model decide,
+        only the built-in plugin is asked; elsewhere it is asked last, and always answers.
 
         Raises:
             [`PluginError`]: A plugin's answer is an exception or no provider. Asking the next one instead would train
                 against another reference than the one meant.
         """
+        decided = context.wants_stored or context.wants_moving or context.has_ref_model
         for implementation in reversed(self._hooks.refplug_select_provider.get_hookimpls()):
+            if decided and implementation.plugin is not providers:
+                continue
             origin = f"Plugin {implementation.plugin_name!r} cannot answer ref_provider='auto'"
             remedy = f"Name a ref_provider, or leave the plugin out with {BLOCK}."
             try:
@@ -129,7 +153,7 @@ class PluginManager:
                 known = ", ".join(self.providers)
                 raise PluginError(f"{origin}: found {answer!r}; expected None or one of {known}. {remedy}")
             return answer
-        return None
+        raise AssertionError("the built-in plugin always answers")
 
     def scored(self, identity: ReferenceIdentity, batch: ReferenceBatch, log_probs: Tensor, seconds: float) -> None:
         """Tell the observers about an answer of the reference. An exception of theirs is reported once per plugin."""

@@ -4,37 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
+
+from torch import Tensor, nn
 
 from trl_refplug.errors import ConfigurationError, ImpureReferenceError, did_you_mean
-from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
-
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from trl_refplug.scoring import Scorer
-
-
-@dataclass(frozen=True)
-class AdapterOptions:
-    """Options of `adapter`."""
-
-    start: Literal["adapter", "base"] | None = field(
-        default=None,
-        metadata={
-            "help": "`adapter`: a frozen copy of the policy's adapter as it starts. `base`: the model with adapters "
-            "disabled. By default `adapter` for a policy that comes with one, `base` for a new one, as TRL does."
-        },
-    )
-    adapter: str | None = field(
-        default=None, metadata={"help": "Name of another adapter of the policy that is the reference, frozen."}
-    )
-    scoring: Literal["exact", "packed"] = field(
-        default="exact",
-        metadata={"help": "`exact`: the trainer's own shapes, bit for bit. `packed`: shared prompts computed once."},
-    )
+from trl_refplug.models.adapters import (
+    add_reference_adapter,
+    base_model_of,
+    freeze_adapter,
+    is_peft,
+    peft_model_of,
+    policy_adapter,
+    reference_active,
+    starts_as_identity,
+)
+from trl_refplug.models.identity import combine_digests, digest_tensors, tensor_dtypes
+from trl_refplug.models.purity import check_policy, rewritten_tensors
+from trl_refplug.provider import ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
+from trl_refplug.providers.options import ADAPTER_CAPABILITIES, AdapterOptions
+from trl_refplug.providers.scorers import trainer_scorer
+from trl_refplug.scoring import Scorer
 
 
 class AdapterProvider(ReferenceProvider):
@@ -45,7 +35,7 @@ class AdapterProvider(ReferenceProvider):
     """
 
     Options = AdapterOptions
-    capabilities = Capabilities(local_model=True, temperature=True, multimodal=True, offline=True)
+    capabilities = ADAPTER_CAPABILITIES
     options: AdapterOptions
 
     def __init__(self, options: AdapterOptions | None = None) -> None:
@@ -71,10 +61,6 @@ class AdapterProvider(ReferenceProvider):
         return self._reference_adapter
 
     def pin(self, context: ReferenceContext) -> None:
-        from trl_refplug.models.adapters import is_peft, policy_adapter
-        from trl_refplug.models.identity import combine_digests, digest_tensors, tensor_dtypes
-        from trl_refplug.models.purity import check_policy
-
         policy: Any = context.policy
         self._is_new = not is_peft(policy)
         if not self._is_new:
@@ -101,17 +87,6 @@ class AdapterProvider(ReferenceProvider):
         )
 
     def setup(self, context: ReferenceContext) -> None:
-        from trl_refplug.models.adapters import (
-            add_reference_adapter,
-            base_model_of,
-            freeze_adapter,
-            peft_model_of,
-            policy_adapter,
-            starts_as_identity,
-        )
-        from trl_refplug.models.identity import combine_digests, digest_tensors
-        from trl_refplug.models.purity import check_policy, rewritten_tensors
-
         policy = peft_model_of(context.policy)
         if self._is_new:
             check_policy(policy)
@@ -147,9 +122,6 @@ class AdapterProvider(ReferenceProvider):
         return self._identity
 
     def log_probs(self, batch: ReferenceBatch) -> Tensor:
-        from trl_refplug.models.adapters import reference_active
-        from trl_refplug.providers.scorers import trainer_scorer
-
         assert self._context is not None, "log_probs() before setup()"
         policy = self._context.policy
         if policy is not self._scored_policy:  # FSDP and DeepSpeed put another object in its place as training starts
@@ -161,9 +133,6 @@ class AdapterProvider(ReferenceProvider):
     @contextmanager
     def bulk_scorer(self) -> Iterator[Scorer]:
         """A packed scorer of the reference; the policy is borrowed while the context lasts."""
-        from trl_refplug.models.adapters import reference_active
-        from trl_refplug.providers.scorers import trainer_scorer
-
         assert self._context is not None, "setup() comes first"
         policy = self._context.policy
         with reference_active(policy, self._reference_adapter):
@@ -177,8 +146,6 @@ class AdapterProvider(ReferenceProvider):
                 f"ref_provider='adapter': the policy has no adapter {name!r}; it has {known}."
                 f"{did_you_mean(name, known)}"
             )
-        from trl_refplug.models.adapters import policy_adapter
-
         if name == policy_adapter(policy):
             raise ConfigurationError(
                 f"ref_provider='adapter': adapter {name!r} is the one being trained. Activate the policy's own "

@@ -3,46 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
 
 from trl_refplug.errors import ConfigurationError
-from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
-
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future
-
-    from torch import Tensor, nn
-
-    from trl_refplug.runtime.threads import ScoringThread
-    from trl_refplug.scoring import Scorer
-
-
-@dataclass(frozen=True)
-class FrozenOptions:
-    """Options of `frozen`."""
-
-    model: str | None = field(
-        default=None,
-        metadata={"help": "Hub id or path of the reference. By default the policy exactly as it was passed in."},
-    )
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `model`."})
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = field(
-        default=None, metadata={"help": "Precision of the copy. By default the policy's."}
-    )
-    quantization_config: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Keyword arguments of `BitsAndBytesConfig`, to quantise `model` as it loads."}
-    )
-    device: str | None = field(
-        default=None,
-        metadata={"help": "Where the copy lives (`cpu`, `cuda:1`). By default where the trainer would put it."},
-    )
-    scoring: Literal["exact", "packed"] = field(
-        default="exact",
-        metadata={"help": "`exact`: the trainer's own shapes, bit for bit. `packed`: shared prompts computed once."},
-    )
+from trl_refplug.models.adapters import active_adapter
+from trl_refplug.models.copies import snapshot
+from trl_refplug.models.identity import digest_model
+from trl_refplug.models.modes import stay_in_evaluation_mode
+from trl_refplug.models.traits import traits_of
+from trl_refplug.provider import (
+    BulkScorer,
+    ModelTraits,
+    ReferenceBatch,
+    ReferenceContext,
+    ReferenceIdentity,
+    ReferenceProvider,
+)
+from trl_refplug.providers.named_model import NamedModel
+from trl_refplug.providers.options import FROZEN_CAPABILITIES, FrozenOptions
+from trl_refplug.providers.scorers import trainer_scorer
+from trl_refplug.runtime.threads import ScoringThread
+from trl_refplug.scoring import Scorer
 
 
 class FrozenProvider(ReferenceProvider):
@@ -52,20 +39,28 @@ class FrozenProvider(ReferenceProvider):
     Without `model`, the copy is a snapshot of the policy taken before anything touched it, so that a merged or edited
     in-memory policy is its own reference (TRL reloads the reference from the policy's original path instead).
 
-    On a device of its own (option `device`) it scores on a thread of its own, while the policy works.
+    On a device of its own (option `device`) it scores on a thread of its own, while the policy works. As the source of
+    a store, a model that is named is loaded only when there is a row to score.
+
+    Args:
+        options ([`FrozenOptions`]): Which model, and where it lives.
+        model (`nn.Module`, *optional*): The model that was passed to the trainer as its reference.
     """
 
     Options = FrozenOptions
-    capabilities = Capabilities(local_model=True, temperature=True, multimodal=True, offline=True)
+    capabilities = FROZEN_CAPABILITIES
     options: FrozenOptions
 
     def __init__(self, options: FrozenOptions | None = None, *, model: nn.Module | None = None) -> None:
         super().__init__(options)
         self._given = model
+        self._named: NamedModel | None = None
+        self._context: ReferenceContext | None = None
         self._module: nn.Module | None = None
         self._identity: ReferenceIdentity | None = None
-        self._scorer: Any = None
-        self._bulk_scorer: Any = None
+        self._traits: ModelTraits | None = None
+        self._scorer: Scorer | None = None
+        self._bulk_scorer: Scorer | None = None
         self._thread: ScoringThread | None = None
         if self.options.model is None:
             for name in ("revision", "quantization_config"):
@@ -93,34 +88,49 @@ class FrozenProvider(ReferenceProvider):
     def module(self) -> nn.Module | None:
         return self._module
 
-    def pin(self, context: ReferenceContext) -> nn.Module:
-        from trl_refplug.models.identity import digest_model
-        from trl_refplug.providers.copies import load_model, snapshot
+    @property
+    def scoring(self) -> Literal["exact", "packed"]:
+        return self.options.scoring
 
+    @property
+    def model_traits(self) -> ModelTraits | None:
+        return self._traits
+
+    @property
+    def at_hand(self) -> bool:
+        return self._module is not None
+
+    def pin(self, context: ReferenceContext) -> nn.Module | None:
         if self._given is not None:
-            module, name = self._given, "ref_model"
-        elif self.options.model is not None:
-            module, name = load_model(self.options, context.policy, context.args), self.options.model
-        else:
-            module, name = snapshot(context.policy, self.options.dtype, self.options.device), "policy"
-        adapter = getattr(module, "active_adapter", None) if hasattr(module, "peft_config") else None
+            return self._pinned(self._given, "ref_model")
+        if self.options.model is None:
+            return self._pinned(snapshot(context.policy, self.options.dtype, self.options.device), "policy")
+        self._named = NamedModel(self.options, context.policy, context.args)
+        if not context.may_load_late:
+            return self._pinned(self._named.load(), self.options.model)
+        if remembered := self._named.remembered():
+            self._identity, self._traits = remembered
+            return None
+        module = self._pinned(self._named.load(), self.options.model)
+        self._traits = traits_of(module)
+        self._named.remember(self.identity(), self._traits)
+        return module
+
+    def _pinned(self, module: nn.Module, name: str) -> nn.Module:
         self._identity = ReferenceIdentity(
             provider="frozen",
-            digest=digest_model(module, adapter=adapter),
+            digest=digest_model(module, adapter=active_adapter(module)),
             details={"model": name, "revision": self.options.revision, "dtype": str(getattr(module, "dtype", ""))},
         )
         return module
 
     def setup(self, context: ReferenceContext) -> None:
-        assert context.reference_model is not None, "the seam places what pin() returned"
-        self._use(context.reference_model, context)
+        self._context = context
+        if context.reference_model is not None:
+            self._use(context.reference_model, context)
 
     def _use(self, module: nn.Module, context: ReferenceContext) -> None:
         """Score with `module`, which is placed."""
-        from trl_refplug.models.modes import stay_in_evaluation_mode
-        from trl_refplug.providers.scorers import trainer_scorer
-        from trl_refplug.runtime.threads import ScoringThread
-
         self._module = module
         stay_in_evaluation_mode(self._module)  # a model passed as `ref_model=` may still be in train mode
         self._scorer = trainer_scorer(self._module, context, self.options.scoring)
@@ -129,9 +139,17 @@ class FrozenProvider(ReferenceProvider):
             self._thread = ScoringThread()
             self.capabilities = replace(self.capabilities, overlap=True)
 
-    def _has_own_device(self, context: ReferenceContext) -> bool:
-        import torch
+    def _load(self) -> Scorer:
+        """The scorer; the model is loaded now if it was not needed before."""
+        if self._scorer is None:
+            assert self._named is not None, "the session places what pin() returned"
+            assert self._context is not None, "setup() comes first"
+            module = self._named.load_as(self.identity())
+            self._use(self._context.place(module, device=self.options.device), self._context)
+        assert self._scorer is not None
+        return self._scorer
 
+    def _has_own_device(self, context: ReferenceContext) -> bool:
         if self.options.device is None:
             return False
         # As tensors see them: "cuda" is the current one of several, "cpu:0" is "cpu".
@@ -143,23 +161,25 @@ class FrozenProvider(ReferenceProvider):
         return self._identity
 
     def log_probs(self, batch: ReferenceBatch) -> Tensor:
+        scorer = self._load()
         if self._thread is not None:
             return self.submit(batch).result()  # a model is scored by one thread at a time
-        scorer: Scorer = self._scorer
         if self.options.device is None:
             return scorer.log_probs(batch)
         return scorer.log_probs(batch.to(self.options.device)).to(batch.input_ids.device)
 
     def submit(self, batch: ReferenceBatch) -> Future[Tensor]:
+        scorer = self._load()
         assert self._thread is not None, "only with capabilities.overlap"
-        scorer: Scorer = self._scorer
         # Moved by the caller's thread: now the batch is behind what its stream has to do already, later behind more.
         moved = batch.to(self.options.device)
         return self._thread.submit(lambda: scorer.log_probs(moved).to(batch.input_ids.device))
 
     @contextmanager
-    def bulk_scorer(self) -> Iterator[Scorer]:
+    def bulk_scorer(self) -> Iterator[BulkScorer]:
         """A packed scorer of the reference."""
+        self._load()
+        assert self._bulk_scorer is not None
         yield self._bulk_scorer
 
     def close(self) -> None:
@@ -169,3 +189,4 @@ class FrozenProvider(ReferenceProvider):
         self._module = None
         self._given = None
         self._scorer = self._bulk_scorer = None
+        self._context = None

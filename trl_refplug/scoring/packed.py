@@ -26,7 +26,6 @@ from trl_refplug.scoring.execution import Scored, run_pack
 from trl_refplug.scoring.head import Head
 from trl_refplug.scoring.layout import Pack, plan
 from trl_refplug.scoring.operations import count_operations
-from trl_refplug.scoring.order import ChooseNext, chosen
 from trl_refplug.scoring.stats import ScoreStats
 
 
@@ -113,9 +112,9 @@ class PackedPass:
                 raise
             raise PackedError(why(error)) from error
 
-    def run(self, rows: Sequence[Row], choose: ChooseNext | None = None) -> Iterator[list[tuple[int, Tensor]]]:
+    def run(self, rows: Sequence[Row]) -> Iterator[list[tuple[int, Tensor]]]:
         """
-        Score rows, forward pass by forward pass, in the order that `choose` wants.
+        Score rows, forward pass by forward pass.
 
         In lockstep with other ranks, that is exactly one forward pass, even when there is nothing to score.
 
@@ -130,7 +129,8 @@ class PackedPass:
         if self.lockstep and not packs:
             idle = self.plan([Row(np.zeros(2, np.int64), np.array([IGNORED, 0]))], None)[0]
             packs.append(replace(idle, rows=(), answers=()))
-        for pack in chosen(packs, lambda pack: pack.rows, choose):
+        while packs:
+            pack = packs.pop(0)
             try:
                 scored = self.score(pack)
             except RuntimeError as error:
@@ -138,7 +138,7 @@ class PackedPass:
                 if self.lockstep or alone or not ran_out_of_memory(error):
                     raise
                 self.budget = max(1, min(self.budget, len(pack.tokens)) // 2)
-                packs[:] = self._replan(rows, [pack, *packs])
+                packs = list(self._replan(rows, [pack, *packs]))
                 continue
             self._count(pack)
             values = scored.log_probs.cpu()  # once: every row by itself would wait for the device

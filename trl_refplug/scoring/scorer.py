@@ -24,7 +24,6 @@ from trl_refplug.runtime.memory import ran_out_of_memory
 from trl_refplug.scoring.attention import UnsafeError
 from trl_refplug.scoring.exact import ensure_fused_head, exact_log_probs
 from trl_refplug.scoring.head import Head
-from trl_refplug.scoring.order import ChooseNext, chosen
 from trl_refplug.scoring.packed import PackedError, PackedPass
 from trl_refplug.scoring.stats import ScoreStats
 from trl_refplug.scoring.verification import verify
@@ -144,16 +143,8 @@ class Scorer:
         """
         return chain.from_iterable(self.score_passes(rows))
 
-    def score_passes(
-        self, rows: Iterable[Row], choose: ChooseNext | None = None
-    ) -> Iterator[list[tuple[int, Tensor]]]:
-        """
-        [`score_rows`] with the answers of one forward pass together, as soon as it is done.
-
-        Args:
-            choose ([`ChooseNext`], *optional*): Asked before every forward pass which of those planned is next. The
-                rows of those it leaves out are not answered.
-        """
+    def score_passes(self, rows: Iterable[Row]) -> Iterator[list[tuple[int, Tensor]]]:
+        """[`score_rows`] with the answers of one forward pass together, as soon as it is done."""
         if self._packed.lockstep:
             raise UnsupportedInputError(
                 "Found a model distributed over ranks (FSDP, DeepSpeed ZeRO-3 or DDP), expected one that a rank can "
@@ -163,7 +154,7 @@ class Scorer:
             self._packed.check(np.concatenate([row.labels for row in window]))
             self.stats.rows += len(window)
             self.stats.padded_tokens += sum(map(len, window))
-            passes = self._score_window(window, _renumbered(choose, first.__add__))
+            passes = self._score_window(window)
             while True:
                 with self._timed():  # not the caller's work in between
                     scored = next(passes, None)
@@ -171,7 +162,7 @@ class Scorer:
                     break
                 yield [(first + index, values.float()) for index, values in scored]
 
-    def _score_window(self, rows: list[Row], choose: ChooseNext | None) -> Iterator[list[tuple[int, Tensor]]]:
+    def _score_window(self, rows: list[Row]) -> Iterator[list[tuple[int, Tensor]]]:
         """The scored values of each row, by its index, forward pass by forward pass."""
         pending = [index for index, row in enumerate(rows) if len(row.scored)]
         if len(pending) < len(rows):
@@ -180,14 +171,14 @@ class Scorer:
         to_pack = [rows[index] for index in packed]
         left = set(packed)
         try:
-            for scored in self._packed.run(to_pack, _renumbered(choose, packed.__getitem__)) if packed else ():
+            for scored in self._packed.run(to_pack) if packed else ():
                 left.difference_update(packed[number] for number, _ in scored)
                 yield [(packed[number], values) for number, values in scored]
-            left.clear()  # `choose` left them out
         except PackedError as error:
             self._distrust(error)
         batches = self._padded(rows, set(pending).difference(packed) | left)
-        for together in chosen(batches, lambda batch: batch, choose):
+        while batches:
+            together = batches.pop(0)
             padded = PaddedRows.flush_left([rows[index] for index in together])
             try:
                 log_probs = self._exact(padded.batch(self._device))
@@ -195,7 +186,7 @@ class Scorer:
                 if len(together) == 1 or not ran_out_of_memory(error):
                     raise
                 self._packed.budget = len(rows[together[0]]) * len(together) // 2
-                batches[:] = self._padded(rows, chain(together, *batches))
+                batches = self._padded(rows, chain(together, *batches))
                 continue
             yield list(zip(together, map(torch.from_numpy, padded.gather(log_probs)), strict=True))
 
@@ -276,11 +267,6 @@ class Scorer:
 def _token_ids(batch: ReferenceBatch) -> list[Ints]:
     rows = zip(batch.input_ids.cpu().numpy(), batch.attention_mask.cpu().numpy(), strict=True)
     return [ids[mask != 0] for ids, mask in rows]
-
-
-def _renumbered(choose: ChooseNext | None, number: Callable[[int], int]) -> ChooseNext | None:
-    """`choose` for passes whose indices are not yet what it knows them by."""
-    return choose and (lambda passes: choose([list(map(number, indices)) for indices in passes]))
 
 
 def _windows(rows: Iterable[Row], tokens: int) -> Iterator[tuple[int, list[Row]]]:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from trl_refplug.rows import PaddedRows, Row, Values
-from trl_refplug.scoring.order import ChooseNext, chosen
 from trl_refplug.serving.background import in_background
 from trl_refplug.serving.client import ScoringClient
 
@@ -36,20 +35,10 @@ class BulkScorer:
         self._client = client
         self._temperature = temperature
 
-    def score_passes(
-        self, rows: Iterable[Row], choose: ChooseNext | None = None
-    ) -> Iterator[list[tuple[int, Tensor]]]:
-        """
-        Args:
-            choose ([`ChooseNext`], *optional*): Asked before every request which of those planned is next. The rows of
-                those it leaves out are not answered.
-
-        Yields:
-            `list[tuple[int, Tensor]]`: Of the rows of one request, the index and the log-probabilities of the scored
-            tokens, in order: float32 `[scored]` on the CPU. Every row once, in any order.
-        """
+    def score_passes(self, rows: Iterable[Row]) -> Iterator[list[tuple[int, Tensor]]]:
+        """Score any number of rows. Each list has the answers to one request."""
         pending: deque[tuple[list[tuple[int, Row]], Future[Sequence[Values]]]] = deque()
-        for request in _requests(rows, choose):
+        for request in _requests(rows):
             padded = PaddedRows.flush_left([row for _, row in request])
             pending.append((request, in_background(partial(self._client.score, padded, self._temperature))))
             if len(pending) == _IN_FLIGHT:
@@ -59,19 +48,19 @@ class BulkScorer:
 
 
 def _answers(request: list[tuple[int, Row]], future: Future[Sequence[Values]]) -> list[tuple[int, Tensor]]:
-    return list(zip(_indices(request), map(torch.from_numpy, future.result()), strict=True))
+    return [(index, torch.from_numpy(values)) for (index, _), values in zip(request, future.result(), strict=True)]
 
 
-def _requests(rows: Iterable[Row], choose: ChooseNext | None) -> Iterator[list[tuple[int, Row]]]:
+def _requests(rows: Iterable[Row]) -> Iterator[list[tuple[int, Row]]]:
     window: list[tuple[int, Row]] = []
     size = 0
     for item in enumerate(rows):
         window.append(item)
         size += len(item[1])
         if size >= _WINDOW:
-            yield from chosen(_cut(window), _indices, choose)
+            yield from _cut(window)
             window, size = [], 0
-    yield from chosen(_cut(window), _indices, choose)
+    yield from _cut(window)
 
 
 def _cut(window: list[tuple[int, Row]]) -> list[list[tuple[int, Row]]]:
@@ -81,7 +70,3 @@ def _cut(window: list[tuple[int, Row]]) -> list[list[tuple[int, Row]]]:
             requests.append([])
         requests[-1].append(item)
     return requests
-
-
-def _indices(request: list[tuple[int, Row]]) -> list[int]:
-    return [index for index, _ in request]

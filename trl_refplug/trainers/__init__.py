@@ -1,10 +1,10 @@
-"""The TRL seam: the only part of the package that knows how TRL's trainers work inside."""
+"""The TRL patch_point: the only part of the package that knows how TRL's trainers work inside."""
 
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer
 
 from trl_refplug.trainers.plugged import plug
 from trl_refplug.trainers.reference_model import ReferenceModel
-from trl_refplug.trainers.trl_patch import Seam
+from trl_refplug.trainers.trl_patch import PatchPoint
 
 
 RefPlugDPOTrainer = plug(DPOTrainer)
@@ -16,11 +16,11 @@ for _trainer in (RefPlugDPOTrainer, RefPlugKTOTrainer, RefPlugGRPOTrainer, RefPl
     _trainer.__module__ = __name__
 
 __all__ = [
+    "PatchPoint",
     "RefPlugDPOTrainer",
     "RefPlugGRPOTrainer",
     "RefPlugKTOTrainer",
     "RefPlugRLOOTrainer",
     "ReferenceModel",
-    "Seam",
     "plug",
 ]

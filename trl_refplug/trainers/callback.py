@@ -27,16 +27,16 @@ class SessionCallback(TrainerCallback):  # type: ignore[misc]
         self.session.training_begins()
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        assert self.session.stand_in is not None
+        assert self.session.reference_model is not None
         self.session.step_begins()
         self._step_started = time.perf_counter()
-        self._reference_before = self.session.stand_in.seconds
+        self._reference_before = self.session.reference_model.seconds
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self.session.stand_in is not None
+        assert self.session.reference_model is not None
         if self._step_started is not None:
             self._step_seconds += time.perf_counter() - self._step_started
-            self._reference_seconds += self.session.stand_in.seconds - self._reference_before
+            self._reference_seconds += self.session.reference_model.seconds - self._reference_before
             self._steps += 1
             self._step_started = None
         self.session.step_ended(state.global_step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from typing import Any
+from weakref import WeakSet
 
 from trl_refplug.arguments import ReferenceArguments
 from trl_refplug.errors import ConfigurationError
@@ -11,14 +12,23 @@ from trl_refplug.models.adapters import is_peft
 from trl_refplug.provider import ReferenceProvider
 from trl_refplug.trainers.selection import Selection, make_provider, select_name
 from trl_refplug.trainers.session import ReferenceSession
-from trl_refplug.trainers.trl_patch import Seam, check_flags
+from trl_refplug.trainers.trl_patch import PatchPoint, check_flags
 
 
 logger = logging.getLogger("trl_refplug")
 
+_taken: WeakSet[ReferenceProvider] = WeakSet()
+"""Provider instances that a trainer was given."""
+
 
 def open_session(
-    seam: Seam, *, model: Any, args: Any, peft_config: Any, reference: ReferenceProvider | None, ref_model: Any
+    patch_point: PatchPoint,
+    *,
+    model: Any,
+    args: Any,
+    peft_config: Any,
+    reference: ReferenceProvider | None,
+    ref_model: Any,
 ) -> ReferenceSession | None:
     """
     Select a provider from the trainer's arguments, before anything is loaded. `None` leaves TRL alone.
@@ -27,9 +37,9 @@ def open_session(
         ConfigurationError: Flags or arguments contradict each other, or options are wrong.
     """
     flags = ReferenceArguments.of(args)
-    explicit = reference is not None or flags.ref_provider != "auto" or (ref_model is not None and seam.online)
-    check_flags(seam, args)
-    if not seam.needs_reference(args):
+    explicit = reference is not None or flags.ref_provider != "auto" or (ref_model is not None and patch_point.online)
+    check_flags(patch_point, args)
+    if not patch_point.needs_reference(args):
         if explicit:
             logger.warning(
                 "`beta=0.0` needs no reference, so %s is not used and nothing is built. Set `beta` to a non-zero "
@@ -42,7 +52,7 @@ def open_session(
             "`model` and `ref_model` are the same object, which is about to be trained. Leave `ref_model` out: a "
             "copy of the policy is the reference then."
         )
-    passes_ref_model = ref_model is not None and not seam.online
+    for_trl = None if patch_point.online else ref_model
     if reference is not None:
         if flags.ref_provider != "auto" or ref_model is not None:
             raise ConfigurationError(
@@ -54,23 +64,23 @@ def open_session(
                 f"`reference=` takes a ReferenceProvider instance, got {type(reference).__name__}. A model goes into "
                 "`ref_model=`, a provider's name into `ref_provider`."
             )
-        if getattr(reference, "_refplug_taken", False):
+        if reference in _taken:
             raise ConfigurationError(
                 f"`reference=` is a {type(reference).__name__} that another trainer was given before. It belongs to "
                 "that trainer's policy, and is closed with it. Make a new one for every trainer."
             )
-        session = ReferenceSession(seam, reference, type(reference).__name__, args, peft_config, passes_ref_model)
-        reference._refplug_taken = True  # type: ignore[attr-defined]
+        session = ReferenceSession(patch_point, reference, type(reference).__name__, args, peft_config, for_trl)
+        _taken.add(reference)
         return session
     selection = Selection(
         args=args,
         policy_is_peft=peft_config is not None or is_peft(model),
         has_ref_model=ref_model is not None,
-        online=seam.online,
+        online=patch_point.online,
     )
     name = select_name(selection)
     provider = make_provider(name, flags.ref_provider_kwargs, args=args, ref_model=ref_model)
-    return ReferenceSession(seam, provider, name, args, peft_config, passes_ref_model)
+    return ReferenceSession(patch_point, provider, name, args, peft_config, for_trl)
 
 
 def _asked_for(flags: ReferenceArguments, reference: ReferenceProvider | None, ref_model: Any) -> str:

@@ -17,9 +17,9 @@ import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from trl_refplug.provider import PlannedRows
+from trl_refplug.rows.planned import PlannedRows
 from trl_refplug.trainers.requested_batches import indexed_datasets, planned_batches
-from trl_refplug.trainers.trl_patch import Seam
+from trl_refplug.trainers.trl_patch import PatchPoint
 
 
 _BLOCK_ROWS = 1024
@@ -40,12 +40,12 @@ class _Column(NamedTuple):
     lengths: Ints
 
 
-def planned_rows(trainer: Any, seam: Seam, split: str) -> Iterator[PlannedRows] | None:
+def planned_rows(trainer: Any, patch_point: PatchPoint, split: str) -> Iterator[PlannedRows] | None:
     """
     What [`~requests.planned`] has, cut out of its padding, in blocks and another order; `None` where the rows are not
     known beforehand or are not TRL's own.
     """
-    datasets = indexed_datasets(trainer, seam, split)
+    datasets = indexed_datasets(trainer, patch_point, split)
     collator = trainer.data_collator
     if datasets is None or not all(_is_plain(dataset, collator) for dataset in datasets):
         return None

@@ -17,7 +17,7 @@ from trl_refplug.trainers.callback import SessionCallback
 from trl_refplug.trainers.checkpoint import write_to_checkpoint
 from trl_refplug.trainers.open_session import open_session
 from trl_refplug.trainers.session import ReferenceSession
-from trl_refplug.trainers.trl_patch import Seam, flags_masked, seam_error
+from trl_refplug.trainers.trl_patch import PatchPoint, flags_masked, unsupported_trl
 
 
 T = TypeVar("T")
@@ -48,17 +48,17 @@ def plug(trainer_class: type[T]) -> type[T]:
     """
     if issubclass(trainer_class, Plugged):
         return trainer_class
-    seam = Seam.of(trainer_class)
-    plugged = _plugged_owner(seam.owner)
+    patch_point = PatchPoint.of(trainer_class)
+    plugged = _plugged_owner(patch_point.owner)
     # Seated between the user's class and TRL's, so that the user's `__init__` sees the trainer with its reference.
-    bases = (plugged,) if trainer_class is seam.owner else (trainer_class, plugged)
+    bases = (plugged,) if trainer_class is patch_point.owner else (trainer_class, plugged)
     return type(
         f"RefPlug{trainer_class.__name__}",
         (_Outermost, *bases),
         {
             "__doc__": trainer_class.__doc__,
             "__module__": trainer_class.__module__,
-            "__signature__": _signature(trainer_class, online=seam.online),
+            "__signature__": _signature(trainer_class, online=patch_point.online),
         },
     )
 
@@ -80,35 +80,35 @@ class _Outermost:
     def __init__(self, *args: Any, reference: ReferenceProvider | None = None, **kwargs: Any) -> None:
         self._refplug_reference = reference
         self._refplug_ref_model = None
-        if type(self)._refplug_seam.online:  # type: ignore[attr-defined]
+        if type(self)._refplug_patch_point.online:  # type: ignore[attr-defined]
             self._refplug_ref_model = kwargs.pop("ref_model", None)
         super().__init__(*args, **kwargs)
         if not hasattr(self, "_refplug_session"):
-            raise seam_error(f"{type(self).__name__}.__init__ does not call `super().__init__()`")
+            raise unsupported_trl(f"{type(self).__name__}.__init__ does not call `super().__init__()`")
 
     def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
         session = self._refplug_session  # type: ignore[attr-defined]
-        if session is None or session.look_ahead is None:
+        if session is None or session.prefetcher is None:
             return super().get_batch_samples(epoch_iterator, *args, **kwargs)  # type: ignore[misc]
-        with session.look_ahead.around(self, epoch_iterator) as batches:
+        with session.prefetcher.around(self, epoch_iterator) as batches:
             return super().get_batch_samples(batches, *args, **kwargs)  # type: ignore[misc]
 
 
 class Plugged:
     """Mixed in right above the class of TRL that loads the reference."""
 
-    _refplug_seam: Seam
+    _refplug_patch_point: PatchPoint
     _refplug_reference: ReferenceProvider | None
     _refplug_ref_model: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        seam = self._refplug_seam
-        bound = seam.signature.bind(self, *args, **kwargs)
+        patch_point = self._refplug_patch_point
+        bound = patch_point.signature.bind(self, *args, **kwargs)
         given = bound.arguments
         model = given["model"]
-        config = given["args"] = given.get("args") or seam.default_args(model)
+        config = given["args"] = given.get("args") or patch_point.default_args(model)
         session = open_session(
-            seam,
+            patch_point,
             model=model,
             args=config,
             peft_config=given.get("peft_config"),
@@ -175,4 +175,4 @@ class Plugged:
 
 @cache
 def _plugged_owner(owner: type) -> type:
-    return type(f"Plugged{owner.__name__}", (Plugged, owner), {"_refplug_seam": Seam.of(owner)})
+    return type(f"Plugged{owner.__name__}", (Plugged, owner), {"_refplug_patch_point": PatchPoint.of(owner)})

@@ -33,7 +33,7 @@ logger = logging.getLogger("trl_refplug")
 _PATIENCE = 3  # wrong predictions in a row after which nothing is predicted any more
 
 
-class LookAhead:
+class Prefetcher:
     """
     Asks the provider of one trainer ahead of time.
 

@@ -11,7 +11,7 @@ from trl_refplug.plugins import plugin_manager
 from trl_refplug.provider import ReferenceProvider
 
 
-def agree(accelerator: Any, provider: ReferenceProvider, name: str) -> None:
+def compare_ranks(accelerator: Any, provider: ReferenceProvider, name: str) -> None:
     """
     Compare provider, version and identity over all ranks.
 

@@ -14,7 +14,7 @@ from trl_refplug.trainers.requested_batches import indexed_datasets
 _AT_ONCE = 16  # rows
 
 
-def reference_table(trainer: Any, split: str = "train") -> Dataset:
+def reference_columns(trainer: Any, split: str = "train") -> Dataset:
     """
     The tokenised data set of a DPO or KTO trainer with what its reference says of every row.
 
@@ -36,7 +36,7 @@ def reference_table(trainer: Any, split: str = "train") -> Dataset:
             f"Found a {type(trainer).__name__} without a reference of this package; expected a trainer like "
             "RefPlugDPOTrainer or RefPlugKTOTrainer, or plug(TrainerClass)(...)."
         )
-    datasets = indexed_datasets(trainer, session.seam, split)
+    datasets = indexed_datasets(trainer, session.patch_point, split)
     if datasets is None or len(datasets) != 1:
         raise ConfigurationError(
             f"Found {'rows that are not known beforehand' if datasets is None else f'{len(datasets)} data sets'} in "

@@ -14,9 +14,9 @@ from trl_refplug.errors import InvalidLogProbsError, UnsupportedInputError
 from trl_refplug.plugins import plugin_manager
 from trl_refplug.provider import ReferenceBatch, ReferenceProvider
 from trl_refplug.rows.answers import form_problem
-from trl_refplug.trainers.prefetch import LookAhead
+from trl_refplug.trainers.prefetch import Prefetcher
 from trl_refplug.trainers.requested_batches import ROW_WISE
-from trl_refplug.trainers.trl_patch import seam_error
+from trl_refplug.trainers.trl_patch import unsupported_trl
 
 
 class ReferenceModel(nn.Module):
@@ -27,7 +27,7 @@ class ReferenceModel(nn.Module):
         provider ([`ReferenceProvider`]): Who answers.
         first_call (`Callable`): Called with the first batch and its log-probs, before they are used; with the next
             ones until it has returned once.
-        look_ahead ([`LookAhead`], *optional*): Who may have asked already.
+        prefetcher ([`Prefetcher`], *optional*): Who may have asked already.
         dtype (`torch.dtype`): What the policy's own log-probs come in.
         device (`torch.device`, *optional*): Where they come out, if not on the device of the inputs.
 
@@ -44,14 +44,14 @@ class ReferenceModel(nn.Module):
         self,
         provider: ReferenceProvider,
         first_call: Callable[[ReferenceBatch, Tensor], None],
-        look_ahead: LookAhead | None = None,
+        prefetcher: Prefetcher | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.provider = provider  # no module itself: the trainer does not find, move, save or train what it holds
         self._first_call = first_call
-        self._look_ahead = look_ahead
+        self._prefetcher = prefetcher
         self._dtype = dtype
         self._device = device
         self.calls = 0
@@ -68,9 +68,9 @@ class ReferenceModel(nn.Module):
         **extras: Any,
     ) -> FusedCausalLMOutput:
         if input_ids is None or labels is None or not fused_lm_head:
-            raise seam_error("The trainer called its reference model without `labels=` and `fused_lm_head=True`")
+            raise unsupported_trl("The trainer called its reference model without `labels=` and `fused_lm_head=True`")
         if "shift_labels" in extras:
-            raise seam_error("The trainer called its reference model with `shift_labels=` (context parallelism)")
+            raise unsupported_trl("The trainer called its reference model with `shift_labels=` (context parallelism)")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         batch = ReferenceBatch(input_ids, attention_mask, labels, extras, rows_sliceable=ROW_WISE.issuperset(extras))
@@ -85,7 +85,7 @@ class ReferenceModel(nn.Module):
             torch.cuda.current_stream(input_ids.device).synchronize()
         started = time.perf_counter()
         with torch.no_grad():
-            coming = None if self._look_ahead is None else self._look_ahead.take(batch)
+            coming = None if self._prefetcher is None else self._prefetcher.take(batch)
             log_probs = provider.log_probs(batch) if coming is None else coming.result()
             if problem := form_problem(log_probs, batch):  # which the loss would silently turn into nonsense
                 raise InvalidLogProbsError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trl_refplug.provider import ReferenceBatch
-from trl_refplug.trainers.trl_patch import Seam
+from trl_refplug.trainers.trl_patch import PatchPoint
 
 
 ROW_WISE = frozenset({"token_type_ids", "mm_token_type_ids", "position_ids"})
@@ -43,12 +43,12 @@ def predicted_requests(inputs: Any) -> list[ReferenceBatch]:
     return unpaired_requests(inputs) if "label" in inputs else preference_requests(inputs)
 
 
-def planned(trainer: Any, seam: Seam, split: str) -> Iterator[ReferenceBatch] | None:
+def planned(trainer: Any, patch_point: PatchPoint, split: str) -> Iterator[ReferenceBatch] | None:
     """
     The requests of a whole split in dataset order, or `None` where they are not known beforehand: every row once, in
     other batches than training will make. `split` is `"train"`, `"eval"` (all evaluation sets) or the name of one.
     """
-    datasets = indexed_datasets(trainer, seam, split)
+    datasets = indexed_datasets(trainer, patch_point, split)
     if datasets is None:
         return None
     return chain.from_iterable(
@@ -56,7 +56,7 @@ def planned(trainer: Any, seam: Seam, split: str) -> Iterator[ReferenceBatch] | 
     )
 
 
-def indexed_datasets(trainer: Any, seam: Seam, split: str) -> list[Any] | None:
+def indexed_datasets(trainer: Any, patch_point: PatchPoint, split: str) -> list[Any] | None:
     """The data sets of a split, or `None` where it has rows that are not known beforehand."""
     dataset = trainer.train_dataset if split == "train" else trainer.eval_dataset
     if isinstance(dataset, Mapping):
@@ -64,7 +64,7 @@ def indexed_datasets(trainer: Any, seam: Seam, split: str) -> list[Any] | None:
     else:
         datasets = [dataset]
     datasets = [dataset for dataset in datasets if dataset is not None]
-    if seam.online or not all(map(_is_indexed, datasets)):
+    if patch_point.online or not all(map(_is_indexed, datasets)):
         return None
     return datasets
 

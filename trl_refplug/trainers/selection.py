@@ -1,7 +1,8 @@
-"""From flags to a provider: what `auto` means, which combinations contradict each other, and how one is made."""
+"""From flags to a provider: which one is meant, which combinations contradict each other, and how one is made."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,8 @@ from trl_refplug.plugins import plugin_manager
 from trl_refplug.provider import ReferenceProvider
 
 
-# What TRL's own flags mean, in the order in which they are looked at.
-_FLAG_MEANINGS = {"precompute_ref_log_probs": "cached", "sync_ref_model": "ema"}
-# Flags of TRL that are options of a provider, where `ref_provider_kwargs` do not give them.
-_FLAG_OPTIONS = {"ema": {"alpha": "ref_model_mixup_alpha", "sync_steps": "ref_model_sync_steps"}}
-_TAKE_A_MODEL = ("frozen", "cached", "ema")
+# Flags of TRL that ask for a reference with a certain capability.
+_FLAG_CAPABILITIES = {"precompute_ref_log_probs": "stored", "sync_ref_model": "moving"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,16 @@ class Selection:
     has_ref_model: bool
     online: bool
 
+    @property
+    def wants_stored(self) -> bool:
+        """Whether TRL's `precompute_ref_log_probs` is set."""
+        return bool(getattr(self.args, "precompute_ref_log_probs", False))
+
+    @property
+    def wants_moving(self) -> bool:
+        """Whether TRL's `sync_ref_model` is set."""
+        return bool(getattr(self.args, "sync_ref_model", False))
+
 
 def select_name(selection: Selection) -> str:
     """
@@ -47,24 +55,18 @@ def select_name(selection: Selection) -> str:
     Raises:
         ConfigurationError: The flags contradict each other.
     """
-    flags = ReferenceArguments.of(selection.args)
-    meant = {flag: name for flag, name in _FLAG_MEANINGS.items() if getattr(selection.args, flag, False)}
-    if flags.ref_provider != "auto":
-        for flag, name in meant.items():
-            if flags.ref_provider != name:
+    named = ReferenceArguments.of(selection.args).ref_provider
+    if named == "auto":
+        return plugin_manager().select(selection)
+    for flag, capability in _FLAG_CAPABILITIES.items():
+        if getattr(selection.args, flag, False):
+            able = plugin_manager().able(capability)
+            if not getattr(plugin_manager().registered(named).capabilities, capability):
                 raise ConfigurationError(
-                    f"`{flag}=True` asks for the {name!r} reference and ref_provider={flags.ref_provider!r} for "
-                    f"another. Remove one of the two."
+                    f"`{flag}=True` asks for a reference like {' or '.join(map(repr, able))}, and "
+                    f"ref_provider={named!r} is another. Remove one of the two."
                 )
-        return flags.ref_provider
-    if meant:
-        return next(iter(meant.values()))
-    if selection.has_ref_model:
-        return "frozen"
-    chosen = plugin_manager().select(selection)
-    if chosen is not None:
-        return chosen
-    return "adapter" if selection.policy_is_peft else "frozen"
+    return named
 
 
 def make_provider(
@@ -82,22 +84,28 @@ def make_provider(
     Raises:
         ConfigurationError: The options are wrong, or the provider does not take a model.
     """
+    registered = plugin_manager().registered(name)
+    if args is not None and not isinstance(options, str):
+        options = {**_flags_that_are_options(registered.options, args), **(options or {})}
+    parsed: Any = parse_options(name, registered.options, options)
     provider_class: Any = plugin_manager().provider_class(name)
-    if args is not None and name in _FLAG_OPTIONS and not isinstance(options, str):
-        flags = {option: getattr(args, flag) for option, flag in _FLAG_OPTIONS[name].items() if hasattr(args, flag)}
-        options = {**flags, **(options or {})}
-    parsed = parse_options(name, provider_class.Options, options)
     provider: ReferenceProvider
     if ref_model is None:
         provider = provider_class(parsed)
-    elif name in _TAKE_A_MODEL:
+    elif provider_class.capabilities.accepts_model:
         provider = provider_class(parsed, model=ref_model)
     else:
         raise ConfigurationError(
             f"A reference model was passed (`ref_model=`) and ref_provider={name!r} does not use one. Remove one of "
-            "the two, or use ref_provider='frozen'."
+            f"the two, or use a provider that takes one: {', '.join(plugin_manager().able('accepts_model'))}."
         )
     return provider
+
+
+def _flags_that_are_options(options_class: type, args: Any) -> dict[str, Any]:
+    """The options whose value is a flag of TRL (`trl_flag` in their metadata), from arguments that have the flag."""
+    flags = {option.name: option.metadata.get("trl_flag") for option in dataclasses.fields(options_class)}
+    return {name: getattr(args, flag) for name, flag in flags.items() if flag is not None and hasattr(args, flag)}
 
 
 def check_reference(args: ReferenceArguments, *, policy_is_peft: bool, online: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -21,13 +21,13 @@ from trl_refplug.runtime.ranks import all_ranks
 from trl_refplug.trainers import policy as policies
 from trl_refplug.trainers.check import check_against_policy
 from trl_refplug.trainers.checkpoint import compare_with_checkpoint
-from trl_refplug.trainers.context import TrainerContext
+from trl_refplug.trainers.context import Run, TrainerContext
 from trl_refplug.trainers.placement import place
-from trl_refplug.trainers.prefetch import LookAhead
-from trl_refplug.trainers.rank_check import agree
+from trl_refplug.trainers.prefetch import Prefetcher
+from trl_refplug.trainers.rank_check import compare_ranks
 from trl_refplug.trainers.reference_model import ReferenceModel
-from trl_refplug.trainers.selection import check_capabilities, make_provider
-from trl_refplug.trainers.trl_patch import Seam, loading_replaced, seam_error
+from trl_refplug.trainers.selection import check_capabilities
+from trl_refplug.trainers.trl_patch import PatchPoint, loading_replaced, unsupported_trl
 
 
 logger = logging.getLogger("trl_refplug")
@@ -38,45 +38,41 @@ class ReferenceSession:
     Owns the provider of one trainer.
 
     Args:
-        seam ([`Seam`]): Where the trainer's class reaches its reference.
+        patch_point ([`PatchPoint`]): Where the trainer's class reaches its reference.
         provider ([`ReferenceProvider`]): The selected provider.
         name (`str`): What it is called in messages.
         args: The trainer's arguments.
         peft_config: The trainer's `peft_config` argument.
-        passes_ref_model (`bool`): Whether TRL itself is given a `ref_model`.
+        ref_model (`nn.Module`, *optional*): The reference model that TRL itself is given, and places.
     """
 
     def __init__(
-        self, seam: Seam, provider: ReferenceProvider, name: str, args: Any, peft_config: Any, passes_ref_model: bool
+        self,
+        patch_point: PatchPoint,
+        provider: ReferenceProvider,
+        name: str,
+        args: Any,
+        peft_config: Any,
+        ref_model: nn.Module | None,
     ) -> None:
-        self.seam = seam
         self.provider = provider
         self.name = name
-        self.args = args
-        self.peft_config = peft_config
-        self.passes_ref_model = passes_ref_model
+        self.run = Run(patch_point, args, peft_config)
         self.flags = ReferenceArguments.of(args)
-        self._resumed = False
+        self.reference_model: ReferenceModel | None = None
+        self.prefetcher: Prefetcher | None = None
+        self._ref_model = ref_model
         self._began = False
         self._calls_before: int | None = None
-        self._trainer: Callable[[], Any] = lambda: None
-        self.policy_moved = False
-        self.stand_in: ReferenceModel | None = None
-        self.look_ahead: LookAhead | None = None
+        self._context = TrainerContext(self.run, self._pin_nested)
         self._nested: list[tuple[ReferenceProvider, TrainerContext]] = []
-        self._context = TrainerContext(self)
         self._pinned = False
-        check_capabilities(provider, name, temperature=self._context.temperature)
-
-    @property
-    def trainer(self) -> Any:
-        """The trainer, once it is built. Referred to weakly: providers keep their context until it is gone."""
-        return self._trainer()
-
-    @property
-    def resuming(self) -> bool:
-        """Whether training goes on, or is announced to go on, from a checkpoint."""
-        return self._resumed or bool(getattr(self.args, "resume_from_checkpoint", None))
+        check_capabilities(provider, name, temperature=self.run.temperature)
+        if provider.capabilities.before_training_only:
+            raise ConfigurationError(
+                f"Reference provider {name!r} can be asked before training only, so it cannot be the reference of a "
+                "run. Use it as the source of a stored reference."
+            )
 
     # Before TRL touches anything
 
@@ -86,14 +82,12 @@ class ReferenceSession:
             self._pin(self.provider, self._context, policy)
         self._pinned = True
 
-    def create_nested(self, name: str, options: Mapping[str, Any] | None, policy: nn.Module) -> ReferenceProvider:
-        """A provider made by another one, for composition."""
-        provider = make_provider(name, options)
-        context = TrainerContext(self)
+    def _pin_nested(self, provider: ReferenceProvider, name: str, policy: nn.Module, may_load_late: bool) -> None:
+        """Pin a provider that another one is made of."""
+        context = TrainerContext(self.run, self._pin_nested, may_load_late)
         self._nested.append((provider, context))  # before anything can fail: closed with the others
-        check_capabilities(provider, name, temperature=context.temperature)
+        check_capabilities(provider, name, temperature=self.run.temperature)
         self._pin(provider, context, policy)
-        return provider
 
     @staticmethod
     def _pin(provider: ReferenceProvider, context: TrainerContext, policy: nn.Module) -> None:
@@ -115,31 +109,63 @@ class ReferenceSession:
         """TRL's loading of its own reference replaced by ours."""
 
         def expected() -> int:
-            return int(not self.passes_ref_model and not is_peft_model(trainer.model))  # what TRL asks
+            return int(self._ref_model is None and not is_peft_model(trainer.model))  # what TRL asks
 
         return loading_replaced(
-            self.seam, trainer, policy_loaded=self.pin, reference=self._reference_for_trl, expected=expected
+            self.run.patch_point,
+            trainer,
+            policy_loaded=self.pin,
+            reference=self._reference_for_trl,
+            expected=expected,
         )
 
     def _reference_for_trl(self) -> nn.Module | None:
         if not self._pinned:
-            raise seam_error("TRL asked for its reference before it loaded the policy")
+            raise unsupported_trl("TRL asked for its reference before it loaded the policy")
         # On a device of its own it is placed by us, later.
         return self._context.reference_model if self.provider.device is None else None
 
     # When TRL has constructed
 
     def start(self, trainer: Any, adapters_before: frozenset[str]) -> ReferenceModel:
-        """Set the provider up and return the stand-in for `trainer.ref_model`."""
-        self._trainer = weakref.ref(trainer)
-        self.args = trainer.args
+        """Set the provider up and return what takes the place of `trainer.ref_model`."""
+        self.run._trainer = weakref.ref(trainer)
+        self.run.args = trainer.args
         if not self._pinned:
-            raise seam_error("TRL constructed its trainer without loading the policy through the expected name")
+            raise unsupported_trl("TRL constructed its trainer without loading the policy through the expected name")
         with rng_kept():
             for provider, context in reversed(self._nested):  # what others are made of first
-                self._set_up(provider, context)
-            self._set_up(self.provider, self._context, placed=trainer.ref_model)
+                self._set_up(provider, context, trainer)
+            self._set_up(self.provider, self._context, trainer)
         policies.remove_unused_reference_adapter(trainer.model, adapters_before, self.providers)
+        self._match_dropout(trainer)
+        compare_ranks(trainer.accelerator, self.provider, self.name)
+        weakref.finalize(trainer, _close, self.providers)
+        check_capabilities(self.provider, self.name, temperature=self.run.temperature)  # as it is, set up
+        # A device may be the policy's on one rank only, and reading a loader can be a collective operation.
+        overlap = all_ranks(self.provider.capabilities.overlap)
+        if overlap and self.flags.ref_prefetch and not self.run.patch_point.online:
+            self.prefetcher = Prefetcher(self.provider, self.flags.ref_prefetch)
+        self.reference_model = ReferenceModel(
+            self.provider,
+            self._first_call,
+            self.prefetcher,
+            self._output_dtype(trainer.accelerator),
+            policies.output_device(trainer.model),
+        )
+        return self.reference_model
+
+    def _set_up(self, provider: ReferenceProvider, context: TrainerContext, trainer: Any) -> None:
+        pinned = context.reference_model
+        # What TRL was given, or has loaded through us, it has placed.
+        placed = trainer.ref_model if provider is self.provider or pinned is self._ref_model else None
+        if placed is None and pinned is not None:
+            placed = place(pinned, trainer, temperature=self.run.temperature, device=provider.device)
+        context.reference_model = placed
+        provider.setup(context)
+        context.reference_model = None  # it is the provider's, which lets go of it in close()
+
+    def _match_dropout(self, trainer: Any) -> None:
         if trainer.args.disable_dropout:
             disable_functional_dropout(trainer.model)
         elif has_dropout(trainer.model) and self.provider.capabilities.local_model:
@@ -148,14 +174,10 @@ class ReferenceSession:
                 "own adapter reference would draw random numbers), the policy with it, so their log-ratio is noisy "
                 "from the first step on. Set `disable_dropout=True` to compare like with like."
             )
-        agree(trainer.accelerator, self.provider, self.name)
-        weakref.finalize(trainer, _close, self.providers)
-        check_capabilities(self.provider, self.name, temperature=self._context.temperature)  # as it is, set up
-        # A device may be the policy's on one rank only, and reading a loader can be a collective operation.
-        overlap = all_ranks(self.provider.capabilities.overlap)
-        if overlap and self.flags.ref_prefetch and not self.seam.online:
-            self.look_ahead = LookAhead(self.provider, self.flags.ref_prefetch)
-        dtype = policies.output_dtype(trainer.accelerator)
+
+    @staticmethod
+    def _output_dtype(accelerator: Any) -> torch.dtype:
+        dtype = policies.output_dtype(accelerator)
         if dtype != torch.float32:
             logger.warning(
                 "FSDP2's mixed precision rounds what the policy answers to %s, log-probs as well, in TRL's own "
@@ -164,22 +186,12 @@ class ReferenceSession:
                 "`mixed_precision_policy` to torch.float32.",
                 dtype,
             )
-        device = policies.output_device(trainer.model)
-        self.stand_in = ReferenceModel(self.provider, self._first_call, self.look_ahead, dtype, device)
-        return self.stand_in
+        return dtype
 
     @property
     def providers(self) -> list[ReferenceProvider]:
         """The selected provider and those it is made of."""
         return [self.provider, *(provider for provider, _ in self._nested)]
-
-    def _set_up(self, provider: ReferenceProvider, context: TrainerContext, placed: nn.Module | None = None) -> None:
-        pinned = context.reference_model
-        if placed is None and pinned is not None:
-            placed = place(pinned, self.trainer, temperature=context.temperature, device=provider.device)
-        context.reference_model = placed
-        provider.setup(context)
-        context.reference_model = None  # it is the provider's, which lets go of it in close()
 
     def close(self) -> None:
         """Close all providers, the selected one first: whatever one of them raises keeps no other open."""
@@ -190,35 +202,35 @@ class ReferenceSession:
     @contextmanager
     def training(self, checkpoint: str | None) -> Iterator[None]:
         """One call of `train()`; from `checkpoint`, the reference must be the one it was started with."""
-        before = self._resumed, self.policy_moved
+        before = self.run.resumed, self.run.policy_moved
         self._began = False
         try:
             if checkpoint:
                 compare_with_checkpoint(checkpoint, self.provider)
-                self._resumed = self.policy_moved = True
+                self.run.resumed = self.run.policy_moved = True
             yield
         except BaseException:
             if not self._began:  # the policy is what it was, and to be checked when training does begin
-                self._resumed, self.policy_moved = before
+                self.run.resumed, self.run.policy_moved = before
             raise
         finally:
-            if self.look_ahead is not None:
-                self.look_ahead.cancel()
+            if self.prefetcher is not None:
+                self.prefetcher.cancel()
 
     def training_begins(self) -> None:
         """The policy is placed, and loaded if training goes on from a checkpoint."""
-        assert self.stand_in is not None
+        assert self.reference_model is not None
         self._began = True
-        if not self.policy_moved:
-            self.stand_in.checked = False  # an evaluation may have been long ago
+        if not self.run.policy_moved:
+            self.reference_model.checked = False  # an evaluation may have been long ago
         with rng_kept():
             for provider in self.providers:
                 provider.on_train_begin()
 
     def step_begins(self) -> None:
         """An optimiser step begins."""
-        if self._calls_before is None and self.stand_in is not None:
-            self._calls_before = self.stand_in.calls
+        if self._calls_before is None and self.reference_model is not None:
+            self._calls_before = self.reference_model.calls
 
     def rewound(self, checkpoint: str) -> None:
         """The policy is that of `checkpoint` again, the best one, and so must be a reference that follows it."""
@@ -227,18 +239,18 @@ class ReferenceSession:
 
     def step_ended(self, step: int) -> None:
         """An optimiser step is over."""
-        self.policy_moved = True
-        assert self.stand_in is not None
-        if self.stand_in.calls == self._calls_before:
+        self.run.policy_moved = True
+        assert self.reference_model is not None
+        if self.reference_model.calls == self._calls_before:
             raise SeamError(
                 f"Step {step} ended and the trainer never asked for its reference. It was trained without one: "
-                f"{type(self.trainer).__name__} overrides the loss, or ref_model was replaced after construction."
+                f"{type(self.run.trainer).__name__} overrides the loss, or ref_model was replaced after construction."
             )
         if self.provider.capabilities.moving:
             self.provider.on_step_end(step)
 
     def _first_call(self, batch: ReferenceBatch, log_probs: Tensor) -> None:
-        if self.flags.ref_check == "off" or self._resumed or self.trainer.state.global_step > 0:
+        if self.flags.ref_check == "off" or self.run.resumed or self.run.trainer.state.global_step > 0:
             return
         if not self.provider.starts_as_policy:
             logger.warning(
@@ -247,7 +259,7 @@ class ReferenceSession:
             )
             return
         check_against_policy(
-            self.trainer,
+            self.run.trainer,
             batch,
             log_probs,
             identity=self.provider.identity(),

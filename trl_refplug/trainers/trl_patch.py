@@ -28,7 +28,7 @@ _MASKED_FLAGS = ("precompute_ref_log_probs", "sync_ref_model")
 
 
 @dataclass(frozen=True)
-class Seam:
+class PatchPoint:
     """
     Where one TRL trainer class reaches its reference.
 
@@ -44,7 +44,7 @@ class Seam:
     online: bool
 
     @classmethod
-    def of(cls, trainer_class: type) -> Seam:
+    def of(cls, trainer_class: type) -> PatchPoint:
         """
         Find the seam of a trainer of TRL or of a subclass of one.
 
@@ -60,7 +60,7 @@ class Seam:
             if _LOADER in names and "ref_model" in names and hasattr(module, _LOADER):
                 signature = inspect.signature(init)
                 return cls(candidate, signature, online="ref_model" not in signature.parameters)
-        raise seam_error(
+        raise unsupported_trl(
             f"{trainer_class.__name__} does not load a reference in the way of TRL's DPO, KTO, GRPO or RLOO"
         )
 
@@ -76,7 +76,7 @@ class Seam:
         return config_class(f"{model_id.split('/')[-1]}-{owner._name}")
 
 
-def seam_error(found: str) -> SeamError:
+def unsupported_trl(found: str) -> SeamError:
     """The error for a TRL that is not as expected."""
     return SeamError(
         f"{found}. trl {trl.__version__} is installed; trl-refplug supports trl{SUPPORTED} where the reference is "
@@ -84,7 +84,7 @@ def seam_error(found: str) -> SeamError:
     )
 
 
-def check_flags(seam: Seam, args: Any) -> None:
+def check_flags(patch_point: PatchPoint, args: Any) -> None:
     """Combinations of TRL's own flags that TRL refuses, and that masking the flags would hide from it."""
     if getattr(args, "sync_ref_model", False):
         if getattr(args, "precompute_ref_log_probs", False):
@@ -92,7 +92,7 @@ def check_flags(seam: Seam, args: Any) -> None:
                 "`sync_ref_model=True` moves the reference, so its log-probs cannot be precomputed: "
                 "set one of `sync_ref_model` and `precompute_ref_log_probs` to False."
             )
-        if not seam.needs_reference(args):
+        if not patch_point.needs_reference(args):
             raise ConfigurationError(
                 "`sync_ref_model=True` has nothing to synchronise: with `beta=0.0` no reference is used. "
                 "Set `beta` to a non-zero value, or `sync_ref_model=False`."
@@ -117,7 +117,7 @@ def flags_masked(args: Any) -> Iterator[None]:
 
 @contextmanager
 def loading_replaced(
-    seam: Seam,
+    patch_point: PatchPoint,
     trainer: Any,
     *,
     policy_loaded: Callable[[Any], None],
@@ -128,7 +128,7 @@ def loading_replaced(
     Replace TRL's loading of its reference for the duration of `__init__`.
 
     Args:
-        seam ([`Seam`]): Where.
+        seam ([`PatchPoint`]): Where.
         trainer: The trainer under construction.
         policy_loaded: Called with the policy when TRL loads it from a string, before TRL touches it.
         reference: Called where TRL would load its reference; what it returns, possibly `None`, is used instead.
@@ -137,7 +137,7 @@ def loading_replaced(
     Raises:
         SeamError: TRL did not load its reference exactly as often as expected, through this name.
     """
-    module = sys.modules[seam.owner.__module__]
+    module = sys.modules[patch_point.owner.__module__]
     original = getattr(module, _LOADER)
     replaced = 0
     policy_seen = False
@@ -161,7 +161,7 @@ def loading_replaced(
     finally:
         setattr(module, _LOADER, original)
     if replaced != expected():
-        raise seam_error(
-            f"{seam.owner.__name__} was expected to load {expected()} reference model(s) while being constructed and "
-            f"loaded {replaced}"
+        raise unsupported_trl(
+            f"{patch_point.owner.__name__} was expected to load {expected()} reference model(s) while being "
+            f"constructed and loaded {replaced}"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from trl_refplug.provider import ReferenceProvider
 from trl_refplug.rows import PaddedRows, Row, Values
-from trl_refplug.scoring.order import ChooseNext, chosen
 
 
 _BATCH_ROWS = 16
@@ -33,13 +32,13 @@ class BatchScorer:
         self._device = device
         self._any_rank = any_rank
 
-    def score_passes(self, rows: Iterator[Row], choose: ChooseNext) -> Iterator[list[tuple[int, Tensor]]]:
+    def score_passes(self, rows: Iterable[Row]) -> Iterator[list[tuple[int, Tensor]]]:
         """
         Yields:
             `list[tuple[int, Tensor]]`: Of the rows of one batch, the index and the log-probabilities of the scored
             tokens, in order: float32 `[scored]` on the CPU.
         """
-        batches = _batches(rows, choose)
+        batches = _batches(iter(rows))
         while True:
             batch = next(batches, None)
             if not (batch if self._any_rank is None else self._any_rank(batch is not None)):
@@ -55,10 +54,9 @@ class BatchScorer:
         return list(padded.gather(self._source.log_probs(padded.batch(self._device))))
 
 
-def _batches(rows: Iterator[Row], choose: ChooseNext) -> Iterator[list[tuple[int, Row]]]:
+def _batches(rows: Iterator[Row]) -> Iterator[list[tuple[int, Row]]]:
     """Rows of similar length together, and the index of each."""
     indexed = enumerate(rows)
     while window := list(islice(indexed, _WINDOW_BATCHES * _BATCH_ROWS)):
         window.sort(key=lambda item: len(item[1]))
-        batches = [window[start : start + _BATCH_ROWS] for start in range(0, len(window), _BATCH_ROWS)]
-        yield from chosen(batches, lambda batch: [index for index, _ in batch], choose)
+        yield from (window[start : start + _BATCH_ROWS] for start in range(0, len(window), _BATCH_ROWS))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
-from itertools import count
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,9 +14,9 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from trl_refplug.errors import ConfigurationError, MissingRowError, StoreError, UnsupportedInputError
 from trl_refplug.models.causal_lm import causal_lm
 from trl_refplug.models.tolerances import Tolerance
-from trl_refplug.provider import ReferenceBatch, ReferenceContext, ReferenceProvider
+from trl_refplug.provider import BulkScorer, ReferenceBatch, ReferenceContext, ReferenceProvider, ScoresInBulk
 from trl_refplug.providers.cached.batch_scorer import BatchScorer
-from trl_refplug.providers.cached.missing_rows import RowBlock, Survey, planned_blocks, survey
+from trl_refplug.providers.cached.missing_rows import MissingRows, RowBlock, find_missing, planned_blocks
 from trl_refplug.providers.cached.row_keys import BatchRows, RowKeys, select
 from trl_refplug.providers.cached.sharing import SharedWork
 from trl_refplug.providers.cached.verifying import SampleCheck, check_sample
@@ -33,6 +31,8 @@ logger = logging.getLogger("trl_refplug")
 _TOKENS_SHOWN = 12
 _VERIFIED_ROWS = 4
 _UNTIL_PUBLISHED = 30.0  # seconds: what is put is published within ten
+_WINDOWS = 64  # into which the rows of a run are divided, so that several processes can share them; a window has ...
+_FEWEST_ROWS, _MOST_ROWS = 8, 1024  # ... no fewer and no more rows than these
 
 
 class Filler:
@@ -94,7 +94,7 @@ class Filler:
         if self._context.planned("train") is None:
             return None  # fill='never': each batch is looked up as it comes
         accelerator = self._context.accelerator
-        found = survey(
+        found = find_missing(
             store,
             self._planned(),
             self._keys,
@@ -109,7 +109,7 @@ class Filler:
             found.sample = found.sample[: least(len(found.sample))]
         check = None
         source_needed = (missing and self._fill != "never") or bool(self._verify)
-        if (source_needed or self._source_at_hand) and not self._obstacle():
+        if (source_needed or self._source.at_hand) and not self._obstacle():
             with trainer_precision(accelerator):
                 check = check_sample(found, self._source, accelerator.device, self._tolerance)
         if missing and self._fill == "never":
@@ -123,7 +123,7 @@ class Filler:
             with trainer_precision(accelerator):
                 fill(
                     store,
-                    self._planned(),
+                    self._planned,
                     self._keys,
                     found,
                     self._source,
@@ -140,12 +140,12 @@ class Filler:
         Raises:
             StoreError: Rows that other ranks have scored are not seen from here.
         """
-        left = survey(store, self._planned(), self._keys)
+        left = find_missing(store, self._planned(), self._keys)
         until = time.monotonic() + _UNTIL_PUBLISHED
         while left.missing and time.monotonic() < until:  # what another run on another rank's machine has put
             time.sleep(2)
             store.refresh()
-            left = survey(store, self._planned(), self._keys)
+            left = find_missing(store, self._planned(), self._keys)
         if left.missing:
             raise StoreError(
                 f"{len(left.missing):,} rows that other ranks have scored are not in {store.location!r} as rank "
@@ -174,8 +174,8 @@ class Filler:
     def _refuse_cast_policy(self) -> None:
         """transformers casts a policy in place for an evaluation outside of training."""
         args = self._context.args
-        if self._source.identity().provider not in ("policy", "adapter") or args.deepspeed_plugin is not None:
-            return  # what scores is no policy, or DeepSpeed has cast it already
+        if not self._source.capabilities.scores_policy or args.deepspeed_plugin is not None:
+            return  # another model scores, or DeepSpeed has cast the policy already
         flag = next((name for name in ("bf16_full_eval", "fp16_full_eval") if getattr(args, name, False)), None)
         if flag and _dtype_of(self._context.policy) != self._dtype:
             raise MissingRowError(
@@ -187,17 +187,12 @@ class Filler:
     def _planned(self) -> Iterator[RowBlock]:
         return planned_blocks(self._context, self._keys)
 
-    @property
-    def _source_at_hand(self) -> bool:
-        """Whether scoring a row takes no more than what is in this process anyway."""
-        return self._source.capabilities.local_model and not getattr(self._source, "idle", False)
-
     def _obstacle(self) -> str:
         """Why no stored row can be scored again now; an empty string if one can."""
         if self._context.planned("train") is None:
             return "the rows of this run are not known at the start"
-        if getattr(self._source, "gone", False):  # as training begins it may be resumed
-            return "the reference is the policy as it started, which has moved since"
+        if self._source.unavailable:  # as training begins it may be resumed
+            return self._source.unavailable
         if self._in_step and not self.waits_for_training:
             return "a model that is sharded over ranks is scored only with fill='ahead'"
         return ""
@@ -236,10 +231,10 @@ def _shards_parameters(accelerator: Any) -> bool:
 
 def fill(
     store: LogProbStore,
-    blocks: Iterable[RowBlock],
+    planned: Callable[[], Iterable[RowBlock]],
     keys: RowKeys,
-    found: Survey,
-    source: Any,
+    found: MissingRows,
+    source: ReferenceProvider,
     device: torch.device,
     *,
     progress: bool,
@@ -249,6 +244,7 @@ def fill(
     Score this rank's part of what is missing, and store it as it is scored.
 
     Args:
+        planned (`Callable`): Gives all rows of the run, in blocks, as often as it is called.
         device (`torch.device`): The trainer's.
         any_rank (`Callable[[bool], bool]`, *optional*): Whether something holds on any rank. Given where the source is
             sharded: then every rank makes as many forward passes as the others, on padded batches.
@@ -257,57 +253,98 @@ def fill(
         StoreWriteError: Rows could not be published; what was published before is kept.
     """
     store.ensure_room(found.tokens)
-    pending = set(found.mine)
-    sent: dict[int, bytes] = {}
-    numbers = count()
-
-    def missing_rows() -> Iterator[Row]:
-        for rows in blocks:
-            if not pending:
-                return
-            keys_here = rows.keys(keys.packed)
-            there = store.contains(keys_here)  # by now: others fill it, too
-            for index, key in enumerate(keys_here):
-                if key not in pending:
-                    continue
-                pending.discard(key)
-                if there[index]:
-                    bar.update()
-                    continue
-                if rows.padding_offset(index):
-                    raise UnsupportedInputError(
-                        "fill='ahead' cannot score rows that are padded on the left for a model with absolute "
-                        "positions: their log-probs depend on the padding. Pad on the right, or use fill='lazy'."
-                    )
-                sent[next(numbers)] = key if bulk else rows.keys(keys.exact, [index])[0]
-                yield rows.row(index)
-
-    def leave_out(number: int) -> None:
-        del sent[number]
-        bar.update()
-
-    bulk = any_rank is None and hasattr(source, "bulk_scorer")
-    batches = BatchScorer(source, device, any_rank)
-    shared = SharedWork(store, sent.__getitem__, leave_out)
-    started = time.perf_counter()
-    scored_rows = scored_tokens = 0
-    scorer: Any
     bar = tqdm(total=len(found.mine), desc="Reference log-probs", unit="row", disable=not progress)
-    with bar, source.bulk_scorer() if bulk else nullcontext(batches) as scorer:
-        for answers in scorer.score_passes(missing_rows(), shared.choose):
-            # Pass by pass, so that a killed process loses no more than the one it is in.
-            store.put([sent.pop(number) for number, _ in answers], [values.numpy() for _, values in answers])
-            scored_rows += len(answers)
-            scored_tokens += sum(len(values) for _, values in answers)
-            bar.update(len(answers))
+    filling = _Filling(store, keys, found, bar)
+    started = time.perf_counter()
+    with bar:
+        if any_rank is not None:
+            filling.score(filling.all_rows(planned()), BatchScorer(source, device, any_rank), bulk=False)
+        elif isinstance(source, ScoresInBulk):
+            with source.bulk_scorer() as scorer:
+                filling.score_windows(planned, scorer, bulk=True)
+        else:
+            filling.score_windows(planned, BatchScorer(source, device), bulk=False)
     store.flush()
     seconds = time.perf_counter() - started
     line = (
-        f"Scored {scored_rows:,} rows ({scored_tokens:,} log-probs) into {store.location} in {seconds:,.1f} s, "
-        f"{scored_rows / seconds:,.0f} rows/s; {found.rows - len(found.missing):,} of {found.rows:,} were there"
+        f"Scored {filling.rows:,} rows ({filling.tokens:,} log-probs) into {store.location} in {seconds:,.1f} s, "
+        f"{filling.rows / seconds:,.0f} rows/s; {found.rows - len(found.missing):,} of {found.rows:,} were there"
     )
-    if others := len(found.mine) - scored_rows:
+    if others := len(found.mine) - filling.rows:
         line += f", {others:,} were scored by other processes meanwhile"
     logger.info("%s.", line)
     if progress:
         tqdm.write(f"{line}.", file=sys.stderr)
+
+
+class _Filling:
+    """
+    The rows that are still to be scored.
+
+    Attributes:
+        rows (`int`), tokens (`int`): How many rows, and log-probs in them, were scored so far.
+    """
+
+    def __init__(self, store: LogProbStore, keys: RowKeys, found: MissingRows, bar: Any) -> None:
+        self.rows = self.tokens = 0
+        self._store = store
+        self._keys = keys
+        self._pending = set(found.mine)
+        self._window = min(max(found.rows // _WINDOWS, _FEWEST_ROWS), _MOST_ROWS)
+        self._bar = bar
+
+    def score_windows(self, planned: Callable[[], Iterable[RowBlock]], scorer: BulkScorer, *, bulk: bool) -> None:
+        """Score window by window, and look before each of them at what other processes have put."""
+        work = SharedWork(self._store)
+        turn = 0
+        while self._pending:
+            for block in planned():
+                keys = block.keys(self._keys.packed)
+                for start in range(0, len(keys), self._window):
+                    indices = [
+                        i for i in range(start, min(start + self._window, len(keys))) if keys[i] in self._pending
+                    ]
+                    if indices and work.turn(keys[start]) <= turn:
+                        work.look()
+                        self.score(self._rows(block, keys, indices), scorer, bulk=bulk)
+            turn += 1
+
+    def all_rows(self, blocks: Iterable[RowBlock]) -> Iterator[tuple[RowBlock, int, bytes]]:
+        """Every row that is pending, with its block, its index in it and its key."""
+        for block in blocks:
+            keys = block.keys(self._keys.packed)
+            yield from self._rows(block, keys, range(len(keys)))
+
+    def _rows(
+        self, block: RowBlock, keys: Sequence[bytes], indices: Iterable[int]
+    ) -> Iterator[tuple[RowBlock, int, bytes]]:
+        there = self._store.contains(keys)  # by now: others fill it, too
+        for index in indices:
+            if keys[index] not in self._pending:
+                continue
+            self._pending.discard(keys[index])
+            if there[index]:
+                self._bar.update()
+                continue
+            if block.padding_offset(index):
+                raise UnsupportedInputError(
+                    "fill='ahead' cannot score rows that are padded on the left for a model with absolute positions: "
+                    "their log-probs depend on the padding. Pad on the right, or use fill='lazy'."
+                )
+            yield block, index, keys[index]
+
+    def score(self, rows: Iterator[tuple[RowBlock, int, bytes]], scorer: BulkScorer, *, bulk: bool) -> None:
+        """Score rows, and put each pass into the store as soon as it is done."""
+        sent: dict[int, bytes] = {}
+
+        def unpadded() -> Iterator[Row]:
+            for number, (block, index, key) in enumerate(rows):
+                sent[number] = key if bulk else block.keys(self._keys.exact, [index])[0]
+                yield block.row(index)
+
+        for answers in scorer.score_passes(unpadded()):
+            # Pass by pass, so that a killed process loses no more than the one it is in.
+            self._store.put([sent.pop(number) for number, _ in answers], [values.numpy() for _, values in answers])
+            self.rows += len(answers)
+            self.tokens += sum(len(values) for _, values in answers)
+            self._bar.update(len(answers))

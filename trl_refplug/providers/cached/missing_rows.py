@@ -10,9 +10,9 @@ import numpy as np
 
 from trl_refplug.errors import ConfigurationError
 from trl_refplug.provider import ReferenceContext, ReferenceProvider
-from trl_refplug.providers.cached.policy_source import BorrowedPolicy
 from trl_refplug.providers.cached.row_keys import BatchRows, RowKeys, TailScoredRows
 from trl_refplug.rows import Row, Values
+from trl_refplug.rows.planned import PlansRows
 from trl_refplug.store import KEY_BYTES, LogProbStore
 
 
@@ -39,7 +39,7 @@ class MissingRow:
 
 
 @dataclass
-class Survey:
+class MissingRows:
     """
     What a store has of the rows planned.
 
@@ -73,7 +73,7 @@ def check_known_ahead(context: ReferenceContext, source: ReferenceProvider) -> N
             "with IterableDataset, or with a trainer that generates its completions: it scores rows before "
             "training, and here they are not known beforehand. Use fill='lazy'."
         )
-    if context.planned("eval") is None and isinstance(source, BorrowedPolicy):
+    if context.planned("eval") is None and source.capabilities.before_training_only:
         raise ConfigurationError(
             "ref_provider='cached' (what `precompute_ref_log_probs=True` means) is not supported with "
             "IterableDataset for evaluation in full fine-tuning: its rows are first seen when the policy, which "
@@ -84,14 +84,14 @@ def check_known_ahead(context: ReferenceContext, source: ReferenceProvider) -> N
 def planned_blocks(context: ReferenceContext, keys: RowKeys) -> Iterator[RowBlock]:
     """All rows that training and evaluation are going to ask for."""
     for split in ("train", "eval"):
-        plain = context.planned_rows(split)
+        plain = context.planned_rows(split) if isinstance(context, PlansRows) else None
         if plain is not None:
             yield from map(keys.of_planned, plain)
         else:
             yield from map(keys.of, context.planned(split) or ())
 
 
-def survey(
+def find_missing(
     store: LogProbStore,
     blocks: Iterable[RowBlock],
     keys: RowKeys,
@@ -99,7 +99,7 @@ def survey(
     verify: int = 0,
     rank: int = 0,
     ranks: int = 1,
-) -> Survey:
+) -> MissingRows:
     """
     Look up every row planned.
 
@@ -107,7 +107,7 @@ def survey(
         blocks (`Iterable[BatchRows | TailScoredRows]`): The same on every rank, in the same order.
         verify (`int`): How many of the rows found are kept as a sample.
     """
-    report = Survey()
+    report = MissingRows()
     every: list[bytes] = []
     # The largest of the keys kept comes first: keys are hashes, so those with the smallest ones are a random sample.
     sample: list[tuple[_Descending, Row, Values]] = []

@@ -4,37 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from trl_refplug.errors import MissingRowError, ReferenceMismatchError
+from trl_refplug.models.identity import combine_digests, digest_tensors, tensor_dtypes
 from trl_refplug.models.tolerances import AUTOCAST_DTYPES
 from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
+from trl_refplug.providers.scorers import trainer_scorer
+from trl_refplug.scoring import Scorer
 
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from trl_refplug.scoring import Scorer
-
-
-class BorrowedPolicy(ReferenceProvider):
+class PolicySource(ReferenceProvider):
     """
     Scores with a fully fine-tuned policy before its first step; afterwards it is not the reference any more.
 
     Only a part of other providers: it is not registered, as it cannot answer while training.
     """
 
-    capabilities = Capabilities(local_model=True, temperature=True, multimodal=True, offline=True)
+    capabilities = Capabilities(
+        local_model=True,
+        temperature=True,
+        multimodal=True,
+        offline=True,
+        scores_policy=True,
+        before_training_only=True,
+    )
 
     @property
     def starts_as_policy(self) -> bool:
         return True
 
     def pin(self, context: ReferenceContext) -> None:
-        from trl_refplug.models.identity import combine_digests, digest_tensors, tensor_dtypes
-
         self._tensors = digest_tensors(context.policy)
         self._dtypes = tensor_dtypes(context.policy)
         self._rounded = self._tensors
@@ -53,32 +56,26 @@ class BorrowedPolicy(ReferenceProvider):
         return self._identity
 
     @property
-    def gone(self) -> bool:
-        """Whether the policy has moved, so that nobody can score with what it was."""
-        return self._context is None or self._context.policy_moved
+    def unavailable(self) -> str:
+        moved = self._context is None or self._context.policy_moved
+        return "the reference is the policy as it started, which has moved since" if moved else ""
 
     def log_probs(self, batch: ReferenceBatch) -> Tensor:
-        from trl_refplug.providers.scorers import trainer_scorer
-
         context = self._usable()
         return trainer_scorer(context.policy, context, "exact").log_probs(batch)
 
     @contextmanager
     def bulk_scorer(self) -> Iterator[Scorer]:
         """A packed scorer of the reference; the policy is borrowed while the context lasts."""
-        from trl_refplug.providers.scorers import trainer_scorer
-
         context = self._usable()
         yield trainer_scorer(context.policy, context, "packed")
 
     def _usable(self) -> ReferenceContext:
-        from trl_refplug.models.identity import digest_tensors
-
         context = self._context
         assert context is not None, "setup() comes first"
         if context.policy_moved:
             raise MissingRowError(
-                "the reference is the policy as it started, which has moved since. Name a model that can be scored "
+                f"{self.unavailable}. Name a model that can be scored "
                 'at any time, such as ref_provider_kwargs={"source": "frozen", "source_kwargs": {"model": ...}} with '
                 "the policy's own path (the same weights give the same keys), or fill the store before training."
             )

@@ -3,61 +3,33 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from trl_refplug.errors import ConfigurationError
-from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
+from trl_refplug.models.adapters import is_peft
+from trl_refplug.models.tolerances import AUTOCAST_DTYPES, rounds_float32, tolerance_for
+from trl_refplug.models.traits import traits_of
+from trl_refplug.provider import ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
+from trl_refplug.providers.cached.filling import Filler
+from trl_refplug.providers.cached.missing_rows import check_known_ahead
+from trl_refplug.providers.cached.policy_source import PolicySource
+from trl_refplug.providers.cached.row_keys import BatchRows, RowKeys
+from trl_refplug.providers.cached.verifying import SampleCheck
+from trl_refplug.providers.frozen import FrozenProvider
+from trl_refplug.providers.options import CACHED_CAPABILITIES, CachedOptions
+from trl_refplug.providers.remote.provider import RemoteProvider
+from trl_refplug.rows import PaddedRows
 from trl_refplug.runtime.caches import cache_directory
-
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from trl_refplug.providers.cached.filling import Filler
-    from trl_refplug.providers.cached.row_keys import RowKeys
-    from trl_refplug.providers.cached.verifying import SampleCheck
-    from trl_refplug.serving.vllm import VllmClient
-    from trl_refplug.store import LogProbStore
+from trl_refplug.serving.vllm import VllmClient
+from trl_refplug.store import LogProbStore, ScoringFacts
 
 
 logger = logging.getLogger("trl_refplug")
-
-
-@dataclass(frozen=True)
-class CachedOptions:
-    """Options of `cached`."""
-
-    path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Directory or fsspec URL of the store, shared by any number of runs. By default "
-            "`~/.cache/trl-refplug/log-probs`."
-        },
-    )
-    source: str | None = field(
-        default=None,
-        metadata={
-            "help": "Name of the provider that scores missing rows. By default the policy itself, before it is "
-            "trained: no second model."
-        },
-    )
-    source_kwargs: dict[str, Any] | None = field(default=None, metadata={"help": "Options of `source`."})
-    fill: Literal["ahead", "lazy", "never"] = field(
-        default="ahead",
-        metadata={
-            "help": "`ahead`: score all missing rows before training. `lazy`: score them when training asks for "
-            "them. `never`: a missing row is an error."
-        },
-    )
-    verify: int | None = field(
-        default=None,
-        metadata={
-            "help": "How many stored rows are scored again at the start, to be sure of them. By default 4, and none "
-            "where that would take a model or a server that nothing else needs."
-        },
-    )
 
 
 class CachedProvider(ReferenceProvider):
@@ -69,14 +41,13 @@ class CachedProvider(ReferenceProvider):
     """
 
     Options = CachedOptions
-    capabilities = Capabilities(local_model=True, temperature=True, multimodal=False, offline=True)
+    capabilities = CACHED_CAPABILITIES
     options: CachedOptions
 
     def __init__(self, options: CachedOptions | None = None, *, model: nn.Module | None = None) -> None:
         super().__init__(options)
         self._given = model
         self._source: ReferenceProvider | None = None
-        self._owns_source = True
         self._store: Any = None
         self._hits = self._misses = 0
         self.sample_check: SampleCheck | None = None
@@ -104,10 +75,6 @@ class CachedProvider(ReferenceProvider):
         return self._scored_by.starts_as_policy
 
     @property
-    def device(self) -> str | None:
-        return self._source.device if self._source is not None and self._owns_source else None
-
-    @property
     def module(self) -> nn.Module | None:
         return self._source.module if self._source is not None else None
 
@@ -116,49 +83,34 @@ class CachedProvider(ReferenceProvider):
         assert self._source is not None, "pin() comes first"
         return self._source
 
-    def pin(self, context: ReferenceContext) -> nn.Module | None:
-        from trl_refplug.models.adapters import is_peft
-        from trl_refplug.options import parse_options
-        from trl_refplug.providers.cached.named_model import NamedModel
-        from trl_refplug.providers.cached.policy_source import BorrowedPolicy
-        from trl_refplug.providers.frozen import FrozenOptions, FrozenProvider
-
+    def pin(self, context: ReferenceContext) -> None:
         if self._given is not None:
-            self._source, self._given = FrozenProvider(model=self._given), None
-        elif self.options.source == "frozen" and (self.options.source_kwargs or {}).get("model") is not None:
-            self._source = NamedModel(parse_options("frozen", FrozenOptions, self.options.source_kwargs))
+            source = context.adopt(FrozenProvider(model=self._given))
+            self._given = None
         elif self.options.source is not None:
-            self._owns_source = False
-            self._source = context.create(self.options.source, self.options.source_kwargs)
+            source = context.create(self.options.source, self.options.source_kwargs, may_load_late=True)
         elif is_peft(context.policy) or context.peft_config is not None:
-            self._owns_source = False
-            self._source = context.create("adapter")
+            source = context.create("adapter")
         else:
-            if self.options.fill == "lazy":
-                raise ConfigurationError(
-                    "ref_provider='cached': with fill='lazy' rows are scored while the policy is being trained, so it "
-                    "cannot be scored in place of the reference. Use fill='ahead' where the data set is known "
-                    'beforehand, or name a source: {"source": "frozen"} (a second copy), {"source": "frozen", '
-                    '"source_kwargs": {"model": ...}}.'
-                )
-            self._source = BorrowedPolicy()
-        if not self._source.capabilities.offline or self._source.capabilities.moving:
+            source = context.adopt(PolicySource())
+        if source.capabilities.before_training_only and self.options.fill == "lazy":
+            raise ConfigurationError(
+                "ref_provider='cached': with fill='lazy' rows are scored while the policy is being trained, so it "
+                "cannot be scored in place of the reference. Use fill='ahead' where the data set is known "
+                'beforehand, or name a source: {"source": "frozen"} (a second copy), {"source": "frozen", '
+                '"source_kwargs": {"model": ...}}.'
+            )
+        if not source.capabilities.offline or source.capabilities.moving:
             raise ConfigurationError(
                 f"ref_provider='cached' stores what never changes, and source={self.options.source!r} answers "
                 "differently as training goes on. Use another source."
             )
-        return self._source.pin(context) if self._owns_source else None
+        self._source = source
 
     def setup(self, context: ReferenceContext) -> None:
-        from trl_refplug.providers.cached.missing_rows import check_known_ahead
-        from trl_refplug.providers.cached.row_keys import ModelFacts
-        from trl_refplug.providers.remote.provider import RemoteProvider
-
         self._context = context
         source = self._scored_by
-        if self._owns_source:
-            source.setup(context)
-        self._model_facts = getattr(source, "model_facts", None) or ModelFacts.of(source.module or context.policy)
+        self._traits = source.model_traits or traits_of(source.module or context.policy)
         self._keys = self._row_keys(context)
         self._filler = self._make_filler(context)
         self._store = self._open(self.options.path or default_path())
@@ -168,11 +120,7 @@ class CachedProvider(ReferenceProvider):
             check_known_ahead(context, source)
         if self.options.fill != "lazy" and not self.fills_as_training_begins:
             self._prepare()
-        if (
-            self.options.fill == "lazy"
-            and context.planned("train") is None
-            and hasattr(context.args, "num_generations")
-        ):
+        if self.options.fill == "lazy" and context.online:
             logger.warning(
                 "ref_provider='cached' with a trainer that generates its completions: they are new in every step, so "
                 "the store never has them, and grows for nothing. Use the source itself as `ref_provider`."
@@ -199,9 +147,6 @@ class CachedProvider(ReferenceProvider):
 
     def _check_known(self, served: VllmClient) -> None:
         """Of a reference that has a name and no digest, the store keeps what it answered to a known row."""
-        from trl_refplug.providers.cached.row_keys import BatchRows
-        from trl_refplug.rows import PaddedRows
-
         row = BatchRows(PaddedRows.flush_left([served.known]), [0])
         (stored,) = self._keys.find(self._store, row)
         if stored is not None:
@@ -241,65 +186,46 @@ class CachedProvider(ReferenceProvider):
         self._store.flush()
 
     def close(self) -> None:
-        try:
-            if self._store is not None:
-                self._store.close()
-        finally:
-            if self._source is not None and self._owns_source:
-                self._source.close()
+        if self._store is not None:
+            self._store.close()
 
     @property
     def _scores_packed(self) -> bool:
-        return getattr(self._scored_by.options, "scoring", "exact") == "packed"
+        return self._scored_by.scoring == "packed"
 
     def _open(self, path: str) -> LogProbStore:
-        from trl_refplug.store import LogProbStore
-
         if self.options.fill == "never":
             return LogProbStore(path, mode="r")
         reference = self._scored_by.identity().to_dict()
         return LogProbStore(path, mode="a", provenance={"reference": reference, "scoring": asdict(self._keys.exact)})
 
     def _make_filler(self, context: ReferenceContext) -> Filler:
-        import torch
-
-        from trl_refplug.models.tolerances import tolerance_for
-        from trl_refplug.providers.cached.filling import Filler
-
-        dtype = getattr(torch, self._model_facts.dtype)
+        dtype = getattr(torch, self._traits.dtype)
         tolerance = tolerance_for(str(context.accelerator.mixed_precision), dtype, context.accelerator.device.type)
         chosen = self.options
         return Filler(context, self._scored_by, self._keys, tolerance, fill=chosen.fill, verify=chosen.verify)
 
     def _row_keys(self, context: ReferenceContext) -> RowKeys:
-        from trl_refplug.models.tolerances import AUTOCAST_DTYPES, rounds_float32
-        from trl_refplug.providers.cached.row_keys import RowKeys
-        from trl_refplug.store import ScoringFacts
-
         precision = str(context.accelerator.mixed_precision)
         computed_in = None if precision == "no" else str(AUTOCAST_DTYPES.get(precision, precision))
         computed_in = computed_in and computed_in.removeprefix("torch.")
-        if (
-            computed_in is None
-            and self._model_facts.dtype == "float32"
-            and rounds_float32(context.accelerator.device.type)
-        ):
+        if computed_in is None and self._traits.dtype == "float32" and rounds_float32(context.accelerator.device.type):
             computed_in = "tf32"
         engine = context.args.deepspeed_plugin if self._scored_by.capabilities.local_model else None
-        if engine is not None and computed_in not in (None, self._model_facts.dtype):
+        if engine is not None and computed_in not in (None, self._traits.dtype):
             computed_in = f"{computed_in} weights"  # DeepSpeed rounds these too, autocast only what is computed
 
         def facts(mode: str) -> ScoringFacts:
             return ScoringFacts(
                 identity_digest=self._scored_by.identity().digest,
-                attention_implementation=self._model_facts.attention_implementation,
+                attention_implementation=self._traits.attention_implementation,
                 scoring_mode=mode,
                 temperature=context.temperature,
                 cast_lm_head_to_fp32=bool(getattr(context.args, "cast_lm_head_to_fp32", False)),
                 autocast_dtype=computed_in,
             )
 
-        return RowKeys(facts("packed"), facts("exact"), self._model_facts)
+        return RowKeys(facts("packed"), facts("exact"), self._traits)
 
 
 def default_path() -> str:

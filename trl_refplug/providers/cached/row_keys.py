@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from trl_refplug.errors import UnsupportedInputError
-from trl_refplug.models.causal_lm import causal_lm
-from trl_refplug.models.positions import absolute_positions, batch_length_limit
-from trl_refplug.provider import PlannedRows, ReferenceBatch
+from trl_refplug.provider import ModelTraits, ReferenceBatch
 from trl_refplug.rows import IGNORED, Ints, PaddedRows, Row, Values
+from trl_refplug.rows.planned import PlannedRows
 from trl_refplug.store import LogProbStore, RowKey, ScoringFacts, tail_scored_keys
 
 
@@ -87,40 +84,6 @@ class TailScoredRows:
         return counts
 
 
-@dataclass(frozen=True)
-class ModelFacts:
-    """
-    What decides how a model's rows are looked up, beside its digest.
-
-    Args:
-        attention_implementation (`str`): `"sdpa"`, ...
-        absolute_positions (`bool`): Whether padding on the left of a row changes its log-probs.
-        length_limit (`int` or `None`): The longest batch in which rows do not depend on each other's length.
-        dtype (`str`): Of the weights: `"bfloat16"`, ...
-    """
-
-    attention_implementation: str
-    absolute_positions: bool
-    length_limit: int | None
-    dtype: str
-
-    @classmethod
-    def of(cls, model: nn.Module) -> ModelFacts:
-        """Of a causal LM, however wrapped."""
-        inner = causal_lm(model)
-        limit = batch_length_limit(inner)
-        return cls(
-            attention_implementation=str(inner.config._attn_implementation),
-            absolute_positions=absolute_positions(inner),
-            length_limit=int(limit) if math.isfinite(limit) else None,
-            dtype=str(inner.dtype).removeprefix("torch."),
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
-
-
 class RowKeys:
     """
     Cuts batches into rows that have keys.
@@ -128,10 +91,10 @@ class RowKeys:
     Args:
         packed, exact ([`ScoringFacts`]): Of rows scored in bulk and of rows scored in the trainer's own batches. They
             agree within rounding, so a row under either key is a hit.
-        model ([`ModelFacts`]): Of the reference.
+        model ([`ModelTraits`]): Of the reference.
     """
 
-    def __init__(self, packed: ScoringFacts, exact: ScoringFacts, model: ModelFacts) -> None:
+    def __init__(self, packed: ScoringFacts, exact: ScoringFacts, model: ModelTraits) -> None:
         self.packed = packed
         self.exact = exact
         self._absolute = model.absolute_positions

@@ -10,7 +10,7 @@ import torch
 from trl_refplug.errors import ReferenceMismatchError
 from trl_refplug.models.tolerances import Tolerance
 from trl_refplug.provider import ReferenceProvider
-from trl_refplug.providers.cached.missing_rows import Survey
+from trl_refplug.providers.cached.missing_rows import MissingRows
 from trl_refplug.rows import PaddedRows
 
 
@@ -27,7 +27,7 @@ class SampleCheck:
 
 
 def check_sample(
-    found: Survey, source: ReferenceProvider, device: torch.device, tolerance: Tolerance
+    found: MissingRows, source: ReferenceProvider, device: torch.device, tolerance: Tolerance
 ) -> SampleCheck | None:
     """
     Score some stored rows again. `None` if there are none.

@@ -36,7 +36,7 @@ from trl_refplug.providers.ema.tensor_files import TensorReader, write_tensors
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from trl_refplug.providers.ema.provider import EmaOptions
+    from trl_refplug.providers.options import EmaOptions
 
 
 logger = logging.getLogger("trl_refplug")

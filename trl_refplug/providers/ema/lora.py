@@ -18,7 +18,7 @@ from trl_refplug.providers.ema.low_rank import LowRank
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trl_refplug.providers.ema.provider import EmaOptions
+    from trl_refplug.providers.options import EmaOptions
 
 
 _DEFAULT_MAX_RANK = 4  # times the policy's rank: enough for a tolerance of 1e-4 at any alpha in the runs measured

@@ -3,73 +3,39 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
+import xxhash
+from torch import Tensor, nn
 
 from trl_refplug.errors import ConfigurationError, ReferenceMismatchError
-from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
-
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
-
-    from trl_refplug.providers.ema.model_average import MovingAverage
-    from trl_refplug.scoring import Scorer
+from trl_refplug.models.adapters import (
+    REFERENCE_ADAPTER,
+    base_model_of,
+    is_peft,
+    peft_model_of,
+    policy_adapter,
+    reference_active,
+    save_without,
+    starts_as_identity,
+)
+from trl_refplug.models.copies import snapshot
+from trl_refplug.models.identity import combine_digests, digest_model, digest_tensors
+from trl_refplug.models.modes import stay_in_evaluation_mode
+from trl_refplug.models.purity import check_policy
+from trl_refplug.provider import ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
+from trl_refplug.providers.ema.adapter_average import AdapterAverage
+from trl_refplug.providers.ema.model_average import ModelAverage, MovingAverage
+from trl_refplug.providers.ema.tensor_files import clear_tensors
+from trl_refplug.providers.options import EMA_CAPABILITIES, EmaOptions
+from trl_refplug.providers.scorers import trainer_scorer
+from trl_refplug.scoring import Scorer
 
 
 _STATE = "ema.json"
-
-
-@dataclass(frozen=True)
-class EmaOptions:
-    """Options of `ema`."""
-
-    alpha: float = field(
-        default=0.6,
-        metadata={"help": "Weight of the policy in a sync, from 0 (never moves) to 1 (becomes the policy)."},
-    )
-    sync_steps: int = field(default=512, metadata={"help": "Optimiser steps from one sync to the next."})
-    start_step: int = field(default=0, metadata={"help": "No sync before this optimiser step."})
-    master_dtype: Literal["float32", "float64", "bfloat16"] = field(
-        default="float32",
-        metadata={
-            "help": "Least precision in which the average is kept. `bfloat16` saves the masters of a bfloat16 model, "
-            "and then a small `alpha` moves nothing."
-        },
-    )
-    master_device: Literal["same", "cpu"] = field(
-        default="same", metadata={"help": "Where those masters are: with the reference, or in the host's memory."}
-    )
-    average: Literal["exact", "factors"] = field(
-        default="exact",
-        metadata={
-            "help": "With PEFT, what is averaged. `exact`: the products BA, that is, the weights. `factors`: B and A "
-            "separately, which is cheaper and another method."
-        },
-    )
-    tolerance: float = field(
-        default=1e-4, metadata={"help": "With `exact`, relative error that a sync may make to keep the rank low."}
-    )
-    max_rank: int | None = field(
-        default=None,
-        metadata={"help": "With `exact`, rank of the reference's adapter. By default 4 times the policy's."},
-    )
-    scoring: Literal["exact", "packed"] = field(
-        default="exact",
-        metadata={"help": "`exact`: the trainer's own shapes, bit for bit. `packed`: shared prompts computed once."},
-    )
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha must be from 0 to 1, got {self.alpha}")
-        if self.sync_steps < 1:
-            raise ValueError(f"sync_steps must be at least 1, got {self.sync_steps}")
-        if self.start_step < 0:
-            raise ValueError(f"start_step must be at least 0, got {self.start_step}")
-        if not 0 <= self.tolerance < 1:
-            raise ValueError(f"tolerance must be at least 0 and less than 1, got {self.tolerance}")
 
 
 class EmaProvider(ReferenceProvider):
@@ -83,7 +49,7 @@ class EmaProvider(ReferenceProvider):
     """
 
     Options = EmaOptions
-    capabilities = Capabilities(local_model=True, moving=True, temperature=True, multimodal=True)
+    capabilities = EMA_CAPABILITIES
     options: EmaOptions
 
     def __init__(self, options: EmaOptions | None = None, *, model: nn.Module | None = None) -> None:
@@ -110,16 +76,9 @@ class EmaProvider(ReferenceProvider):
     @property
     def reference_adapter(self) -> str | None:
         """Name of the policy's adapter that is the reference, for PEFT."""
-        from trl_refplug.models.adapters import REFERENCE_ADAPTER
-
         return REFERENCE_ADAPTER if self._is_peft else None
 
     def pin(self, context: ReferenceContext) -> nn.Module | None:
-        from trl_refplug.models.adapters import is_peft
-        from trl_refplug.models.identity import digest_model
-        from trl_refplug.models.purity import check_policy
-        from trl_refplug.providers.copies import snapshot
-
         self._is_peft = context.peft_config is not None or is_peft(context.policy)
         if self._is_peft:
             if self._given is not None:
@@ -136,8 +95,6 @@ class EmaProvider(ReferenceProvider):
         return module
 
     def setup(self, context: ReferenceContext) -> None:
-        import torch
-
         _refuse_fsdp1(context.accelerator)
         self._context = context
         dtype = getattr(torch, self.options.master_dtype)
@@ -148,9 +105,6 @@ class EmaProvider(ReferenceProvider):
             self._setup_model(context, dtype, device)
 
     def _setup_model(self, context: ReferenceContext, dtype: torch.dtype, device: torch.device | None) -> None:
-        from trl_refplug.models.modes import stay_in_evaluation_mode
-        from trl_refplug.providers.ema.model_average import ModelAverage
-
         self._module = context.reference_model
         assert self._module is not None, "the seam places what pin() returned"
         stay_in_evaluation_mode(self._module)  # a model passed as `ref_model=` may still be in train mode
@@ -159,17 +113,6 @@ class EmaProvider(ReferenceProvider):
         self._kept_average = average
 
     def _setup_adapter(self, context: ReferenceContext, dtype: torch.dtype, device: torch.device | None) -> None:
-        from trl_refplug.models.adapters import (
-            base_model_of,
-            peft_model_of,
-            policy_adapter,
-            save_without,
-            starts_as_identity,
-        )
-        from trl_refplug.models.identity import combine_digests, digest_tensors
-        from trl_refplug.models.purity import check_policy
-        from trl_refplug.providers.ema.adapter_average import AdapterAverage
-
         policy = peft_model_of(context.policy)
         check_policy(policy, "ema")
         adapter = policy_adapter(policy)
@@ -187,8 +130,6 @@ class EmaProvider(ReferenceProvider):
         return self._kept_average
 
     def identity(self) -> ReferenceIdentity:
-        import xxhash
-
         assert self._start, "identity() before setup()"
         schedule = self._schedule()
         digest = xxhash.xxh3_128(json.dumps([self._start, schedule]).encode()).hexdigest()
@@ -203,8 +144,6 @@ class EmaProvider(ReferenceProvider):
         return {name: options[name] for name in names}
 
     def log_probs(self, batch: ReferenceBatch) -> Tensor:
-        from trl_refplug.models.adapters import reference_active
-
         assert self._context is not None, "log_probs() before setup()"
         policy = self._context.policy
         if self._is_peft:
@@ -218,8 +157,6 @@ class EmaProvider(ReferenceProvider):
         return log_probs
 
     def _score(self, model: nn.Module, mode: Literal["exact", "packed"], batch: ReferenceBatch) -> Tensor:
-        from trl_refplug.providers.scorers import trainer_scorer
-
         assert self._context is not None
         if (model, mode) not in self._scorers:  # FSDP and DeepSpeed put another policy in its place as training starts
             self._scorers[model, mode] = trainer_scorer(model, self._context, mode)
@@ -254,8 +191,6 @@ class EmaProvider(ReferenceProvider):
         return {"syncs": self._syncs}
 
     def save_state(self, directory: Path) -> None:
-        from trl_refplug.providers.ema.tensor_files import clear_tensors
-
         assert self._context is not None
         accelerator, writes = self._context.accelerator, self._context.args.should_save
         if writes:

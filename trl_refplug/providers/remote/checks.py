@@ -27,7 +27,7 @@ from trl_refplug.serving.vllm import VllmClient
 if TYPE_CHECKING:
     from torch import nn
 
-    from trl_refplug.providers.remote.provider import RemoteOptions
+    from trl_refplug.providers.options import RemoteOptions
 
 logger = logging.getLogger("trl_refplug")
 

@@ -6,55 +6,31 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
+from torch import Tensor
+
 from trl_refplug.errors import ConfigurationError, UnsupportedInputError, require_extra
-from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
+from trl_refplug.provider import ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
+from trl_refplug.providers.options import REMOTE_CAPABILITIES, RemoteOptions
+from trl_refplug.providers.remote import checks as remote_checks
+from trl_refplug.providers.remote.checks import check_tokenizer
+from trl_refplug.rows import PaddedRows
 from trl_refplug.serving.api_key import read_key
+from trl_refplug.serving.background import in_background
+from trl_refplug.serving.bulk import BulkScorer
+from trl_refplug.serving.client import ScoringClient
+from trl_refplug.serving.transport import Transport
+from trl_refplug.serving.vllm import VllmClient
 
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future
-    from pathlib import Path
-
-    from torch import Tensor
-
-    from trl_refplug.rows import PaddedRows
-    from trl_refplug.serving.bulk import BulkScorer
-    from trl_refplug.serving.client import ScoringClient
-    from trl_refplug.serving.transport import Transport
-    from trl_refplug.serving.vllm import VllmClient
 
 _KNOWN = "known-row.json"
-
-
-@dataclass(frozen=True)
-class RemoteOptions:
-    """Options of `remote`."""
-
-    url: str | list[str] = field(metadata={"help": "Address of the server, or of several that serve the same model."})
-    protocol: Literal["refplug", "vllm"] = field(
-        default="refplug",
-        metadata={"help": "`refplug`: `trl-refplug serve`. `vllm`: any OpenAI-compatible one with `prompt_logprobs`."},
-    )
-    model: str | None = field(
-        default=None, metadata={"help": "`vllm`: the name it is served under. By default the only one there is."}
-    )
-    api_key_env: str | None = field(
-        default=None, metadata={"help": "Environment variable with the key that the server expects."}
-    )
-    starts_as_policy: bool = field(
-        default=True,
-        metadata={"help": "The server serves the policy as it starts, which is checked. `false`: another model."},
-    )
-    connect_timeout: float = field(default=5.0, metadata={"help": "Seconds to connect."})
-    read_timeout: float = field(default=120.0, metadata={"help": "Seconds to wait for an answer."})
-    deadline: float = field(
-        default=300.0, metadata={"help": "Seconds after which a batch that no server has answered ends the run."}
-    )
 
 
 class RemoteProvider(ReferenceProvider):
@@ -66,7 +42,7 @@ class RemoteProvider(ReferenceProvider):
     """
 
     Options = RemoteOptions
-    capabilities = Capabilities(overlap=True, temperature=True, offline=True)
+    capabilities = REMOTE_CAPABILITIES
     options: RemoteOptions
 
     def __init__(self, options: RemoteOptions) -> None:
@@ -102,9 +78,6 @@ class RemoteProvider(ReferenceProvider):
         return self.options.starts_as_policy
 
     def pin(self, context: ReferenceContext) -> None:
-        from trl_refplug.providers.remote import checks as remote_checks
-        from trl_refplug.serving.transport import Transport
-
         options = self.options
         self._transport = Transport(
             self._urls,
@@ -118,8 +91,6 @@ class RemoteProvider(ReferenceProvider):
         self._client, self._identity = connect(self._transport, context, options)
 
     def setup(self, context: ReferenceContext) -> None:
-        from trl_refplug.providers.remote.checks import check_tokenizer
-
         check_tokenizer(self._asked, context.processing_class)
         self._saves = context.args.should_save
 
@@ -131,23 +102,17 @@ class RemoteProvider(ReferenceProvider):
         return self._score(self._rows(batch), batch.input_ids.device)
 
     def submit(self, batch: ReferenceBatch) -> Future[Tensor]:
-        from trl_refplug.serving.background import in_background
-
         rows, device = self._rows(batch), batch.input_ids.device
         return in_background(lambda: self._score(rows, device))
 
     @contextmanager
     def bulk_scorer(self) -> Iterator[BulkScorer]:
         """Scores streams of rows with several requests in flight."""
-        from trl_refplug.serving.bulk import BulkScorer
-
         yield BulkScorer(self._asked, self._temperature)
 
     @property
     def known(self) -> VllmClient | None:
         """Whose `known` row tells the reference from another one of its name; `None` where its digest does."""
-        from trl_refplug.serving.vllm import VllmClient
-
         return self._client if isinstance(self._client, VllmClient) else None
 
     def save_state(self, directory: Path) -> None:
@@ -155,8 +120,6 @@ class RemoteProvider(ReferenceProvider):
             (directory / _KNOWN).write_text(json.dumps(self.known.known_values.tolist()) + "\n", encoding="utf-8")
 
     def load_state(self, directory: Path) -> None:
-        import numpy as np
-
         path = directory / _KNOWN
         if self.known is not None and path.is_file():
             values = np.array(json.loads(path.read_text(encoding="utf-8")), np.float32)
@@ -187,8 +150,6 @@ class RemoteProvider(ReferenceProvider):
         return self._client
 
     def _rows(self, batch: ReferenceBatch) -> PaddedRows:
-        from trl_refplug.rows import PaddedRows
-
         try:
             return PaddedRows.of(batch)
         except ValueError as error:

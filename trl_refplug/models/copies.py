@@ -1,9 +1,8 @@
-"""Making a second, frozen model: from the policy in memory, or from a name."""
+"""Making a second, frozen model from the policy in memory."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +13,6 @@ from trl_refplug.models.modes import stay_in_evaluation_mode
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from trl_refplug.providers.frozen import FrozenOptions
 
 
 _MOVERS = ("to", "cuda", "xpu", "npu", "mlu", "musa", "sdaa")
@@ -55,41 +52,6 @@ def snapshot(policy: nn.Module, dtype: str | None = None, device: str | None = N
     if dtype not in (None, "auto"):
         module = module.to(getattr(torch, str(dtype)))
     return freeze(module)
-
-
-def load_model(options: FrozenOptions, policy: nn.Module, args: Any) -> nn.Module:
-    """The model that `options` name, loaded as TRL loads a reference; in the policy's dtype unless one is named."""
-    return load_named(str(options.model), loading(options, policy, args))
-
-
-def loading(options: FrozenOptions, policy: nn.Module, args: Any) -> dict[str, Any]:
-    """How the model that `options` name is loaded: keyword arguments of `from_pretrained`."""
-    from transformers import BitsAndBytesConfig
-
-    kwargs = dict(getattr(args, "model_init_kwargs", None) or {})
-    kwargs.pop("revision", None)  # the policy's revision says nothing about another model
-    config: Any = policy.config
-    kwargs.update(
-        dtype=options.dtype or policy.dtype,
-        attn_implementation=kwargs.get("attn_implementation") or config._attn_implementation,
-        trust_remote_code=kwargs.get("trust_remote_code", getattr(args, "trust_remote_code", False)),
-    )
-    if options.revision is not None:
-        kwargs["revision"] = options.revision
-    if options.quantization_config is not None:
-        kwargs["quantization_config"] = BitsAndBytesConfig(**options.quantization_config)
-    if options.device is not None:
-        kwargs["device_map"] = {"": options.device}
-    elif args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-        kwargs["device_map"] = None
-    return kwargs
-
-
-def load_named(model: str, kwargs: Mapping[str, Any]) -> nn.Module:
-    """A frozen model, from a name and the keyword arguments of [`loading`]."""
-    from trl.trainer.utils import create_model_from_path
-
-    return freeze(create_model_from_path(model, **kwargs))
 
 
 def freeze(module: nn.Module) -> nn.Module:

@@ -1,0 +1,193 @@
+"""
+The options of the built-in providers, and what each of them can do.
+
+This is the part of a provider that listing and checking flags need: it imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from trl_refplug.provider import Capabilities
+
+
+@dataclass(frozen=True)
+class FrozenOptions:
+    """Options of `frozen`."""
+
+    model: str | None = field(
+        default=None,
+        metadata={"help": "Hub id or path of the reference. By default the policy exactly as it was passed in."},
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `model`."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = field(
+        default=None, metadata={"help": "Precision of the copy. By default the policy's."}
+    )
+    quantization_config: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Keyword arguments of `BitsAndBytesConfig`, to quantise `model` as it loads."}
+    )
+    device: str | None = field(
+        default=None,
+        metadata={"help": "Where the copy lives (`cpu`, `cuda:1`). By default where the trainer would put it."},
+    )
+    scoring: Literal["exact", "packed"] = field(
+        default="exact",
+        metadata={"help": "`exact`: the trainer's own shapes, bit for bit. `packed`: shared prompts computed once."},
+    )
+
+
+FROZEN_CAPABILITIES = Capabilities(
+    local_model=True, temperature=True, multimodal=True, offline=True, accepts_model=True
+)
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """Options of `adapter`."""
+
+    start: Literal["adapter", "base"] | None = field(
+        default=None,
+        metadata={
+            "help": "`adapter`: a frozen copy of the policy's adapter as it starts. `base`: the model with adapters "
+            "disabled. By default `adapter` for a policy that comes with one, `base` for a new one, as TRL does."
+        },
+    )
+    adapter: str | None = field(
+        default=None, metadata={"help": "Name of another adapter of the policy that is the reference, frozen."}
+    )
+    scoring: Literal["exact", "packed"] = field(
+        default="exact",
+        metadata={"help": "`exact`: the trainer's own shapes, bit for bit. `packed`: shared prompts computed once."},
+    )
+
+
+ADAPTER_CAPABILITIES = Capabilities(
+    local_model=True, temperature=True, multimodal=True, offline=True, scores_policy=True
+)
+
+
+@dataclass(frozen=True)
+class CachedOptions:
+    """Options of `cached`."""
+
+    path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Directory or fsspec URL of the store, shared by any number of runs. By default "
+            "`~/.cache/trl-refplug/log-probs`."
+        },
+    )
+    source: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name of the provider that scores missing rows. By default the policy itself, before it is "
+            "trained: no second model."
+        },
+    )
+    source_kwargs: dict[str, Any] | None = field(default=None, metadata={"help": "Options of `source`."})
+    fill: Literal["ahead", "lazy", "never"] = field(
+        default="ahead",
+        metadata={
+            "help": "`ahead`: score all missing rows before training. `lazy`: score them when training asks for "
+            "them. `never`: a missing row is an error."
+        },
+    )
+    verify: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many stored rows are scored again at the start, to be sure of them. By default 4, and none "
+            "where that would take a model or a server that nothing else needs."
+        },
+    )
+
+
+CACHED_CAPABILITIES = Capabilities(local_model=True, temperature=True, offline=True, stored=True, accepts_model=True)
+
+
+@dataclass(frozen=True)
+class EmaOptions:
+    """Options of `ema`."""
+
+    alpha: float = field(
+        default=0.6,
+        metadata={
+            "help": "Weight of the policy in a sync, from 0 (never moves) to 1 (becomes the policy).",
+            "trl_flag": "ref_model_mixup_alpha",
+        },
+    )
+    sync_steps: int = field(
+        default=512,
+        metadata={"help": "Optimizer steps from one sync to the next.", "trl_flag": "ref_model_sync_steps"},
+    )
+    start_step: int = field(default=0, metadata={"help": "No sync before this optimiser step."})
+    master_dtype: Literal["float32", "float64", "bfloat16"] = field(
+        default="float32",
+        metadata={
+            "help": "Least precision in which the average is kept. `bfloat16` saves the masters of a bfloat16 model, "
+            "and then a small `alpha` moves nothing."
+        },
+    )
+    master_device: Literal["same", "cpu"] = field(
+        default="same", metadata={"help": "Where those masters are: with the reference, or in the host's memory."}
+    )
+    average: Literal["exact", "factors"] = field(
+        default="exact",
+        metadata={
+            "help": "With PEFT, what is averaged. `exact`: the products BA, that is, the weights. `factors`: B and A "
+            "separately, which is cheaper and another method."
+        },
+    )
+    tolerance: float = field(
+        default=1e-4, metadata={"help": "With `exact`, relative error that a sync may make to keep the rank low."}
+    )
+    max_rank: int | None = field(
+        default=None,
+        metadata={"help": "With `exact`, rank of the reference's adapter. By default 4 times the policy's."},
+    )
+    scoring: Literal["exact", "packed"] = field(
+        default="exact",
+        metadata={"help": "`exact`: the trainer's own shapes, bit for bit. `packed`: shared prompts computed once."},
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must be from 0 to 1, got {self.alpha}")
+        if self.sync_steps < 1:
+            raise ValueError(f"sync_steps must be at least 1, got {self.sync_steps}")
+        if self.start_step < 0:
+            raise ValueError(f"start_step must be at least 0, got {self.start_step}")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance must be at least 0 and less than 1, got {self.tolerance}")
+
+
+EMA_CAPABILITIES = Capabilities(local_model=True, moving=True, temperature=True, multimodal=True, accepts_model=True)
+
+
+@dataclass(frozen=True)
+class RemoteOptions:
+    """Options of `remote`."""
+
+    url: str | list[str] = field(metadata={"help": "Address of the server, or of several that serve the same model."})
+    protocol: Literal["refplug", "vllm"] = field(
+        default="refplug",
+        metadata={"help": "`refplug`: `trl-refplug serve`. `vllm`: any OpenAI-compatible one with `prompt_logprobs`."},
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "`vllm`: the name it is served under. By default the only one there is."}
+    )
+    api_key_env: str | None = field(
+        default=None, metadata={"help": "Environment variable with the key that the server expects."}
+    )
+    starts_as_policy: bool = field(
+        default=True,
+        metadata={"help": "The server serves the policy as it starts, which is checked. `false`: another model."},
+    )
+    connect_timeout: float = field(default=5.0, metadata={"help": "Seconds to connect."})
+    read_timeout: float = field(default=120.0, metadata={"help": "Seconds to wait for an answer."})
+    deadline: float = field(
+        default=300.0, metadata={"help": "Seconds after which a batch that no server has answered ends the run."}
+    )
+
+
+REMOTE_CAPABILITIES = Capabilities(overlap=True, temperature=True, offline=True)
