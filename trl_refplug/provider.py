@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from pathlib import Path
 
+    import numpy as np
     from accelerate import Accelerator
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from trl_refplug.rows.row import Row
@@ -224,6 +226,14 @@ class ReferenceContext(Protocol):
         """In `setup`: the module returned by `pin`, placed by TRL (dropout, LM head, DeepSpeed, FSDP, device)."""
 
     @property
+    def probe_rows(self) -> NDArray[np.int64] | None:
+        """
+        A few short rows of text, the same for the whole run: token ids, int64 `[rows, tokens]`. The reference is asked
+        about them again and again (see `ReferenceProvider.probe`). `None` where `ref_check` is off, or where there is
+        no tokenizer and the policy cannot run yet.
+        """
+
+    @property
     def may_load_late(self) -> bool:
         """
         In `pin`: whether this provider may never be asked for a log-prob, as when a store has all of them. A model
@@ -337,6 +347,11 @@ class ReferenceProvider(ABC):
         return None
 
     @property
+    def computes_in(self) -> str | None:
+        """Dtype that the reference computes in (`"bfloat16"`, ...), where it has no `module` that says so."""
+        return None
+
+    @property
     def at_hand(self) -> bool:
         """Whether to score a row takes nothing that is not in this process already: no model to load, no server."""
         return self.capabilities.local_model
@@ -375,6 +390,35 @@ class ReferenceProvider(ABC):
             `Tensor`: float32 `[batch, seq - 1]` in nats, on the device of `batch.input_ids`; entry `t` belongs to
             `labels[:, t + 1]` and is 0 where that is -100. The caller may change it in place.
         """
+
+    def declared_model(self, context: ReferenceContext) -> AbstractContextManager[nn.Module | None]:
+        """
+        The model that *is* this reference as it is declared, for as long as the context lasts: it is asked about the
+        probe by its ordinary logits, so that nothing which bends `log_probs` goes unnoticed.
+
+        Called right after `pin` and, where that gave `None`, once more after `setup`. By default it is the policy if
+        `starts_as_policy`, and the module that `pin` returned if not; `None` where there is neither, so that the first
+        answer of `probe` has to serve as the truth.
+        """
+        return nullcontext(context.policy if self.starts_as_policy else context.reference_model)
+
+    def probe(self, batch: ReferenceBatch) -> Tensor | None:
+        """
+        Answer the probe in the way in which training is answered: when TRL has built its trainer, as training begins,
+        with every checkpoint, and at the end.
+
+        Returns:
+            `Tensor` or `None`: As `log_probs`. `None` where the reference cannot be asked now, or answers with what
+            others have said, which are asked themselves.
+        """
+        return None if self.unavailable else self.log_probs(batch)
+
+    def weights(self) -> Iterable[tuple[str, Tensor]]:
+        """
+        The tensors in this process that decide the answers, by name. They are compared, bit for bit, between the start
+        of training and every checkpoint. By default those of `module`.
+        """
+        return [] if self.module is None else self.module.state_dict(keep_vars=True).items()
 
     def submit(self, batch: ReferenceBatch) -> Future[Tensor]:
         """

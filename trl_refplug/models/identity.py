@@ -90,11 +90,11 @@ def digest_tensors(
 
 def tensor_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
     """The dtype of every tensor `digest_model` covers, by canonical name."""
-    return {name: tensor.dtype for name, tensor in _canonical_tensors(model, None)}
+    return {name: tensor.dtype for name, tensor in canonical_tensors(model, None)}
 
 
 def _digest_tensors_here(model: nn.Module, adapter: str | None, dtypes: Mapping[str, torch.dtype]) -> dict[str, str]:
-    tensors = dict(sorted(_canonical_tensors(model, adapter), key=itemgetter(0)))
+    tensors = dict(sorted(canonical_tensors(model, adapter), key=itemgetter(0)))
     meta = [name for name, tensor in tensors.items() if tensor.is_meta]
     if meta:
         raise ConfigurationError(
@@ -157,7 +157,13 @@ def adapter_attributes(model: nn.Module) -> frozenset[str]:
     return frozenset(attributes)
 
 
-def _canonical_tensors(model: nn.Module, adapter: str | None) -> Iterator[tuple[str, Tensor]]:
+def canonical_tensors(model: nn.Module, adapter: str | None) -> Iterator[tuple[str, Tensor]]:
+    """
+    The tensors that decide what `model` computes, by the names that they have in the model itself.
+
+    Args:
+        adapter (`str` or `None`): The adapter of a PEFT model whose tensors belong to them.
+    """
     is_peft = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
     attributes = adapter_attributes(model) if is_peft else frozenset()
     prefix = _peft_prefix(model) if is_peft else ""

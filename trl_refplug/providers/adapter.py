@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from trl_refplug.models.adapters import (
     reference_active,
     starts_as_identity,
 )
-from trl_refplug.models.identity import combine_digests, digest_tensors, tensor_dtypes
+from trl_refplug.models.identity import canonical_tensors, combine_digests, digest_tensors, tensor_dtypes
 from trl_refplug.models.purity import check_policy, rewritten_tensors
 from trl_refplug.provider import ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
 from trl_refplug.providers.options import ADAPTER_CAPABILITIES, AdapterOptions
@@ -120,6 +120,25 @@ class AdapterProvider(ReferenceProvider):
     def identity(self) -> ReferenceIdentity:
         assert self._identity is not None, "identity() before pin()"
         return self._identity
+
+    @contextmanager
+    def declared_model(self, context: ReferenceContext) -> Iterator[nn.Module | None]:
+        policy: Any = context.policy
+        if not is_peft(policy):  # in pin, before TRL adds the adapter
+            declares_original = self.options.start is None or self._copies_adapter
+            yield policy if declares_original else None
+        elif self._is_new and self.options.start == "base":  # exists only now that PEFT has wrapped the model
+            with reference_active(policy, None):
+                yield policy
+        else:
+            pinned = policy_adapter(policy) if self._copies_adapter else self.options.adapter
+            with reference_active(policy, pinned):
+                yield policy
+
+    def weights(self) -> Iterable[tuple[str, Tensor]]:
+        if self._context is None:
+            return []
+        return canonical_tensors(peft_model_of(self._context.policy), self._reference_adapter)
 
     def log_probs(self, batch: ReferenceBatch) -> Tensor:
         assert self._context is not None, "log_probs() before setup()"

@@ -168,6 +168,9 @@ class FrozenProvider(ReferenceProvider):
             return scorer.log_probs(batch)
         return scorer.log_probs(batch.to(self.options.device)).to(batch.input_ids.device)
 
+    def probe(self, batch: ReferenceBatch) -> Tensor | None:
+        return self.log_probs(batch) if self.at_hand else None
+
     def submit(self, batch: ReferenceBatch) -> Future[Tensor]:
         scorer = self._load()
         assert self._thread is not None, "only with capabilities.overlap"

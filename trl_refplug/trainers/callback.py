@@ -41,9 +41,8 @@ class SessionCallback(TrainerCallback):  # type: ignore[misc]
             self._step_started = None
         self.session.step_ended(state.global_step)
 
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        for provider in self.session.providers:
-            provider.on_train_end()
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.session.training_ended(state.global_step)
 
     def take(self) -> dict[str, float]:
         """The averages since the last call, empty if no step has ended since."""

@@ -17,8 +17,15 @@ logger = logging.getLogger("trl_refplug")
 _RECORD = "refplug/reference.json"
 
 
-def write_to_checkpoint(checkpoint: str, provider: ReferenceProvider, name: str, *, main_process: bool) -> None:
-    """Write the reference's record, and the provider's state, into a checkpoint that is not complete yet."""
+def write_to_checkpoint(
+    checkpoint: str, provider: ReferenceProvider, name: str, probe: Any, *, main_process: bool
+) -> None:
+    """
+    Write the reference's record, and the provider's state, into a checkpoint that is not complete yet.
+
+    Args:
+        probe: What the reference says about the probe, as JSON values.
+    """
     state = Path(checkpoint) / STATE_DIRECTORY
     state.mkdir(parents=True, exist_ok=True)
     provider.save_state(state)
@@ -27,14 +34,18 @@ def write_to_checkpoint(checkpoint: str, provider: ReferenceProvider, name: str,
             "provider": name,
             "identity": provider.identity().to_dict(),
             "metadata": provider.metadata(),
+            "probe": probe,
             "versions": {package: version(package) for package in ("trl", "transformers", "peft", "torch")},
         }
         (Path(checkpoint) / _RECORD).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
 
 
-def compare_with_checkpoint(checkpoint: str, provider: ReferenceProvider) -> None:
+def compare_with_checkpoint(checkpoint: str, provider: ReferenceProvider) -> Any:
     """
     Refuse to go on against another reference than the one the checkpoint was trained with; restore the provider.
+
+    Returns:
+        What the checkpoint says of the probe, as JSON values; `None` if nothing.
 
     Raises:
         ReferenceMismatchError: The identities differ, or a moving reference's state is missing.
@@ -52,8 +63,9 @@ def compare_with_checkpoint(checkpoint: str, provider: ReferenceProvider) -> Non
             checkpoint,
             provider.identity(),
         )
-        return
-    saved = ReferenceIdentity.from_dict(_read(record_file)["identity"])
+        return None
+    record = _read(record_file)
+    saved = ReferenceIdentity.from_dict(record["identity"])
     current = provider.identity()
     if saved.digest != current.digest:
         raise ReferenceMismatchError(
@@ -62,6 +74,7 @@ def compare_with_checkpoint(checkpoint: str, provider: ReferenceProvider) -> Non
             "checkpoint itself: `resume_from_checkpoint` loads that), and the same reference options."
         )
     provider.load_state(Path(checkpoint) / STATE_DIRECTORY)
+    return record.get("probe")
 
 
 def _read(path: Path) -> dict[str, Any]:

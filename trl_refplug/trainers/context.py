@@ -16,7 +16,9 @@ from trl_refplug.trainers.trl_patch import PatchPoint
 
 
 if TYPE_CHECKING:
+    import numpy as np
     from accelerate import Accelerator
+    from numpy.typing import NDArray
     from torch import nn
 
     from trl_refplug.rows.planned import PlannedRows
@@ -79,6 +81,7 @@ class TrainerContext:
         self._run = run
         self._pin_nested = pin_nested
         self.may_load_late = may_load_late
+        self.probe_rows: NDArray[np.int64] | None = None
         self.pinned_policy: nn.Module | None = None
         self.reference_model: nn.Module | None = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 from trl_refplug.arguments import ReferenceArguments
 from trl_refplug.errors import ConfigurationError
@@ -17,8 +17,8 @@ from trl_refplug.trainers.trl_patch import PatchPoint, check_flags
 
 logger = logging.getLogger("trl_refplug")
 
-_taken: WeakSet[ReferenceProvider] = WeakSet()
-"""Provider instances that a trainer was given."""
+_taken: WeakValueDictionary[int, ReferenceProvider] = WeakValueDictionary()
+"""Provider instances that a trainer was given, by `id`."""
 
 
 def open_session(
@@ -29,6 +29,8 @@ def open_session(
     peft_config: Any,
     reference: ReferenceProvider | None,
     ref_model: Any,
+    processing_class: Any,
+    train_dataset: Any,
 ) -> ReferenceSession | None:
     """
     Select a provider from the trainer's arguments, before anything is loaded. `None` leaves TRL alone.
@@ -64,13 +66,22 @@ def open_session(
                 f"`reference=` takes a ReferenceProvider instance, got {type(reference).__name__}. A model goes into "
                 "`ref_model=`, a provider's name into `ref_provider`."
             )
-        if reference in _taken:
+        if _taken.get(id(reference)) is reference:
             raise ConfigurationError(
                 f"`reference=` is a {type(reference).__name__} that another trainer was given before. It belongs to "
                 "that trainer's policy, and is closed with it. Make a new one for every trainer."
             )
-        session = ReferenceSession(patch_point, reference, type(reference).__name__, args, peft_config, for_trl)
-        _taken.add(reference)
+        session = ReferenceSession(
+            patch_point,
+            reference,
+            type(reference).__name__,
+            args,
+            peft_config,
+            for_trl,
+            processing_class,
+            train_dataset,
+        )
+        _taken[id(reference)] = reference
         return session
     selection = Selection(
         args=args,
@@ -80,7 +91,7 @@ def open_session(
     )
     name = select_name(selection)
     provider = make_provider(name, flags.ref_provider_kwargs, args=args, ref_model=ref_model)
-    return ReferenceSession(patch_point, provider, name, args, peft_config, for_trl)
+    return ReferenceSession(patch_point, provider, name, args, peft_config, for_trl, processing_class, train_dataset)
 
 
 def _asked_for(flags: ReferenceArguments, reference: ReferenceProvider | None, ref_model: Any) -> str:

@@ -114,6 +114,8 @@ class Plugged:
             peft_config=given.get("peft_config"),
             reference=self._refplug_reference,
             ref_model=given.get("ref_model", self._refplug_ref_model),
+            processing_class=given.get("processing_class"),
+            train_dataset=given.get("train_dataset"),
         )
         self._refplug_session: ReferenceSession | None = session
         if session is None:
@@ -153,6 +155,8 @@ class Plugged:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self._refplug_session is not None:
+            self._refplug_session.checkpoint_begins(self.state.global_step)  # type: ignore[attr-defined]
         self._refplug_saving = True
         try:
             super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
@@ -170,7 +174,8 @@ class Plugged:
         if self._refplug_session is not None and self._refplug_saving and output_dir is not None:
             session = self._refplug_session
             main_process = self.args.should_save  # type: ignore[attr-defined]
-            write_to_checkpoint(output_dir, session.provider, session.name, main_process=main_process)
+            probe = session.check.record(session.provider)
+            write_to_checkpoint(output_dir, session.provider, session.name, probe, main_process=main_process)
 
 
 @cache

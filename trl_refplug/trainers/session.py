@@ -19,12 +19,12 @@ from trl_refplug.provider import ReferenceBatch, ReferenceProvider
 from trl_refplug.runtime.random_state import rng_kept
 from trl_refplug.runtime.ranks import all_ranks
 from trl_refplug.trainers import policy as policies
-from trl_refplug.trainers.check import check_against_policy
 from trl_refplug.trainers.checkpoint import compare_with_checkpoint
 from trl_refplug.trainers.context import Run, TrainerContext
 from trl_refplug.trainers.placement import place
 from trl_refplug.trainers.prefetch import Prefetcher
 from trl_refplug.trainers.rank_check import compare_ranks
+from trl_refplug.trainers.reference_check import ReferenceCheck
 from trl_refplug.trainers.reference_model import ReferenceModel
 from trl_refplug.trainers.selection import check_capabilities
 from trl_refplug.trainers.trl_patch import PatchPoint, loading_replaced, unsupported_trl
@@ -44,6 +44,7 @@ class ReferenceSession:
         args: The trainer's arguments.
         peft_config: The trainer's `peft_config` argument.
         ref_model (`nn.Module`, *optional*): The reference model that TRL itself is given, and places.
+        processing_class (*optional*), train_dataset (*optional*): The trainer's arguments of these names.
     """
 
     def __init__(
@@ -54,14 +55,20 @@ class ReferenceSession:
         args: Any,
         peft_config: Any,
         ref_model: nn.Module | None,
+        processing_class: Any,
+        train_dataset: Any,
     ) -> None:
         self.provider = provider
         self.name = name
         self.run = Run(patch_point, args, peft_config)
         self.flags = ReferenceArguments.of(args)
+        self.check = ReferenceCheck(self.flags.ref_check, self.run)
         self.reference_model: ReferenceModel | None = None
         self.prefetcher: Prefetcher | None = None
         self._ref_model = ref_model
+        self._processing_class = processing_class
+        self._train_dataset = train_dataset
+        self._record: Any = None  # of the probe, in the checkpoint that training goes on from
         self._began = False
         self._calls_before: int | None = None
         self._context = TrainerContext(self.run, self._pin_nested)
@@ -79,8 +86,10 @@ class ReferenceSession:
     def pin(self, policy: nn.Module) -> None:
         """Fix the reference: `policy` is exactly as it was passed in."""
         with rng_kept():
+            self.check.choose_rows(policy, self._processing_class, self._train_dataset)
             self._pin(self.provider, self._context, policy)
         self._pinned = True
+        self._train_dataset = None
 
     def _pin_nested(self, provider: ReferenceProvider, name: str, policy: nn.Module, may_load_late: bool) -> None:
         """Pin a provider that another one is made of."""
@@ -89,19 +98,19 @@ class ReferenceSession:
         check_capabilities(provider, name, temperature=self.run.temperature)
         self._pin(provider, context, policy)
 
-    @staticmethod
-    def _pin(provider: ReferenceProvider, context: TrainerContext, policy: nn.Module) -> None:
+    def _pin(self, provider: ReferenceProvider, context: TrainerContext, policy: nn.Module) -> None:
         context.pinned_policy = policy
+        context.probe_rows = self.check.rows
         try:
-            module = provider.pin(context)
+            context.reference_model = provider.pin(context)
+            self.check.ask_declared(provider, context)
         finally:
             context.pinned_policy = None
-        if module is policy:
+        if context.reference_model is policy:
             raise ConfigurationError(
                 f"{type(provider).__name__}.pin() returned the policy itself, which is about to be trained. Return a "
                 "copy of it (`copy.deepcopy(context.policy)`), or None to have no model placed."
             )
-        context.reference_model = module
 
     # While TRL constructs
 
@@ -163,6 +172,7 @@ class ReferenceSession:
             placed = place(pinned, trainer, temperature=self.run.temperature, device=provider.device)
         context.reference_model = placed
         provider.setup(context)
+        self.check.built(provider, context)
         context.reference_model = None  # it is the provider's, which lets go of it in close()
 
     def _match_dropout(self, trainer: Any) -> None:
@@ -206,7 +216,7 @@ class ReferenceSession:
         self._began = False
         try:
             if checkpoint:
-                compare_with_checkpoint(checkpoint, self.provider)
+                self._record = compare_with_checkpoint(checkpoint, self.provider)
                 self.run.resumed = self.run.policy_moved = True
             yield
         except BaseException:
@@ -226,6 +236,10 @@ class ReferenceSession:
         with rng_kept():
             for provider in self.providers:
                 provider.on_train_begin()
+            self.check.training_begins(self.providers)
+            if self._record is not None:
+                self.check.compare_with_record(self.provider, self._record)
+                self._record = None
 
     def step_begins(self) -> None:
         """An optimiser step begins."""
@@ -249,22 +263,20 @@ class ReferenceSession:
         if self.provider.capabilities.moving:
             self.provider.on_step_end(step)
 
+    def checkpoint_begins(self, step: int) -> None:
+        """A checkpoint is about to be written: it must not be one that was trained against another reference."""
+        with rng_kept():
+            self.check.still_holds(self.providers, f"at the checkpoint of step {step}")
+
+    def training_ended(self, step: int) -> None:
+        """Training is over, as planned or early."""
+        for provider in self.providers:
+            provider.on_train_end()
+        with rng_kept():
+            self.check.still_holds(self.providers, f"at the end of training, after step {step}")
+
     def _first_call(self, batch: ReferenceBatch, log_probs: Tensor) -> None:
-        if self.flags.ref_check == "off" or self.run.resumed or self.run.trainer.state.global_step > 0:
-            return
-        if not self.provider.starts_as_policy:
-            logger.warning(
-                "ref_check skipped: the reference %s is not declared to be the policy as it starts.",
-                self.provider.identity(),
-            )
-            return
-        check_against_policy(
-            self.run.trainer,
-            batch,
-            log_probs,
-            identity=self.provider.identity(),
-            strict=self.flags.ref_check == "error",
-        )
+        self.check.first_batch(self.provider, batch, log_probs)
 
 
 def _close(providers: list[ReferenceProvider]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -158,6 +160,17 @@ class CachedProvider(ReferenceProvider):
     def identity(self) -> ReferenceIdentity:
         source = self._scored_by.identity()
         return ReferenceIdentity("cached", source.digest, {"source": source.provider}, (source,))
+
+    # What scores is asked itself: a store repeats what it said.
+
+    def declared_model(self, context: ReferenceContext) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def probe(self, batch: ReferenceBatch) -> None:
+        return None
+
+    def weights(self) -> Iterable[tuple[str, Tensor]]:
+        return ()
 
     def log_probs(self, batch: ReferenceBatch) -> Tensor:
         rows = self._keys.of(batch)

@@ -1,0 +1,95 @@
+"""Noticing that weights were changed, without keeping a copy of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trl_refplug.models.sharding import local
+
+
+_LANES = 4096  # sums kept of a tensor before they are added up
+_SAMPLE = 64
+_ROUNDING = 1e-4
+"""Relative change of float32 weights that merging an adapter and taking it out again may leave. Scaling a matrix by
+1.01 changes it by 1e-2."""
+
+
+@dataclass(frozen=True, eq=False)
+class WeightMark:
+    """
+    What is remembered of one tensor.
+
+    Args:
+        total (`int`): A sum over all of its bits.
+        sample (`Tensor`): float64 `[sample]` on the CPU: some of its values.
+        is_float32 (`bool`): Whether it is precise enough for rounding to be told from a change.
+    """
+
+    total: int
+    sample: Tensor
+    is_float32: bool
+
+
+def mark_weights(weights: Iterable[tuple[str, Tensor]]) -> dict[str, WeightMark]:
+    """Remember tensors by name. Of a sharded tensor, this rank's part. Reads each once, where it is."""
+    with torch.no_grad():
+        return {
+            name if number == 0 else f"{name} (part {number})": _mark(part)
+            for name, whole in weights
+            for number, part in enumerate(_plain(whole))
+            if not part.is_meta
+        }
+
+
+def changed_weights(before: dict[str, WeightMark], weights: Iterable[tuple[str, Tensor]]) -> tuple[list[str], bool]:
+    """
+    Which of the tensors are not what they were.
+
+    Returns:
+        `tuple[list[str], bool]`: Their names; and whether all of them changed by rounding only.
+    """
+    after = mark_weights(weights)
+    changed = [name for name, mark in before.items() if name in after and after[name].total != mark.total]
+    return changed, all(_rounded(before[name], after[name]) for name in changed)
+
+
+def _rounded(before: WeightMark, after: WeightMark) -> bool:
+    """Whether a tensor changed as a whole, and by very little. A change that the sample does not show is local."""
+    off = (after.sample - before.sample).norm()
+    return before.is_float32 and bool(0 < off <= _ROUNDING * before.sample.norm())
+
+
+def _mark(tensor: Tensor) -> WeightMark:
+    flat = tensor.detach().reshape(-1)
+    step = max(1, flat.numel() // _SAMPLE)
+    values = flat[::step][:_SAMPLE]
+    sample = values.double().cpu() if values.is_floating_point() else values.cpu().double()
+    return WeightMark(_total(flat), sample, tensor.dtype == torch.float32)
+
+
+def _total(flat: Tensor) -> int:
+    """A sum over all bits of a tensor in which it matters where they are, but for whole lanes that change places."""
+    if not flat.is_contiguous():
+        flat = flat.contiguous()
+    bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+    whole = len(bits) // _LANES * _LANES
+    weights = torch.arange(1, 2 * _LANES, 2, dtype=torch.int64, device=bits.device)
+    total = bits[whole:].to(torch.int64).mul(weights[: len(bits) - whole]).sum()
+    if whole:
+        total = total + bits[:whole].view(-1, _LANES).sum(0, dtype=torch.int64).mul(weights).sum()
+    return int(total)
+
+
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
+    """The ordinary tensors that a tensor is made of: this rank's part, or the inner tensors of a quantized one."""
+    part = local(tensor)
+    if hasattr(part, "__tensor_flatten__"):
+        names, _ = part.__tensor_flatten__()
+        for name in names:
+            yield from _plain(getattr(part, name))
+    else:
+        yield part.data if isinstance(part, torch.nn.Parameter) else part

@@ -1,0 +1,274 @@
+"""
+`ref_check`: is the reference in use the one that was declared, and is it still?
+
+The declared reference is asked about a few rows of text by its ordinary logits before TRL touches anything (see
+`models/probe.py`). The provider is asked about the same rows in the way in which training is answered: when TRL has
+built its trainer, as training begins, with every checkpoint and at the end. The first batch of training is compared
+with the policy's own log-probs as well, where the reference is declared to be the policy.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+from trl.trainer.utils import get_config_model_id
+
+from trl_refplug.errors import InvalidLogProbsError, ReferenceMismatchError
+from trl_refplug.models.probe import Probe, Rows, ordinary_log_probs, probe_batch, probe_rows, runs_alone
+from trl_refplug.models.tolerances import Tolerance, tolerance_for
+from trl_refplug.models.weights import WeightMark, changed_weights, mark_weights
+from trl_refplug.provider import ReferenceBatch, ReferenceIdentity, ReferenceProvider
+from trl_refplug.rows import form_problem
+from trl_refplug.trainers.context import Run, TrainerContext
+from trl_refplug.trainers.policy import policy_log_probs
+
+
+logger = logging.getLogger("trl_refplug")
+
+_ROWS_SHOWN = 5
+
+_BUILT = "when TRL had built its trainer"
+_BEGUN = "as training began"
+
+
+class ReferenceCheck:
+    """
+    Checks the reference of one trainer, and what it is made of.
+
+    Args:
+        mode (`str`): The flag `ref_check`: `"error"`, `"warn"` or `"off"`.
+        run ([`Run`]): The run.
+
+    Attributes:
+        rows (`np.ndarray` or `None`): The rows of the probe.
+    """
+
+    def __init__(self, mode: str, run: Run) -> None:
+        self.rows: Rows | None = None
+        self._mode = mode
+        self._run = run
+        self._truths: dict[int, Probe] = {}
+        self._marks: dict[int, dict[str, WeightMark]] = {}  # both by `id`: a provider need not be hashable
+        self._held = "when it was pinned"
+        self._warned_of_rounding = False
+
+    # Before TRL touches anything
+
+    def choose_rows(self, policy: Any, processing_class: Any, data: Any) -> None:
+        """Fix the rows of the probe. Without `processing_class`, the tokenizer is the one that TRL will load."""
+        if self._mode == "off":
+            return
+        tokenizer = _own_tokenizer(policy) if processing_class is None else processing_class
+        self.rows = probe_rows(policy, tokenizer, data)
+
+    def ask_declared(self, provider: ReferenceProvider, context: TrainerContext) -> None:
+        """Ask the model that is the reference as it is declared, if there is one now and nobody asked it before."""
+        if self.rows is None or id(provider) in self._truths:
+            return
+        with provider.declared_model(context) as model:
+            if model is None or not runs_alone(model):
+                return
+            try:
+                said = ordinary_log_probs(model, self.rows, self._run.temperature)
+            except (RuntimeError, NotImplementedError, ImportError) as error:
+                # Kernels that do not run where the model is before it is placed. The provider's first answer serves.
+                logger.info("The declared reference cannot be asked before it is placed: %s", error)
+                return
+        origin = "the policy as it was passed in" if provider.starts_as_policy else "the model that was declared"
+        self._truths[id(provider)] = Probe(self.rows, said, origin)
+
+    # While the trainer is built and trains
+
+    def built(self, provider: ReferenceProvider, context: TrainerContext) -> None:
+        """TRL has built its trainer, and `provider` is set up."""
+        self.ask_declared(provider, context)
+        self._ask(provider, _BUILT)
+        if self._mode != "off" and not provider.capabilities.moving:
+            self._marks[id(provider)] = mark_weights(provider.weights())
+
+    def training_begins(self, providers: Iterable[ReferenceProvider]) -> None:
+        """The policy is placed, and loaded if training goes on from a checkpoint."""
+        for provider in providers:
+            if not (provider.capabilities.moving and self._run.resumed):
+                self._check(provider, _BEGUN)
+            if id(provider) in self._marks:
+                self._marks[id(provider)] = mark_weights(provider.weights())  # placing may have cast or sharded them
+        self._held = _BEGUN
+
+    def still_holds(self, providers: Iterable[ReferenceProvider], when: str) -> None:
+        """
+        Check every reference that is declared not to move.
+
+        Args:
+            when (`str`): The moment, for messages: "at step 10".
+        """
+        for provider in providers:
+            if not provider.capabilities.moving:
+                self._check(provider, when)
+        self._held = when
+
+    def _check(self, provider: ReferenceProvider, when: str) -> None:
+        self._compare_weights(provider, when)
+        self._ask(provider, when)
+
+    def _ask(self, provider: ReferenceProvider, when: str) -> None:
+        if self.rows is None:
+            return
+        batch = probe_batch(self.rows, self._run.trainer.args.device)
+        with torch.no_grad():
+            found = provider.probe(batch)
+        if found is None:
+            return
+        if problem := form_problem(found, batch):
+            raise InvalidLogProbsError(
+                f"Reference provider {provider.identity().provider!r}: {problem}. It was asked {when}."
+            )
+        truth = self._truths.get(id(provider))
+        if truth is None:
+            self._truths[id(provider)] = Probe(self.rows, found.float().cpu(), f"its own answer {when}")
+            return
+        self._compare(provider, truth, found, when)
+
+    def _compare(self, provider: ReferenceProvider, truth: Probe, found: Tensor, when: str) -> None:
+        largest, mean = truth.difference(found)
+        tolerance = self._tolerance(provider)
+        if tolerance.allows(largest, mean):
+            return
+        self._fail(
+            f"The reference {provider.identity()} is not the one that was declared: {when} it was asked about "
+            f"{len(truth.rows)} short rows of text, and its log-probs differ from those of {truth.origin} by "
+            f"{mean:.3g} nats per token on average (tolerance {tolerance.mean:g}) and by up to {largest:.3g} "
+            f"(tolerance {tolerance.largest:g}). {self._last_held()}Likely causes: {_CAUSES}"
+        )
+
+    def _compare_weights(self, provider: ReferenceProvider, when: str) -> None:
+        if id(provider) not in self._marks:
+            return
+        changed, rounded = changed_weights(self._marks[id(provider)], provider.weights())
+        if not changed:
+            return
+        message = (
+            f"The reference {provider.identity()} is declared not to move, and {len(changed)} of its weights "
+            f"({', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}) are not what they were. They were "
+            f"changed after the last check, {self._held}, and before this one, {when}."
+        )
+        if not rounded:
+            self._fail(f"{message} Likely causes: {_CAUSES}")
+        elif not self._warned_of_rounding:
+            self._warned_of_rounding = True
+            logger.warning(
+                "%s They changed by no more than float32 rounds, as merging an adapter and taking it out again leaves "
+                "them, so training goes on. This is said once.",
+                message,
+            )
+
+    def _last_held(self) -> str:
+        return f"It last held {self._held}. "
+
+    def _fail(self, message: str) -> None:
+        if self._mode == "error":
+            raise ReferenceMismatchError(message)
+        logger.warning(message)
+
+    def _tolerance(self, provider: ReferenceProvider) -> Tolerance:
+        accelerator, policy = self._run.trainer.accelerator, self._run.trainer.model
+        dtype: torch.dtype = getattr(accelerator.unwrap_model(provider.module or policy), "dtype", torch.float32)
+        if provider.computes_in is not None:
+            dtype = getattr(torch, provider.computes_in)
+        return tolerance_for(str(accelerator.mixed_precision), dtype, accelerator.device.type)
+
+    # Checkpoints
+
+    def record(self, provider: ReferenceProvider) -> dict[str, Any] | None:
+        """What a checkpoint keeps of the probe of the selected provider, as JSON values."""
+        truth = self._truths.get(id(provider))
+        return None if truth is None or provider.capabilities.moving else truth.to_dict()
+
+    def compare_with_record(self, provider: ReferenceProvider, record: Any) -> None:
+        """
+        Ask a reference about the probe of the checkpoint that training goes on from.
+
+        Raises:
+            ReferenceMismatchError: It is not the reference that training was started with (`ref_check="error"`).
+        """
+        if self._mode == "off" or not record:
+            return
+        saved = Probe.from_dict(record)
+        with torch.no_grad():
+            found = provider.probe(probe_batch(saved.rows, self._run.trainer.args.device))
+        if found is not None:
+            self._held = "when the checkpoint was written"
+            truth = Probe(saved.rows, saved.log_probs, "the reference that the run was started with")
+            self._compare(provider, truth, found, "as training was resumed")
+
+    # The first batch
+
+    def first_batch(self, provider: ReferenceProvider, batch: ReferenceBatch, log_probs: Tensor) -> None:
+        """Compare the first log-probs with the policy's own, where the reference is declared to be the policy."""
+        trainer = self._run.trainer
+        if self._mode == "off" or self._run.resumed or trainer.state.global_step > 0:
+            return
+        if not provider.starts_as_policy:
+            logger.warning(
+                "ref_check skipped for the first batch: the reference %s is not declared to be the policy as it "
+                "starts. The probe was checked.",
+                provider.identity(),
+            )
+            return
+        if problem := difference_from_policy(trainer, batch, log_probs, provider.identity()):
+            self._fail(problem)
+
+
+_CAUSES = (
+    "a callback, or the code around the trainer, changed the weights or the configuration of the policy's base or of "
+    "the reference; an adapter rewrote the base's weights as it was added, or sits where the fused LM head passes it "
+    "by; an adapter was merged and taken out again in half precision; the server was restarted with another model. If "
+    "this reference is what you want, declare it (name a model or an adapter), or set `ref_check` to 'warn' or 'off'."
+)
+
+
+def difference_from_policy(trainer: Any, batch: ReferenceBatch, log_probs: Tensor, identity: ReferenceIdentity) -> str:
+    """Why the reference's log-probs of a batch are not the policy's, which has not moved yet; empty if they are."""
+    expected = policy_log_probs(trainer.model, batch).to(log_probs.device)
+    scored = batch.labels[:, 1:] != -100
+    difference = torch.where(scored, (log_probs - expected).abs(), 0.0)
+    count = scored.sum().clamp(min=1)
+    dtype = getattr(trainer.accelerator.unwrap_model(trainer.model), "dtype", torch.float32)
+    tolerance = tolerance_for(str(trainer.accelerator.mixed_precision), dtype, trainer.accelerator.device.type)
+    largest, mean = difference.max().item(), (difference.sum() / count).item()
+    if tolerance.allows(largest, mean):
+        logger.info("ref_check passed: %s equals the policy within %.1e nats per token.", identity, largest)
+        return ""
+    return (
+        f"The reference {identity} was declared to be the policy as it starts, and its log-probs are not the "
+        f"policy's: they differ by {mean:.3g} nats per token on average (tolerance {tolerance.mean:g}) and by up to "
+        f"{largest:.3g} (tolerance {tolerance.largest:g}).\n{_table(log_probs, expected, scored)}\n"
+        "Likely causes: the policy was changed after the trainer was built; the reference is another revision, "
+        "precision or chat template; a custom model draws random numbers in eval mode. If this reference is what you "
+        "want, declare it (name a model or an adapter), or set `ref_check` to 'warn' or 'off'."
+    )
+
+
+def _table(log_probs: Tensor, expected: Tensor, scored: Tensor) -> str:
+    lines = ["row  scored tokens  reference sum  policy sum  largest difference"]
+    off = (log_probs - expected).abs().masked_fill(~scored, 0.0).amax(dim=1)
+    for row in off.argsort(descending=True)[:_ROWS_SHOWN].tolist():
+        mask = scored[row]
+        lines.append(
+            f"{row:>3}  {int(mask.sum()):>13}  {log_probs[row][mask].sum().item():>13.4f}"
+            f"  {expected[row][mask].sum().item():>10.4f}  {off[row].item():>18.4g}"
+        )
+    return "\n".join(lines)
+
+
+def _own_tokenizer(policy: Any) -> Any:
+    """The tokenizer that TRL will load for the policy; `None` where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(get_config_model_id(policy.config))
+    except Exception:  # TRL says what is wrong
+        return None
