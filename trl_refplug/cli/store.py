@@ -127,7 +127,8 @@ def _sources(summary: StoreSummary) -> list[str]:
     """One line for each provenance: how much comes from it, and when."""
     groups: dict[str, list[Manifest]] = {}
     for manifest in summary.manifests:
-        groups.setdefault(json.dumps(manifest.provenance, sort_keys=True), []).append(manifest)
+        shown = {name: value for name, value in manifest.provenance.items() if name != "probe"}
+        groups.setdefault(json.dumps(shown, sort_keys=True), []).append(manifest)
     return [
         f"{sum(manifest.rows for manifest in group):,} rows, {group[0].created} to {group[-1].created}: {provenance}"
         for provenance, group in groups.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Iterator
@@ -89,7 +90,21 @@ def add_reference_adapter(model: Any, source: str) -> str:
 def add_adapter(model: Any, name: str, config: Any) -> None:
     """Give `model` another adapter and leave what it had as trainable as it was."""
     with _flags_kept(model):
-        model.add_adapter(name, config)
+        model.add_adapter(name, plainly_initialized(config))
+
+
+def plainly_initialized(config: Any) -> Any:
+    """
+    The same adapter configuration, with an initialization that leaves the base model alone.
+
+    PiSSA, OLoRA, CorDA, LoftQ and others take their first weights out of the base's and rewrite those. For a copy of
+    an adapter, which gets its weights from the original, that would change the base under both.
+    """
+    plain = copy.deepcopy(config)
+    for name in ("init_lora_weights", "init_weights"):
+        if hasattr(plain, name):
+            setattr(plain, name, True)
+    return plain
 
 
 def freeze_adapter(model: Any, adapter: str) -> None:

@@ -60,6 +60,19 @@ class Probe:
         off = (found.double().cpu() - self.log_probs.double()).abs()
         return off.max().item(), off.mean().item()
 
+    def difference_where_asked(self, other: Probe) -> tuple[float, float]:
+        """The same between two probes, over the rows that they have in common; zeros if there is none."""
+        pairs = [
+            (mine, theirs)
+            for mine, row in zip(self.log_probs, self.rows, strict=True)
+            for theirs, asked in zip(other.log_probs, other.rows, strict=True)
+            if np.array_equal(row, asked)
+        ]
+        if not pairs:
+            return 0.0, 0.0
+        mine, theirs = (torch.stack(answers) for answers in zip(*pairs, strict=True))
+        return Probe(self.rows, mine, self.origin).difference(theirs)
+
     def to_dict(self) -> dict[str, Any]:
         """The probe as JSON-serializable values."""
         return {"rows": self.rows.tolist(), "log_probs": self.log_probs.tolist(), "origin": self.origin}

@@ -1,8 +1,8 @@
 """
 Asking an OpenAI-compatible server that has `prompt_logprobs`, such as vLLM.
 
-Such a server cannot say which weights it has. So a known sequence travels with every request: if its log-probs are not
-those of the start, the server is another one.
+Such a server cannot say which weights it has. So a known row of text travels with every request: if its log-probs are
+not those of the start, the server is another one.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class VllmClient:
     Args:
         transport ([`Transport`]): To equal servers.
         model (`str`, *optional*): The name it is served under; by default the only one there is.
-        known (`Row`): A row that every request carries, all of it scored.
+        known (`Row`, *optional*): A row of text that every request carries, all of it scored.
         tolerance ([`Tolerance`]): How far its log-probs may be from those of the first request.
         left_padding (`bool`): Whether rows may be padded on the left: the server has no padding, and the positions of
             some models count from it.
@@ -65,7 +65,6 @@ class VllmClient:
 
     Attributes:
         model (`str`): The name it is served under.
-        known (`Row`), known_values (`np.ndarray`): The known row, and its log-probs: float32 `[scored]`.
 
     Raises:
         RemoteError: No server can be reached, it does not answer as expected, or the servers have different names for
@@ -78,7 +77,7 @@ class VllmClient:
         transport: Transport,
         *,
         model: str | None,
-        known: Row,
+        known: Row | None,
         tolerance: Tolerance,
         left_padding: bool = True,
         batch_limit: float = float("inf"),
@@ -86,7 +85,7 @@ class VllmClient:
         self.transport = transport
         self._left_padding = left_padding
         self._batch_limit = batch_limit
-        self.known = known
+        self._known = known
         self._tolerance = tolerance
         found = transport.each("GET", "/v1/models", lambda response: _decoded(_models, response))
         chosen = {url: _chosen(url, models.data, model) for url, models in found.items()}
@@ -94,10 +93,10 @@ class VllmClient:
         limits = [(entry.max_model_len, url) for url, entry in chosen.items() if entry.max_model_len is not None]
         shortest: tuple[float, str] = min(limits, default=(float("inf"), ""))
         self._limit, self._limited_by = shortest
-        answers = {url: self._request([], url)[-1] for url in found}
-        (first, self.known_values), *others = answers.items()
-        for url, values in others:
-            self.compare(values, f"{url} has another reference than {first}")
+        self._known_values: Values | None = None
+        first = next(iter(found))
+        for url in found if self._known is not None else ():
+            self._request([], url, f"{url} has another reference than {first}")
 
     def score(self, rows: PaddedRows, temperature: float) -> Sequence[Values]:
         assert temperature == 1.0, "the server would ignore it"
@@ -113,13 +112,12 @@ class VllmClient:
                 f"padded on the left of absolute positions, or more than {self._batch_limit} tokens long. Use a "
                 "server of `trl-refplug serve`."
             )
-        *values, known = self._request(rows.rows, None)
-        self.compare(known, "The reference server was restarted with another model or precision")
-        return values
+        return self._request(rows.rows, None, "The reference server was restarted with another model or precision")
 
-    def _request(self, rows: Sequence[Row], url: str | None) -> list[Values]:
-        """The values of `rows`, and of the known row after them."""
-        rows = [*rows, self.known]
+    def _request(self, rows: Sequence[Row], url: str | None, otherwise: str) -> list[Values]:
+        """The values of `rows`. With them the known row is asked for; `otherwise` says what it means if it differs."""
+        asked = len(rows)
+        rows = [*rows, *([] if self._known is None else [self._known])]
         body = msgspec.json.encode(
             {
                 "model": self.model,
@@ -138,22 +136,22 @@ class VllmClient:
             return [_values(choice, row, response) for choice, row in zip(choices, rows, strict=True)]
 
         send = self.transport.send
-        return send("POST", "/v1/completions", parse, content=body, content_type="application/json", url=url)
+        values = send("POST", "/v1/completions", parse, content=body, content_type="application/json", url=url)
+        if self._known is not None:
+            self._compare(values[-1], otherwise)
+        return values[:asked]
 
-    def compare(self, found: Values, otherwise: str) -> None:
-        """
-        Compare other log-probs of the known row with those of the start.
-
-        Raises:
-            ReferenceMismatchError: They are another reference's; `otherwise` says what that means.
-        """
-        differences = np.abs(found.astype(np.float64) - self.known_values)
+    def _compare(self, found: Values, otherwise: str) -> None:
+        """Compare log-probs of the known row with those of the start. Raises if they are another reference's."""
+        if self._known_values is None:
+            self._known_values = found
+        differences = np.abs(found.astype(np.float64) - self._known_values)
         largest, mean = differences.max(), differences.mean()
-        if not (largest <= self._tolerance.largest and mean <= self._tolerance.mean):
+        if not self._tolerance.allows(largest, mean):
             raise ReferenceMismatchError(
-                f"{otherwise}: it gives a known sequence log-probs that differ by up to {largest:.3g} nats per token "
-                f"(tolerance {self._tolerance.largest:g}) from those of the start, {mean:.3g} on average (tolerance "
-                f"{self._tolerance.mean:g}). Serve the model of before, or start anew."
+                f"{otherwise}: it gives a known row of text log-probs that differ by up to {largest:.3g} nats per "
+                f"token (tolerance {self._tolerance.largest:g}) from those of the start, {mean:.3g} on average "
+                f"(tolerance {self._tolerance.mean:g}). Serve the model of before, or start anew."
             )
 
 

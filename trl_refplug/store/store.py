@@ -97,6 +97,15 @@ class LogProbStore:
         return self._waiting.journal.name
 
     @property
+    def provenances(self) -> list[Mapping[str, Any]]:
+        """What the writers of all published shards have said of themselves."""
+        return [manifest.provenance for manifest in self._published.manifests.values()]
+
+    def add_provenance(self, **values: Any) -> None:
+        """Say more of where the rows come from that are published from now on. JSON values."""
+        self._provenance.update(values)
+
+    @property
     def other_writers(self) -> list[str]:
         """Names of those that had put rows at the last `refresh`, as far as they are seen from here."""
         return list(self._others.names)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trl_refplug.errors import ConfigurationError
+from trl_refplug.errors import ConfigurationError, ReferenceMismatchError
 from trl_refplug.provider import ReferenceBatch
 from trl_refplug.rows.answers import form_problem
 from trl_refplug.testing.bench import Attached, Bench, largest_difference, require
@@ -45,6 +45,18 @@ class AnswerTests(Setting):
             "given all tokens before it. If your reference is not the policy as it is passed in, override "
             "expected_log_probs() to say what it is.",
         )
+
+    def test_probe(self, attached: Attached, bench: Bench) -> None:
+        attached.ask(attached.batch)
+        try:
+            bench.attach(ref_check="error").trainer.train()
+        except ReferenceMismatchError as error:
+            attached.needs_determinism()
+            require(
+                False,
+                "The model that the provider declares (declared_model(): the policy if starts_as_policy, else what "
+                f"pin() returned) and the provider's answers say different things about the same rows. {error}",
+            )
 
     def test_zero_where_nothing_is_scored(self, attached: Attached) -> None:
         answer = attached.ask(attached.batch)

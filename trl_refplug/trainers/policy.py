@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trl_refplug.models.adapters import REFERENCE_ADAPTER, is_peft
+from trl_refplug.models.adapters import REFERENCE_ADAPTER, is_peft, plainly_initialized
 from trl_refplug.models.causal_lm import causal_lm
 from trl_refplug.models.modes import evaluation_mode
 from trl_refplug.provider import ReferenceBatch, ReferenceProvider
@@ -38,16 +38,25 @@ def adapter_names(model: Any) -> frozenset[str]:
 
 @contextmanager
 def default_adapter_known(model: Any) -> Iterator[None]:
-    """TRL looks up the configuration of an adapter called `default`; answer with that of the policy's own adapter."""
-    if not is_peft(model) or "default" in model.peft_config:
+    """
+    TRL makes its reference adapter from the configuration of an adapter called `default`. While this lasts, that is
+    the configuration of the policy's own adapter, whatever its name, initialized in a way that leaves the base alone.
+    """
+    if not is_peft(model):
         yield
         return
+    own = model.peft_config.get("default")
     active = model.active_adapter
-    model.peft_config["default"] = model.peft_config[active if isinstance(active, str) else active[0]]
+    model.peft_config["default"] = plainly_initialized(
+        own or model.peft_config[active if isinstance(active, str) else active[0]]
+    )
     try:
         yield
     finally:
-        del model.peft_config["default"]
+        if own is None:
+            del model.peft_config["default"]
+        else:
+            model.peft_config["default"] = own
 
 
 def remove_unused_reference_adapter(model: Any, before: frozenset[str], providers: list[ReferenceProvider]) -> None:

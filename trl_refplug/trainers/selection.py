@@ -63,8 +63,8 @@ def select_name(selection: Selection) -> str:
             able = plugin_manager().able(capability)
             if not getattr(plugin_manager().registered(named).capabilities, capability):
                 raise ConfigurationError(
-                    f"`{flag}=True` asks for a reference like {' or '.join(map(repr, able))}, and "
-                    f"ref_provider={named!r} is another. Remove one of the two."
+                    f"`{flag}=True` asks for the {' or '.join(map(repr, able))} reference and ref_provider={named!r} "
+                    "for another. Remove one of the two."
                 )
     return named
 

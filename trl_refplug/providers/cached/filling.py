@@ -11,8 +11,15 @@ from typing import Any, Literal
 import torch
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from trl_refplug.errors import ConfigurationError, MissingRowError, StoreError, UnsupportedInputError
+from trl_refplug.errors import (
+    ConfigurationError,
+    MissingRowError,
+    ReferenceMismatchError,
+    StoreError,
+    UnsupportedInputError,
+)
 from trl_refplug.models.causal_lm import causal_lm
+from trl_refplug.models.probe import Probe, probe_batch
 from trl_refplug.models.tolerances import Tolerance
 from trl_refplug.provider import BulkScorer, ReferenceBatch, ReferenceContext, ReferenceProvider, ScoresInBulk
 from trl_refplug.providers.cached.batch_scorer import BatchScorer
@@ -68,11 +75,47 @@ class Filler:
         self._fill = fill
         self._verify = verify
         self._dtype = _dtype_of(context.policy)
+        self._compared = False  # the probe with that of the store
         local = source.capabilities.local_model
         # A model over which all ranks have a part is run by all of them at once, or not at all.
         self._in_step = local and _shards_parameters(context.accelerator)
         kind = context.accelerator.distributed_type
         self.waits_for_training = local and fill == "ahead" and kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+
+    def compare_probe(self, store: LogProbStore, *, scoring: bool = False) -> None:
+        """
+        Ask the source about the probe, and compare what it says with what the reference of the stored rows said.
+
+        Args:
+            scoring (`bool`): Whether rows are about to be scored. If not, a source that is not at hand is left alone.
+
+        Raises:
+            ReferenceMismatchError: The store has rows of another reference that goes by the same identity.
+        """
+        rows = self._context.probe_rows
+        if self._compared or rows is None:
+            return
+        batch = probe_batch(rows, self._context.accelerator.device)
+        with torch.no_grad(), trainer_precision(self._context.accelerator):
+            found = self._source.log_probs(batch) if scoring else self._source.probe(batch)
+        if found is None:
+            return
+        self._compared = True
+        probe = Probe(rows, found.float().cpu(), "the source")
+        digest = self._source.identity().digest
+        for said in store.provenances:
+            if "probe" in said and said.get("reference", {}).get("digest") == digest:
+                largest, mean = probe.difference_where_asked(Probe.from_dict(said["probe"]))
+                if not self._tolerance.allows(largest, mean):
+                    raise ReferenceMismatchError(
+                        f"The store {store.location!r} has log-probs of a reference that goes by the same identity, "
+                        f"{self._source.identity()}, and is another: about the same rows of text the two differ by up "
+                        f"to {largest:.3g} nats per token (tolerance {self._tolerance.largest:g}), {mean:.3g} on "
+                        f"average (tolerance {self._tolerance.mean:g}). Use another `path`, or ask the reference of "
+                        "before."
+                    )
+        if store.mode == "a":
+            store.add_provenance(probe=probe.to_dict())
 
     def prepare(self, store: LogProbStore) -> SampleCheck | None:
         """
@@ -94,6 +137,7 @@ class Filler:
         if self._context.planned("train") is None:
             return None  # fill='never': each batch is looked up as it comes
         accelerator = self._context.accelerator
+        self.compare_probe(store)
         found = find_missing(
             store,
             self._planned(),
@@ -120,6 +164,7 @@ class Filler:
                 f"{self._shown(found.first.row)}. {self._why_not_scored()}"
             )
         if missing and (found.mine or self._in_step):
+            self.compare_probe(store, scoring=True)
             with trainer_precision(accelerator):
                 fill(
                     store,
@@ -164,6 +209,7 @@ class Filler:
         if self._fill == "never" or self._in_step:
             raise MissingRowError(f"{what}. {self._why_not_scored()}")
         self._refuse_cast_policy()
+        self.compare_probe(store, scoring=True)
         try:
             with trainer_precision(self._context.accelerator):
                 log_probs = self._source.log_probs(select(batch, missing))

@@ -20,14 +20,11 @@ from trl_refplug.provider import ReferenceBatch, ReferenceContext, ReferenceIden
 from trl_refplug.providers.cached.filling import Filler
 from trl_refplug.providers.cached.missing_rows import check_known_ahead
 from trl_refplug.providers.cached.policy_source import PolicySource
-from trl_refplug.providers.cached.row_keys import BatchRows, RowKeys
+from trl_refplug.providers.cached.row_keys import RowKeys
 from trl_refplug.providers.cached.verifying import SampleCheck
 from trl_refplug.providers.frozen import FrozenProvider
 from trl_refplug.providers.options import CACHED_CAPABILITIES, CachedOptions
-from trl_refplug.providers.remote.provider import RemoteProvider
-from trl_refplug.rows import PaddedRows
 from trl_refplug.runtime.caches import cache_directory
-from trl_refplug.serving.vllm import VllmClient
 from trl_refplug.store import LogProbStore, ScoringFacts
 
 
@@ -116,12 +113,12 @@ class CachedProvider(ReferenceProvider):
         self._keys = self._row_keys(context)
         self._filler = self._make_filler(context)
         self._store = self._open(self.options.path or default_path())
-        if isinstance(source, RemoteProvider) and source.known is not None:
-            self._check_known(source.known)
         if self.options.fill == "ahead":
             check_known_ahead(context, source)
         if self.options.fill != "lazy" and not self.fills_as_training_begins:
             self._prepare()
+        if self.options.fill == "lazy":
+            self._filler.compare_probe(self._store)
         if self.options.fill == "lazy" and context.online:
             logger.warning(
                 "ref_provider='cached' with a trainer that generates its completions: they are new in every step, so "
@@ -146,16 +143,6 @@ class CachedProvider(ReferenceProvider):
             self._store.close()
             self._store = self._open(self._store.location)
             self._filler.check_complete(self._store)
-
-    def _check_known(self, served: VllmClient) -> None:
-        """Of a reference that has a name and no digest, the store keeps what it answered to a known row."""
-        row = BatchRows(PaddedRows.flush_left([served.known]), [0])
-        (stored,) = self._keys.find(self._store, row)
-        if stored is not None:
-            where = f"{self._store.location} has log-probs of another reference of the name {served.model!r}"
-            served.compare(stored, f"{where} (another `path` starts anew)")
-        elif self.options.fill != "never" and self._context.accelerator.is_main_process:
-            self._store.put(row.keys(self._keys.exact), [served.known_values])
 
     def identity(self) -> ReferenceIdentity:
         source = self._scored_by.identity()

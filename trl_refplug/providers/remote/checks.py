@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import xxhash
 
@@ -13,11 +12,10 @@ from trl_refplug.errors import ConfigurationError, ReferenceMismatchError
 from trl_refplug.models.adapters import is_peft
 from trl_refplug.models.causal_lm import causal_lm
 from trl_refplug.models.identity import digest_model
-from trl_refplug.models.modes import evaluation_mode
 from trl_refplug.models.positions import absolute_positions, batch_length_limit
-from trl_refplug.models.tolerances import TOLERANCES, Tolerance, tolerance_for
+from trl_refplug.models.tolerances import TOLERANCES, tolerance_for
 from trl_refplug.provider import ReferenceContext, ReferenceIdentity
-from trl_refplug.rows import PaddedRows, Row
+from trl_refplug.rows import Row
 from trl_refplug.serving.client import RefPlugClient, ScoringClient
 from trl_refplug.serving.served_model import tokenizer_digest
 from trl_refplug.serving.transport import Transport
@@ -25,20 +23,16 @@ from trl_refplug.serving.vllm import VllmClient
 
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from trl_refplug.providers.options import RemoteOptions
 
 logger = logging.getLogger("trl_refplug")
-
-_KNOWN_TOKENS = 24
 
 
 def connect(
     transport: Transport, context: ReferenceContext, options: RemoteOptions
 ) -> tuple[ScoringClient, ReferenceIdentity]:
     """
-    A client of `trl-refplug serve` whose server has the reference that is declared, and answers a known sequence.
+    A client of `trl-refplug serve` whose server has the reference that is declared.
 
     Raises:
         RemoteError: No server answers, or not as it should.
@@ -62,8 +56,6 @@ def connect(
             f"`cast_lm_head_to_fp32=True` has the policy's LM head compute in float32, and {transport.urls[0]} "
             f"computes in {facts.dtype}. Serve with --dtype float32, or set it to False."
         )
-    known = known_row(facts.vocab_size)
-    client.score(PaddedRows.flush_left([known]), context.temperature)
     digest = facts.digest
     if _mixed_precision(context) != "no":
         # The same weights in the trainer's process would compute under autocast, and say something else
@@ -76,15 +68,14 @@ def connect_vllm(
     transport: Transport, context: ReferenceContext, options: RemoteOptions
 ) -> tuple[ScoringClient, ReferenceIdentity]:
     """
-    A client of an OpenAI-compatible server, which is known by how it scores a known sequence: if the reference is
-    declared to be the policy, as the policy does.
+    A client of an OpenAI-compatible server. Such a server cannot say which weights it has, so a row of the probe
+    travels with every request.
 
     Raises:
         RemoteError: No server answers, or not as it should.
         ReferenceMismatchError: It serves something else.
     """
     policy: Any = context.policy
-    known = known_row(policy.config.get_text_config().vocab_size)
     tolerance = TOLERANCES[torch.bfloat16]  # nothing says what an unknown server computes in
     if options.starts_as_policy:
         tolerance = tolerance_for(_mixed_precision(context), policy.dtype, context.args.device.type)
@@ -92,7 +83,7 @@ def connect_vllm(
     client = VllmClient(
         transport,
         model=options.model,
-        known=known,
+        known=None if context.probe_rows is None else Row(context.probe_rows[0], context.probe_rows[0]),
         tolerance=tolerance,
         left_padding=not absolute_positions(model),
         batch_limit=batch_length_limit(model),
@@ -100,10 +91,15 @@ def connect_vllm(
     names = [client.model]
     if options.starts_as_policy:
         names += _policy_digests(context)[:1]
-        if _runs_alone(policy):
-            _compare_known(client, policy, known, tolerance)
     digest = xxhash.xxh3_128_hexdigest(repr(("vllm", *names)).encode())
     return client, ReferenceIdentity("remote", digest, {"model": client.model, "protocol": "vllm"})
+
+
+def dtype_of(client: ScoringClient, options: RemoteOptions) -> str | None:
+    """The dtype that a server computes in; `None` for that of the policy."""
+    if isinstance(client, RefPlugClient):
+        return client.facts.dtype
+    return None if options.starts_as_policy else "bfloat16"  # nothing says what an unknown server computes in
 
 
 def check_tokenizer(client: ScoringClient, processing_class: Any) -> None:
@@ -136,12 +132,6 @@ def check_tokenizer(client: ScoringClient, processing_class: Any) -> None:
         )
 
 
-def known_row(vocab_size: int) -> Row:
-    """Token ids from all of a vocabulary, all of them scored."""
-    ids = np.linspace(0, vocab_size - 1, _KNOWN_TOKENS).astype(np.int64)
-    return Row(ids, ids)
-
-
 def _policy_digests(context: ReferenceContext) -> list[str]:
     """What the policy as it starts may be called: with the adapter it came with, and without."""
     policy: Any = context.policy
@@ -153,23 +143,3 @@ def _policy_digests(context: ReferenceContext) -> list[str]:
 
 def _mixed_precision(context: ReferenceContext) -> str:
     return next((name for name in ("bf16", "fp16") if getattr(context.args, name, False)), "no")
-
-
-def _runs_alone(policy: nn.Module) -> bool:
-    """Whether this process can run the policy as it is now: neither sharded nor waiting for its weights."""
-    return not any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") or p.is_meta for p in policy.parameters())
-
-
-def _compare_known(client: VllmClient, policy: nn.Module, known: Row, tolerance: Tolerance) -> None:
-    ids = torch.from_numpy(known.input_ids)[None].to(causal_lm(policy).get_input_embeddings().weight.device)
-    with torch.no_grad(), evaluation_mode(policy):
-        logits = policy(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1].float()
-    expected = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].cpu().numpy()
-    differences = np.abs(client.known_values.astype(np.float64) - expected)
-    if not (differences.max() <= tolerance.largest and differences.mean() <= tolerance.mean):
-        raise ReferenceMismatchError(
-            f"{client.transport.urls[0]} serves {client.model!r}, which gives a known sequence other log-probs than "
-            f"the policy as it starts: {differences.mean():.3g} nats per token apart on average (tolerance "
-            f"{tolerance.mean:g}), up to {differences.max():.3g} (tolerance {tolerance.largest:g}). It is another "
-            "model, revision or precision. If that is meant, say so with option starts_as_policy=false."
-        )

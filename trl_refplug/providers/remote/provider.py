@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import numpy as np
 from torch import Tensor
 
 from trl_refplug.errors import ConfigurationError, UnsupportedInputError, require_extra
-from trl_refplug.provider import ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
+from trl_refplug.provider import BulkScorer, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
 from trl_refplug.providers.options import REMOTE_CAPABILITIES, RemoteOptions
-from trl_refplug.providers.remote import checks as remote_checks
-from trl_refplug.providers.remote.checks import check_tokenizer
 from trl_refplug.rows import PaddedRows
 from trl_refplug.serving.api_key import read_key
 from trl_refplug.serving.background import in_background
-from trl_refplug.serving.bulk import BulkScorer
-from trl_refplug.serving.client import ScoringClient
-from trl_refplug.serving.transport import Transport
-from trl_refplug.serving.vllm import VllmClient
 
 
-_KNOWN = "known-row.json"
+if TYPE_CHECKING:  # what talks to servers needs an extra, and is imported when it is there for certain
+    from trl_refplug.serving.client import ScoringClient
+    from trl_refplug.serving.transport import Transport
 
 
 class RemoteProvider(ReferenceProvider):
@@ -68,7 +61,7 @@ class RemoteProvider(ReferenceProvider):
         self._client: ScoringClient | None = None
         self._identity: ReferenceIdentity | None = None
         self._temperature = 1.0
-        self._saves = True
+        self._dtype: str | None = None
         self._lock = threading.Lock()
         self._tokens = 0
         self._seconds = 0.0
@@ -77,7 +70,14 @@ class RemoteProvider(ReferenceProvider):
     def starts_as_policy(self) -> bool:
         return self.options.starts_as_policy
 
+    @property
+    def computes_in(self) -> str | None:
+        return self._dtype
+
     def pin(self, context: ReferenceContext) -> None:
+        from trl_refplug.providers.remote import checks
+        from trl_refplug.serving.transport import Transport
+
         options = self.options
         self._transport = Transport(
             self._urls,
@@ -87,12 +87,14 @@ class RemoteProvider(ReferenceProvider):
             deadline=options.deadline,
         )
         self._temperature = context.temperature
-        connect = remote_checks.connect_vllm if options.protocol == "vllm" else remote_checks.connect
+        connect = checks.connect_vllm if options.protocol == "vllm" else checks.connect
         self._client, self._identity = connect(self._transport, context, options)
+        self._dtype = checks.dtype_of(self._client, options)
 
     def setup(self, context: ReferenceContext) -> None:
-        check_tokenizer(self._asked, context.processing_class)
-        self._saves = context.args.should_save
+        from trl_refplug.providers.remote import checks
+
+        checks.check_tokenizer(self._asked, context.processing_class)
 
     def identity(self) -> ReferenceIdentity:
         assert self._identity is not None, "identity() before pin()"
@@ -108,24 +110,9 @@ class RemoteProvider(ReferenceProvider):
     @contextmanager
     def bulk_scorer(self) -> Iterator[BulkScorer]:
         """Scores streams of rows with several requests in flight."""
-        yield BulkScorer(self._asked, self._temperature)
+        from trl_refplug.serving import bulk
 
-    @property
-    def known(self) -> VllmClient | None:
-        """Whose `known` row tells the reference from another one of its name; `None` where its digest does."""
-        return self._client if isinstance(self._client, VllmClient) else None
-
-    def save_state(self, directory: Path) -> None:
-        if self.known is not None and self._saves:
-            (directory / _KNOWN).write_text(json.dumps(self.known.known_values.tolist()) + "\n", encoding="utf-8")
-
-    def load_state(self, directory: Path) -> None:
-        path = directory / _KNOWN
-        if self.known is not None and path.is_file():
-            values = np.array(json.loads(path.read_text(encoding="utf-8")), np.float32)
-            self.known.compare(
-                values, f"The run was started against another reference of the name {self.known.model!r}"
-            )
+        yield bulk.BulkScorer(self._asked, self._temperature)
 
     def counters(self) -> dict[str, float]:
         stats = self._asked.transport.stats
