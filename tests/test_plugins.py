@@ -7,6 +7,8 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,11 @@ from tests.conftest import FakeSite
 from trl_refplug import PluginError, ReferenceIdentity, ReferenceProvider, RefPlugWarning, UnknownProviderError
 from trl_refplug.plugins import PluginManager, PluginRecord, plugin_manager
 from trl_refplug.plugins.installed import canonical
+from trl_refplug.trainers.selection import Selection
+
+
+UNDECIDED = Selection(args=SimpleNamespace(), policy_is_peft=False, has_ref_model=False, online=False)
+"""What `auto` is asked about where TRL's own arguments leave it open."""
 
 
 PROVIDER = """
@@ -345,7 +352,7 @@ def test_one_name_twice_in_a_distribution_leaves_the_first_alone(site: FakeSite)
     (metadata / "entry_points.txt").write_text("[trl_refplug]\nacme = a_mod\nacme = b_mod\n")
     manager = PluginManager()
     assert sorted(record.status for record in manager.records) == ["failed", "ok", "ok"]
-    assert manager.select(object()) == "frozen"
+    assert manager.select(UNDECIDED) == "frozen"
 
 
 def test_module_without_a_file(site: FakeSite) -> None:
@@ -565,11 +572,25 @@ def test_select_takes_the_first_answer(site: FakeSite) -> None:
         "c_mod": selecting("return 'adapter'"),
     }
     site.install("acme-refs", plugins={name: name for name in modules}, modules=modules)
-    context = object()
+    context = UNDECIDED
     assert PluginManager().select(context) == "adapter"
     assert [sys.modules[name].seen for name in modules] == [[], [context], [context]]
     assert PluginManager({"TRL_REFPLUG_BLOCK": "c_mod"}).select(context) == "frozen"
-    assert PluginManager({"TRL_REFPLUG_LOAD": "b_mod"}).select(context) is None
+    assert PluginManager({"TRL_REFPLUG_LOAD": "b_mod"}).select(replace(context, policy_is_peft=True)) == "adapter"
+
+
+@pytest.mark.parametrize(
+    ("decided", "expected"),
+    [
+        ({"args": SimpleNamespace(precompute_ref_log_probs=True)}, "cached"),
+        ({"args": SimpleNamespace(sync_ref_model=True)}, "ema"),
+        ({"has_ref_model": True, "policy_is_peft": True}, "frozen"),
+    ],
+)
+def test_select_asks_nobody_where_trls_own_arguments_decide(site: FakeSite, decided: dict, expected: str) -> None:
+    site.install("acme-refs", plugins={"a": "a_mod"}, modules={"a_mod": selecting("return 'remote'")})
+    assert PluginManager().select(replace(UNDECIDED, **decided)) == expected
+    assert PluginManager().select(UNDECIDED) == "remote"
 
 
 @pytest.mark.parametrize(
@@ -585,7 +606,7 @@ def test_select_never_goes_on_to_another_reference(site: FakeSite, answer: str, 
     modules = {"a_mod": selecting(answer, "hookimpl(tryfirst=True)"), "b_mod": selecting("return 'frozen'")}
     site.install("acme-refs", plugins={"a": "a_mod", "b": "b_mod"}, modules=modules)
     with pytest.raises(PluginError, match="TRL_REFPLUG_BLOCK") as caught:
-        PluginManager().select(object())
+        PluginManager().select(UNDECIDED)
     assert "'acme-refs:a'" in str(caught.value)
     assert told in str(caught.value)
 
@@ -645,5 +666,5 @@ def test_hooks_of_a_plugin_that_is_out_are_not_called(site: FakeSite) -> None:
     site.install("acme-refs", plugins={name: name for name in modules}, modules=modules)
     manager = PluginManager()
     manager.scored(IDENTITY, object(), torch.zeros(1, 1), 0.0)
-    assert manager.select(object()) is None
+    assert manager.select(UNDECIDED) == "frozen"
     assert list(itertools.chain(*(sys.modules[name].calls for name in modules))) == []

@@ -174,7 +174,7 @@ class Plugged:
         if self._refplug_session is not None and self._refplug_saving and output_dir is not None:
             session = self._refplug_session
             main_process = self.args.should_save  # type: ignore[attr-defined]
-            probe = session.check.record(session.provider)
+            probe = session.check.record(session.providers)
             write_to_checkpoint(output_dir, session.provider, session.name, probe, main_process=main_process)
 
 

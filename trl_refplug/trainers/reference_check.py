@@ -113,8 +113,8 @@ class ReferenceCheck:
         self._held = when
 
     def _check(self, provider: ReferenceProvider, when: str) -> None:
-        self._compare_weights(provider, when)
         self._ask(provider, when)
+        self._compare_weights(provider, when)
 
     def _ask(self, provider: ReferenceProvider, when: str) -> None:
         if self.rows is None:
@@ -182,21 +182,24 @@ class ReferenceCheck:
 
     # Checkpoints
 
-    def record(self, provider: ReferenceProvider) -> dict[str, Any] | None:
-        """What a checkpoint keeps of the probe of the selected provider, as JSON values."""
-        truth = self._truths.get(id(provider))
-        return None if truth is None or provider.capabilities.moving else truth.to_dict()
+    def record(self, providers: Iterable[ReferenceProvider]) -> list[dict[str, Any] | None]:
+        """What a checkpoint keeps of what each provider says about the probe, as JSON values."""
+        truths = [None if each.capabilities.moving else self._truths.get(id(each)) for each in providers]
+        return [truth and truth.to_dict() for truth in truths]
 
-    def compare_with_record(self, provider: ReferenceProvider, record: Any) -> None:
+    def compare_with_record(self, providers: Iterable[ReferenceProvider], record: list[Any]) -> None:
         """
-        Ask a reference about the probe of the checkpoint that training goes on from.
+        Ask every reference about the probe of the checkpoint that training goes on from.
 
         Raises:
-            ReferenceMismatchError: It is not the reference that training was started with (`ref_check="error"`).
+            ReferenceMismatchError: One is not what training was started with (`ref_check="error"`).
         """
-        if self._mode == "off" or not record:
-            return
-        saved = Probe.from_dict(record)
+        if self._mode != "off":
+            for provider, said in zip(providers, record, strict=False):
+                if said is not None:
+                    self._compare_with_saved(provider, Probe.from_dict(said))
+
+    def _compare_with_saved(self, provider: ReferenceProvider, saved: Probe) -> None:
         with torch.no_grad():
             found = provider.probe(probe_batch(saved.rows, self._run.trainer.args.device))
         if found is not None:
@@ -225,8 +228,9 @@ class ReferenceCheck:
 _CAUSES = (
     "a callback, or the code around the trainer, changed the weights or the configuration of the policy's base or of "
     "the reference; an adapter rewrote the base's weights as it was added, or sits where the fused LM head passes it "
-    "by; an adapter was merged and taken out again in half precision; the server was restarted with another model. If "
-    "this reference is what you want, declare it (name a model or an adapter), or set `ref_check` to 'warn' or 'off'."
+    "by; an adapter was merged and taken out again in half precision; a server has another model, revision or "
+    "precision (if that is meant, its option is starts_as_policy=false). If this reference is what you want, declare "
+    "it (name a model or an adapter), or set `ref_check` to 'warn' or 'off'."
 )
 
 

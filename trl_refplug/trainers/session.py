@@ -238,7 +238,7 @@ class ReferenceSession:
                 provider.on_train_begin()
             self.check.training_begins(self.providers)
             if self._record is not None:
-                self.check.compare_with_record(self.provider, self._record)
+                self.check.compare_with_record(self.providers, self._record)
                 self._record = None
 
     def step_begins(self) -> None:
