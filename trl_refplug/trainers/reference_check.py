@@ -185,7 +185,7 @@ class ReferenceCheck:
     def record(self, providers: Iterable[ReferenceProvider]) -> list[dict[str, Any] | None]:
         """What a checkpoint keeps of what each provider says about the probe, as JSON values."""
         truths = [None if each.capabilities.moving else self._truths.get(id(each)) for each in providers]
-        return [truth and truth.to_dict() for truth in truths]
+        return [None if truth is None else truth.to_dict() for truth in truths]
 
     def compare_with_record(self, providers: Iterable[ReferenceProvider], record: list[Any]) -> None:
         """
