@@ -415,10 +415,13 @@ class ReferenceProvider(ABC):
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
         """
-        The tensors in this process that decide the answers, by name. They are compared, bit for bit, between the start
-        of training and every checkpoint. By default those of `module`.
+        The tensors in this process that decide the answers and that training must not change, by name. They are
+        compared, bit for bit, between the start of training and every checkpoint. By default those of `module`, if the
+        reference does not move.
         """
-        return [] if self.module is None else self.module.state_dict(keep_vars=True).items()
+        if self.module is None or self.capabilities.moving:
+            return []
+        return self.module.state_dict(keep_vars=True).items()
 
     def submit(self, batch: ReferenceBatch) -> Future[Tensor]:
         """

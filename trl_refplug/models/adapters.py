@@ -11,8 +11,10 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
-from trl_refplug.errors import ConfigurationError
+from trl_refplug.errors import ConfigurationError, UnsupportedInputError
+from trl_refplug.models.causal_lm import causal_lm
 from trl_refplug.models.identity import adapter_attributes, adapter_tensor_name
 from trl_refplug.models.modes import evaluation_mode
 
@@ -28,6 +30,11 @@ def is_peft(model: Any) -> bool:
     from peft import PeftModel
 
     return isinstance(peft_model_of(model), PeftModel)
+
+
+def has_injected_adapter(model: Any) -> bool:
+    """Whether transformers has put an adapter into `model` itself, without a `PeftModel` around it."""
+    return not is_peft(model) and bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def peft_model_of(policy: Any) -> Any:
@@ -190,6 +197,28 @@ def _flags_kept(model: nn.Module) -> Iterator[None]:
         for parameter, flag in flags:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
+
+
+def check_output_embedding(model: Any) -> None:
+    """
+    Refuse to score a model whose output embedding has an adapter at work. TRL's fused LM head, and ours, multiply the
+    embedding's own weight, so what the adapter adds to the logits would be left out.
+
+    Raises:
+        UnsupportedInputError: An adapter is active there, and not merged.
+    """
+    head = causal_lm(model).get_output_embeddings()
+    if not isinstance(head, BaseTunerLayer) or head.disable_adapters or head.merged:
+        return
+    weights = {name for kind in head.adapter_layer_names for name in getattr(head, kind, ())}
+    at_work = [name for name in head.active_adapters if name in weights]
+    if at_work:
+        raise UnsupportedInputError(
+            f"Adapter {at_work[0]!r} sits on the model's output embedding (lm_head). A fused LM head multiplies the "
+            "embedding's own weight and leaves out what the adapter adds, in TRL's trainers as well as here, so the "
+            "log-probs would be another model's. Leave lm_head out of the adapter's `target_modules`, train all of it "
+            "(`modules_to_save=['lm_head']`), or merge the adapter (`merge_and_unload()`)."
+        )
 
 
 def active_adapter(model: Any) -> str | None:

@@ -19,6 +19,7 @@ import torch
 import xxhash
 
 from trl_refplug.errors import ConfigurationError
+from trl_refplug.models.weights import plain_parts
 
 
 if TYPE_CHECKING:
@@ -210,9 +211,10 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def _digest_tensor(tensor: Tensor) -> str:
     digest = xxhash.xxh3_128(f"{tuple(tensor.shape)}|{tensor.dtype}".encode())
-    flat = tensor.contiguous().reshape(-1)
-    if flat.numel():
-        digest.update(flat.view(torch.uint8).numpy().data)
+    for part in plain_parts(tensor):
+        flat = part.contiguous().reshape(-1)
+        if flat.numel():
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

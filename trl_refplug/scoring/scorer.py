@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trl_refplug.errors import RefPlugWarning, UnsupportedInputError
+from trl_refplug.models.adapters import check_output_embedding
 from trl_refplug.models.causal_lm import causal_lm
 from trl_refplug.models.modes import evaluation_mode
 from trl_refplug.provider import ReferenceBatch
@@ -105,9 +106,11 @@ class Scorer:
             log-probability of `labels[:, t + 1]`, 0 where that is -100.
 
         Raises:
-            UnsupportedInputError: Packed, a label is not a token id; or a packed pass failed where every rank has to
-                take part in it, so that this one cannot make another instead.
+            UnsupportedInputError: An adapter is active on the model's output embedding. Packed, a label is not a token
+                id; or a packed pass failed where every rank has to take part in it, so that this one cannot make
+                another instead.
         """
+        check_output_embedding(self._model)
         self.stats.rows += len(batch.input_ids)
         self.stats.padded_tokens += batch.input_ids.numel()
         with self._timed():
@@ -150,6 +153,7 @@ class Scorer:
                 "Found a model distributed over ranks (FSDP, DeepSpeed ZeRO-3 or DDP), expected one that a rank can "
                 "run on its own: score_rows makes a different number of forward passes on each rank. Use log_probs."
             )
+        check_output_embedding(self._model)
         for first, window in _windows(rows, WINDOW * self._packed.budget):
             self._packed.check(np.concatenate([row.labels for row in window]))
             self.stats.rows += len(window)

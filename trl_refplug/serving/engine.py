@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from trl_refplug.models.adapters import check_output_embedding
 from trl_refplug.models.causal_lm import causal_lm
 from trl_refplug.models.identity import digest_model
 from trl_refplug.models.positions import absolute_positions, batch_length_limit
@@ -99,6 +100,7 @@ class Engine:
             tokenizer=tokenizer_digest(tokenizer),
             max_length=getattr(inner.config.get_text_config(), "max_position_embeddings", None),
         )
+        check_output_embedding(model)
         self._scorer(1.0)  # now, not when the first request waits
 
     def refused(self, rows: PaddedRows) -> dict[int, str]:

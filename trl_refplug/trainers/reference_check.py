@@ -88,33 +88,31 @@ class ReferenceCheck:
         """TRL has built its trainer, and `provider` is set up."""
         self.ask_declared(provider, context)
         self._ask(provider, _BUILT)
-        if self._mode != "off" and not provider.capabilities.moving:
+        if self._mode != "off":
             self._marks[id(provider)] = mark_weights(provider.weights())
 
     def training_begins(self, providers: Iterable[ReferenceProvider]) -> None:
         """The policy is placed, and loaded if training goes on from a checkpoint."""
         for provider in providers:
             if not (provider.capabilities.moving and self._run.resumed):
-                self._check(provider, _BEGUN)
+                self._ask(provider, _BEGUN)
+            self._compare_weights(provider, _BEGUN)
             if id(provider) in self._marks:
                 self._marks[id(provider)] = mark_weights(provider.weights())  # placing may have cast or sharded them
         self._held = _BEGUN
 
     def still_holds(self, providers: Iterable[ReferenceProvider], when: str) -> None:
         """
-        Check every reference that is declared not to move.
+        Check every reference that is declared not to move, and what does not move of those that do.
 
         Args:
             when (`str`): The moment, for messages: "at step 10".
         """
         for provider in providers:
             if not provider.capabilities.moving:
-                self._check(provider, when)
+                self._ask(provider, when)
+            self._compare_weights(provider, when)
         self._held = when
-
-    def _check(self, provider: ReferenceProvider, when: str) -> None:
-        self._ask(provider, when)
-        self._compare_weights(provider, when)
 
     def _ask(self, provider: ReferenceProvider, when: str) -> None:
         if self.rows is None:
@@ -151,9 +149,9 @@ class ReferenceCheck:
         if not changed:
             return
         message = (
-            f"The reference {provider.identity()} is declared not to move, and {len(changed)} of its weights "
-            f"({', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}) are not what they were. They were "
-            f"changed after the last check, {self._held}, and before this one, {when}."
+            f"{len(changed)} weights that the reference {provider.identity()} is made of "
+            f"({', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}) are declared not to move, and are not "
+            f"what they were. They were changed after the last check, {self._held}, and before this one, {when}."
         )
         if not rounded:
             self._fail(f"{message} Likely causes: {_CAUSES}")
