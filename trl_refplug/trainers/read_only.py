@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class ReadOnlyParameter(nn.Parameter):
 def _writes(name: str, function: Any) -> bool:
     """Whether a function writes to its first argument: `add_`, `x[i] = y`, `x.data = y`."""
     in_place = name.endswith("_") and not name.endswith("__") and name not in _READERS
-    sets_data = name == "__set__" and function.__self__ is torch.Tensor.data  # type: ignore[attr-defined]
+    sets_data = name == "__set__" and function.__self__ is torch.Tensor.data
     return in_place or name == "__setitem__" or sets_data
 
 
@@ -58,10 +58,9 @@ def _memory(tensor: Tensor) -> int:
 def read_only(tensor: Tensor) -> nn.Parameter:
     """`tensor` as a parameter that cannot be written to. One of a type of its own (quantized) is shown as it is."""
     if type(tensor) not in (Tensor, nn.Parameter):
-        return tensor  # type: ignore[return-value]
+        return cast(nn.Parameter, tensor)
     with torch._C.DisableTorchFunctionSubclass():
-        shown: nn.Parameter = tensor.detach().as_subclass(ReadOnlyParameter)  # type: ignore[assignment]
-    return shown
+        return tensor.detach().as_subclass(ReadOnlyParameter)
 
 
 def write_error(what: str) -> ReferenceMismatchError:
