@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 
@@ -50,14 +50,24 @@ class ReferenceBatch:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     rows_sliceable: bool = True
 
+    def copy(self) -> ReferenceBatch:
+        """The batch in memory of its own."""
+        return replace(
+            self,
+            input_ids=self.input_ids.clone(),
+            attention_mask=self.attention_mask.clone(),
+            labels=self.labels.clone(),
+            extras={n: value.clone() if hasattr(value, "clone") else value for n, value in self.extras.items()},
+        )
+
     def to(self, device: Any) -> ReferenceBatch:
         """The batch with every tensor on `device`."""
-        return ReferenceBatch(
+        return replace(
+            self,
             input_ids=self.input_ids.to(device),
             attention_mask=self.attention_mask.to(device),
             labels=self.labels.to(device),
             extras={name: value.to(device) if hasattr(value, "to") else value for name, value in self.extras.items()},
-            rows_sliceable=self.rows_sliceable,
         )
 
 
