@@ -11,10 +11,8 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 
-from trl_refplug.errors import ConfigurationError, UnsupportedInputError
-from trl_refplug.models.causal_lm import causal_lm
+from trl_refplug.errors import ConfigurationError, ReferenceMismatchError
 from trl_refplug.models.identity import adapter_attributes, adapter_tensor_name
 from trl_refplug.models.modes import evaluation_mode
 
@@ -102,12 +100,13 @@ def add_adapter(model: Any, name: str, config: Any) -> None:
 
 def plainly_initialized(config: Any) -> Any:
     """
-    The same adapter configuration, with an initialization that leaves the base model alone.
+    The same adapter configuration for a frozen copy, with an initialization that leaves the base model alone.
 
     PiSSA, OLoRA, CorDA, LoftQ and others take their first weights out of the base's and rewrite those. For a copy of
     an adapter, which gets its weights from the original, that would change the base under both.
     """
     plain = copy.deepcopy(config)
+    plain.inference_mode = True  # the copy is not trained, and some methods allow one trainable adapter only
     for name in ("init_lora_weights", "init_weights"):
         if hasattr(plain, name):
             setattr(plain, name, True)
@@ -174,6 +173,11 @@ def reference_active(model: nn.Module, adapter: str | None) -> Iterator[None]:
 def _active(peft_model: Any, adapter: str) -> Iterator[None]:
     previous = peft_model.active_adapter
     tuner_previous = list(peft_model.active_adapters)
+    if adapter not in peft_model.peft_config:
+        raise ReferenceMismatchError(
+            f"The adapter {adapter!r} of the policy, which is the reference, is not there any more: it was deleted or "
+            f"renamed after the trainer was built. The policy has {', '.join(map(repr, peft_model.peft_config))}."
+        )
     disabled = peft_model._adapters_disabled
     if disabled:
         peft_model.base_model.enable_adapter_layers()
@@ -197,28 +201,6 @@ def _flags_kept(model: nn.Module) -> Iterator[None]:
         for parameter, flag in flags:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
-
-
-def check_output_embedding(model: Any) -> None:
-    """
-    Refuse to score a model whose output embedding has an adapter at work. TRL's fused LM head, and ours, multiply the
-    embedding's own weight, so what the adapter adds to the logits would be left out.
-
-    Raises:
-        UnsupportedInputError: An adapter is active there, and not merged.
-    """
-    head = causal_lm(model).get_output_embeddings()
-    if not isinstance(head, BaseTunerLayer) or head.disable_adapters or head.merged:
-        return
-    weights = {name for kind in head.adapter_layer_names for name in getattr(head, kind, ())}
-    at_work = [name for name in head.active_adapters if name in weights]
-    if at_work:
-        raise UnsupportedInputError(
-            f"Adapter {at_work[0]!r} sits on the model's output embedding (lm_head). A fused LM head multiplies the "
-            "embedding's own weight and leaves out what the adapter adds, in TRL's trainers as well as here, so the "
-            "log-probs would be another model's. Leave lm_head out of the adapter's `target_modules`, train all of it "
-            "(`modules_to_save=['lm_head']`), or merge the adapter (`merge_and_unload()`)."
-        )
 
 
 def active_adapter(model: Any) -> str | None:

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from trl_refplug.models.adapters import check_output_embedding
 from trl_refplug.models.causal_lm import causal_lm
 from trl_refplug.models.identity import digest_model
+from trl_refplug.models.output_embedding import check_output_embedding
 from trl_refplug.models.positions import absolute_positions, batch_length_limit
 from trl_refplug.rows import PaddedRows, Values
 from trl_refplug.scoring import Scorer

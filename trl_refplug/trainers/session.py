@@ -262,6 +262,12 @@ class ReferenceSession:
         """An optimiser step is over."""
         self.run.policy_moved = True
         assert self.reference_model is not None
+        if self.run.trainer.ref_model is not self.reference_model:
+            raise SeamError(
+                f"By the end of step {step} `trainer.ref_model` had been replaced by a "
+                f"{type(self.run.trainer.ref_model).__name__}, so training went on against another reference than the "
+                "one that was declared. Declare it instead: `ref_model=`, or option 'model' of a provider."
+            )
         if self.reference_model.calls == self._calls_before:
             raise SeamError(
                 f"Step {step} ended and the trainer never asked for its reference. It was trained without one: "
