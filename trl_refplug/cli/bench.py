@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trl_refplug.cli.dtypes import Dtype
+from trl_refplug.cli.common import Dtype, torch_dtype
 from trl_refplug.errors import ConfigurationError, require_extra
 
 
@@ -52,7 +52,7 @@ def score(
     token_budget: Annotated[int | None, typer.Option(min=1, help="Most tokens of a packed forward pass.")] = None,
     dtype: Annotated[
         Dtype, typer.Option(help="What the model is loaded in: float32, bfloat16, float16.")
-    ] = Dtype.float32,
+    ] = "float32",
     output: Annotated[Path, typer.Option(help="Folder for score.md, score.png and score.json.")] = Path("."),
 ) -> None:
     """
@@ -82,7 +82,7 @@ def _score(
 ) -> None:
     require_extra("The plot of the benchmark", "demo", "matplotlib")
     started = time.monotonic()
-    torch_dtype = dtype.of_torch()
+    chosen = torch_dtype(dtype)
 
     import torch
     from tqdm import tqdm  # type: ignore[import-untyped]
@@ -98,7 +98,7 @@ def _score(
     except OSError as error:
         raise ConfigurationError(f"--output {output} cannot be written to: {error}") from None
     finished = runs.FinishedRuns(output / "score.json")
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=chosen).eval()
     digest = digest_model(loaded)
     if torch.cuda.is_available():
         loaded = loaded.to("cuda")
@@ -111,7 +111,7 @@ def _score(
         return [Result.of(loaded, work, series.runs) for work, series in zip(works, every, strict=True) if series.runs]
 
     def tabulate() -> str:
-        table = report.as_markdown(results(), Path(model).name, torch_dtype)
+        table = report.as_markdown(results(), Path(model).name, chosen)
         (output / "score.md").write_text(table, encoding="utf-8")
         return table
 

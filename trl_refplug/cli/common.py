@@ -1,0 +1,42 @@
+"""What several commands share. It is imported before `--help`, so it imports nothing slow."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Literal
+
+from trl_refplug.errors import ConfigurationError
+
+
+if TYPE_CHECKING:
+    import torch
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def torch_dtype(name: Dtype) -> torch.dtype:
+    """The torch dtype of that name. This imports torch."""
+    import torch
+
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def traceback_wanted() -> bool:
+    """Whether the user asked for tracebacks, with `TRL_REFPLUG_TRACEBACK=1`."""
+    return os.environ.get("TRL_REFPLUG_TRACEBACK", "0") not in ("", "0")
+
+
+def make_output_directory(option: str, path: Path) -> None:
+    """
+    Create a directory for a command's results, and check that files can be written to it.
+
+    Raises:
+        ConfigurationError: They cannot. The message names the option that the path was given with.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise ConfigurationError(f"{option} {path} cannot be written to: {error}") from None
