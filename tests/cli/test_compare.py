@@ -1,4 +1,4 @@
-"""`trl-refplug compare`, from the command to what it leaves behind."""
+"""`trl-refplug compare`, from the command to the files that it writes."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from trl_refplug.errors import RefPlugError
 
 
 EMA = 'ema={"sync_steps": 2}'
-REFUSED = 'cached={"fill": "never"}'  # an empty store, found when the run sets it up
+REFUSED = 'cached={"fill": "never"}'  # the store is empty, which the run finds when it sets up the provider
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def run_compare(output: Path, model: str, *providers: str) -> "subprocess.Comple
 
 @pytest.fixture(scope="module")
 def compared(model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """Three that finish and one that cannot."""
+    """A comparison of three providers that finish and one that cannot."""
     output = tmp_path_factory.mktemp("compared") / "out"
     return output, run_compare(output, model, "adapter", REFUSED, "cached", EMA)
 
@@ -46,7 +46,7 @@ def results(output: Path) -> Any:
     return json.loads((output / "results.json").read_text(encoding="utf-8"))
 
 
-def test_one_that_fails_is_named_and_the_others_are_compared(compared: tuple[Path, Any]) -> None:
+def test_a_provider_that_fails_is_named_and_the_others_are_compared(compared: tuple[Path, Any]) -> None:
     output, completed = compared
     assert completed.returncode == 1
     assert completed.stderr == ""
@@ -90,10 +90,10 @@ def test_what_is_measured(compared: tuple[Path, Any]) -> None:
     store = output / "runs" / "cached" / "store"
     assert cached["disk_bytes"] == sum(path.stat().st_size for path in store.iterdir()) > 0
     assert adapter["disk_bytes"] is None
-    # Stored values were scored in other batches: they agree, though not in every bit.
+    # Stored values were scored in other batches, so they agree, though not in every bit.
     assert 0 < cached["agreement"]["log_probs"] < 1e-3
     assert cached["agreement"]["loss"] < 1e-3
-    # The moving reference is the fixed one until the first sync, in the first two of the batches compared.
+    # Until its first sync, in the first two of the batches compared, the moving reference equals the fixed one.
     assert ema["moving"]
     assert not adapter["moving"]
     assert [step["loss"] for step in ema["steps"][:2]] == [step["loss"] for step in adapter["steps"][:2]]
@@ -101,7 +101,7 @@ def test_what_is_measured(compared: tuple[Path, Any]) -> None:
     assert ema["agreement"]["loss"] > 1e-3
 
 
-def test_what_has_finished_is_kept(compared: tuple[Path, Any], model: str, tmp_path: Path) -> None:
+def test_finished_runs_are_kept(compared: tuple[Path, Any], model: str, tmp_path: Path) -> None:
     output = shutil.copytree(compared[0], tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/*")}
     completed = run_compare(output, model, "cached", "adapter")
@@ -138,7 +138,7 @@ def test_unknown_model(tmp_path: Path) -> None:
 
 @pytest.fixture
 def endless(model: str, tmp_path: Path) -> Any:
-    """A comparison of one that trains by now and would for hours, and the process that does."""
+    """A comparison with a run that is training and would last for hours, and the child process that trains."""
     pairs = tmp_path / "pairs.jsonl"
     row = {"prompt": "the cat", "chosen": " sat on a mat", "rejected": " sang to nobody"}
     pairs.write_text(f"{json.dumps(row)}\n" * 4)
@@ -168,11 +168,13 @@ def test_interrupted(endless: Any, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Interrupted. What has finished is kept in" in stdout
+    assert "Interrupted. Finished runs are kept in" in stdout
     assert "Traceback" not in stderr
     assert workers
     _, alive = psutil.wait_procs(workers, timeout=10)
-    assert all(worker.status() == psutil.STATUS_ZOMBIE for worker in alive)  # ended, if nobody has asked how
+    assert all(
+        worker.status() == psutil.STATUS_ZOMBIE for worker in alive
+    )  # zombies have ended too, but nobody has asked for their exit status
     assert not list(tmp_path.glob("out/runs/*/run.json"))
 
 

@@ -1,4 +1,4 @@
-"""`trl-refplug demo`, from the command to what it leaves behind."""
+"""`trl-refplug demo`, from the command to the files that it writes."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def test_everything_it_promises(model: str, tmp_path: Path) -> None:
     assert completed.stderr == ""
     for shown in ("loss", "reward margin", "held-out accuracy", "step time", "reference's share", "peak memory"):
         assert shown in completed.stdout
-    assert "provider 'adapter'" in completed.stdout  # what `auto` means for LoRA
+    assert "provider 'adapter'" in completed.stdout  # `auto` selects it for LoRA
     assert "8/8" in completed.stdout
     assert str(tmp_path / "out") in completed.stdout
     assert len(completed.stdout.splitlines()) < 30
@@ -55,7 +55,7 @@ def test_everything_it_promises(model: str, tmp_path: Path) -> None:
     assert 1e8 < found["peak_memory"] < 1e11
     assert any(sample["before"] != sample["after"] for sample in found["samples"])
 
-    # The prompts are answered together, each as if it were alone.
+    # The prompts are answered together, and each answer is the same as if its prompt were alone.
     policy, tokenizer = tiny.model(), tiny.tokenizer()
     for sample in found["samples"]:
         chat = [{"role": "user", "content": sample["prompt"]}]
@@ -74,7 +74,7 @@ def test_everything_it_promises(model: str, tmp_path: Path) -> None:
 
 
 def test_providers_agree(model: str, tmp_path: Path) -> None:
-    """The same run with either copy of the reference; what was there from an earlier run is replaced."""
+    """The same run gives the same losses with either provider. The results of the earlier run are replaced."""
     first = run_demo(tmp_path, model, "--ref-provider", "adapter", "--seed", "3", steps=3)
     adapter = results(tmp_path)
     second = run_demo(
@@ -151,7 +151,7 @@ def test_interrupted_run_leaves_the_earlier_results(model: str, tmp_path: Path) 
 
 @pytest.mark.realmodel
 def test_learns_to_be_concise(tmp_path: Path) -> None:
-    """The default run on SmolLM2, fetched if it is not in the user's cache."""
+    """The default run on SmolLM2, which is downloaded if it is not in the user's cache."""
     started = time.monotonic()
     completed = run_here("demo", "--output-dir", str(tmp_path))
     assert completed.returncode == 0, completed.stderr
