@@ -1,4 +1,4 @@
-"""`trl-refplug ema`: what a moving reference left in checkpoints."""
+"""`trl-refplug ema`: works with the moving references in checkpoints."""
 
 from __future__ import annotations
 
