@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 
 from trl_refplug.cli.common import Dtype, make_output_directory, torch_dtype
 from trl_refplug.errors import require_extra
+from trl_refplug.preference_files import read_pairs
 
 
 if TYPE_CHECKING:
@@ -126,12 +128,9 @@ def _score(
 
 def _pairs(model: str, loaded: Any, data: Path | None, rows: int, sample: bool) -> list[Pair]:
     """The pairs to score: those of the file, or random ones if there is none."""
-    import random
-
     from transformers import AutoTokenizer
 
     from trl_refplug.bench.workloads import synthetic_pairs, tokenize_pairs
-    from trl_refplug.preference_files import read_pairs
 
     if data is None:
         return synthetic_pairs(rows, loaded.config.get_text_config().vocab_size)

@@ -9,15 +9,14 @@ import typer
 
 from trl_refplug.cli.common import make_output_directory
 from trl_refplug.cli.training_runs import ModelOption, SeedOption, StepsOption, resolve_model, step_progress
+from trl_refplug.compare.job import Job, Run, Step
+from trl_refplug.compare.provider_choice import DEFAULT_PROVIDERS, ProviderChoice, parse_choices
 from trl_refplug.errors import require_extra
 
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
-
-    from trl_refplug.compare.job import Job, Run, Step
-    from trl_refplug.compare.provider_choice import ProviderChoice
 
 
 def compare(
@@ -71,8 +70,6 @@ def _compare(
     require_extra("The plot of the comparison", "demo", "matplotlib")
     with console.status("Loading PyTorch and TRL"):
         from trl_refplug.compare import comparison, pictures
-        from trl_refplug.compare.job import Job
-        from trl_refplug.compare.provider_choice import DEFAULT_PROVIDERS, parse_choices
 
         choices = parse_choices(providers or list(DEFAULT_PROVIDERS))
         if data is not None:

@@ -12,6 +12,8 @@ import typer
 
 from trl_refplug.cli.common import make_output_directory
 from trl_refplug.cli.training_runs import ModelOption, SeedOption, StepsOption, resolve_model, step_progress
+from trl_refplug.compare.job import Job, Step
+from trl_refplug.compare.provider_choice import ProviderChoice
 from trl_refplug.errors import require_extra
 
 
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from trl_refplug.compare.demo import DemoResult
-    from trl_refplug.compare.job import Job, Step
-    from trl_refplug.compare.provider_choice import ProviderChoice
 
 
 def demo(
@@ -61,9 +61,7 @@ def _demo(
     require_extra("The plot of the demo", "demo", "matplotlib")
     with console.status("Loading PyTorch and TRL"):
         from trl_refplug.compare.demo import summary
-        from trl_refplug.compare.job import Job
         from trl_refplug.compare.pictures import draw_demo_curves
-        from trl_refplug.compare.provider_choice import ProviderChoice
 
         choice = ProviderChoice(ref_provider, ref_provider_kwargs)
         choice.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from types import FrameType
@@ -12,6 +13,7 @@ import typer
 from trl_refplug.cli.common import Dtype
 from trl_refplug.errors import ConfigurationError, require_extra
 from trl_refplug.serving.keys import read_key
+from trl_refplug.serving.limits import Limits
 
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
@@ -62,7 +64,6 @@ def serve(
         _check_certificate(ssl_certfile, ssl_keyfile)
     require_extra("`trl-refplug serve`", "serve", "msgspec", "starlette", "uvicorn", "zstandard")
 
-    from trl_refplug.serving.limits import Limits
     from trl_refplug.serving.server import Server, listen
 
     try:
@@ -70,8 +71,6 @@ def serve(
     except OSError as error:
         raise ConfigurationError(f"Cannot listen on {host} port {port}: {error.strerror or error}.") from None
     with listener:
-        import logging
-
         from trl_refplug.serving.app import make_app
         from trl_refplug.serving.loading import load_engine
 
@@ -98,7 +97,7 @@ def serve(
 
         ssl: dict[str, Any] = {"ssl_certfile": ssl_certfile, "ssl_keyfile": ssl_keyfile} if ssl_certfile else {}
 
-        class Ended(Server):
+        class ImmediateExitServer(Server):
             """A server that the second Ctrl-C ends at once. In Python 3.12 asyncio would wait for its connections."""
 
             def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -107,7 +106,7 @@ def serve(
                     os._exit(130)  # an ordinary exit is aborted if a thread is in a forward pass
 
         app = make_app(engine, key=key, limits=limits)
-        Ended(app, limits=limits, ready=ready, lost=app.state.lost, **ssl).run(sockets=[listener])
+        ImmediateExitServer(app, limits=limits, ready=ready, lost=app.state.lost, **ssl).run(sockets=[listener])
         if app.state.lost():
             raise typer.Exit(1)  # the log says why; what started this process can restart it
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import typer
 
+from trl_refplug.arguments import ReferenceArguments
 from trl_refplug.cli import launched
 from trl_refplug.cli.tasks import Precompute, Task
 from trl_refplug.cli.trl_scripts import LOADERS, PREFIXES, make_parser
@@ -31,22 +33,22 @@ COMMAND_SETTINGS: dict[str, Any] = {
 
 
 def dpo(context: typer.Context) -> None:
-    """Train with DPO, as `trl dpo` does, with the reference flags in addition (`--help-all` lists all flags)."""
+    """Train with DPO. This takes all flags of `trl dpo`, and the reference flags."""
     _launch("dpo", context.args)
 
 
 def kto(context: typer.Context) -> None:
-    """Train with KTO, as `trl kto` does, with the reference flags in addition (`--help-all` lists all flags)."""
+    """Train with KTO. This takes all flags of `trl kto`, and the reference flags."""
     _launch("kto", context.args)
 
 
 def grpo(context: typer.Context) -> None:
-    """Train with GRPO, as `trl grpo` does, with the reference flags in addition (`--help-all` lists all flags)."""
+    """Train with GRPO. This takes all flags of `trl grpo`, and the reference flags."""
     _launch("grpo", context.args)
 
 
 def rloo(context: typer.Context) -> None:
-    """Train with RLOO, as `trl rloo` does, with the reference flags in addition (`--help-all` lists all flags)."""
+    """Train with RLOO. This takes all flags of `trl rloo`, and the reference flags."""
     _launch("rloo", context.args)
 
 
@@ -112,10 +114,6 @@ def _launch(method: str, arguments: Sequence[str], task: Task | None = None) -> 
 
 def _help(method: str) -> str:
     """The text of `--help`: the reference flags, and where to find all others."""
-    from argparse import ArgumentParser
-
-    from trl_refplug.arguments import ReferenceArguments
-
     command = f"trl-refplug {method}"
     parser = ArgumentParser(
         prog=command,

@@ -94,7 +94,7 @@ def _child(sending: Connection, job: Job, choice: ProviderChoice, folder: Path) 
         stream.flush()
         os.dup2(log, stream.fileno())
     try:
-        # This imports torch, so it comes after what it prints goes to the log.
+        # This imports torch, whose messages belong in the log, so it comes only now.
         from trl_refplug.compare.training import run_job
 
         finished = run_job(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import trl_refplug
 from trl_refplug.compare.pairs import load_pairs
 from trl_refplug.compare.provider_choice import ProviderChoice
 from trl_refplug.preference_files import read_pairs
@@ -49,11 +51,7 @@ class Job:
 
     def facts(self) -> dict[str, Any]:
         """Everything that decides what a run does. A finished run counts for this job only if these are the same."""
-        from importlib.metadata import version
-
         import torch
-
-        import trl_refplug
 
         return asdict(self) | {
             "files": [_sizes_and_times(path) for path in (self.model, self.data) if path is not None],

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from trl_refplug.arguments import ReferenceArguments
 from trl_refplug.errors import ConfigurationError
 
 
@@ -40,7 +41,6 @@ class ProviderChoice:
         Raises:
             RefPlugError: The provider is unknown, or the options do not fit it.
         """
-        from trl_refplug.arguments import ReferenceArguments
         from trl_refplug.trainers.selection import check_reference
 
         flags = ReferenceArguments(ref_provider=self.name, ref_provider_kwargs=self.kwargs)
