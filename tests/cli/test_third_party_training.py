@@ -1,4 +1,4 @@
-"""A stranger's package, installed by pip into a fresh environment, trains by flag alone."""
+"""pip installs a third party's package in a fresh environment, and a flag alone selects it in training."""
 
 import json
 
@@ -19,7 +19,7 @@ def test_trains_by_flag_alone(python, tmp_path):  # noqa: F811
     record = json.loads((tmp_path / "out" / "checkpoint-2" / "refplug" / "reference.json").read_text())
     assert record["provider"] == "uniform"
 
-    # The broken one is shown its own traceback, before anything is loaded.
+    # For the broken plugin, its own traceback is shown before anything is loaded.
     broken = run_python(python, "-m", "trl_refplug", "dpo", *arguments, "--ref_provider", "broken")
     assert broken.returncode == 2
     assert "import a_package_nobody_has" in broken.stderr

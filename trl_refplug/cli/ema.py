@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 
-app = typer.Typer(help="Moving references (ref_provider='ema').", no_args_is_help=True)
+app = typer.Typer(help="Work with moving references (ref_provider='ema').", no_args_is_help=True)
 
 
 @app.callback()

@@ -74,7 +74,7 @@ def verify(
     ] = 64,
     tolerance: Annotated[
         float,
-        typer.Option(help="Largest difference, in nats, between two scorings of a token that is not a conflict."),
+        typer.Option(help="Two scorings of a token conflict if they differ by more than this, in nats."),
     ] = 0.02,
     as_json: AsJson = False,
 ) -> None:

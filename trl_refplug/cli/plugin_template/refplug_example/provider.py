@@ -14,7 +14,7 @@ from trl_refplug.identity import digest_model
 
 @dataclass(frozen=True)
 class ExampleOptions:
-    """Options of `example`: what `ref_provider_kwargs` may hold."""
+    """The options of `example`, which users give in `ref_provider_kwargs`."""
 
     sharpness: float = field(
         default=1.0, metadata={"help": "Multiplies the reference's logits; 1 is the policy itself."}
@@ -26,27 +26,27 @@ class ExampleOptions:
 
 
 class ExampleProvider(ReferenceProvider):
-    """Scores with a copy of the policy."""
+    """Scores with a copy of the policy, made before training."""
 
     Options = ExampleOptions
     capabilities = Capabilities(local_model=True, temperature=True, multimodal=True, offline=True)
     options: ExampleOptions
 
     def pin(self, context: ReferenceContext) -> nn.Module:
-        # The policy is exactly as it was passed in. What is seen later need not be the start of training.
+        # The policy is still exactly as it was passed in. Later it may have been changed or loaded from a checkpoint.
         policy: Any = context.policy
         adapter = policy.active_adapter if hasattr(policy, "peft_config") else None
         self._digest = digest_model(policy, adapter)
-        return copy.deepcopy(context.policy)  # for TRL to place: device, DeepSpeed, FSDP
+        return copy.deepcopy(context.policy)  # TRL moves it to its device, or shards it with DeepSpeed or FSDP
 
     def setup(self, context: ReferenceContext) -> None:
-        assert context.reference_model is not None  # what pin() returned, placed
+        assert context.reference_model is not None  # this is the model that pin() returned, on its device
         self._model = context.reference_model
         self._model.eval()
         self._temperature = context.temperature
 
     def identity(self) -> ReferenceIdentity:
-        # All that changes a value, and nothing else.
+        # The identity holds everything that changes a value, and nothing else.
         sharpness = self.options.sharpness
         return ReferenceIdentity("example", f"{self._digest}-{sharpness}", {"sharpness": sharpness})
 
