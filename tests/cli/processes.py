@@ -5,7 +5,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import venv
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -22,6 +25,27 @@ def run_python(python: Path | str, *arguments: str, **environment: str) -> "subp
 def run_here(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     """Run `trl-refplug` in the environment of the tests."""
     return run_python(sys.executable, "-m", "trl_refplug", *arguments, **environment)
+
+
+@contextmanager
+def running(*arguments: str, until: Callable[[], object], **environment: str) -> Iterator["subprocess.Popen[str]"]:
+    """Start an interpreter and wait until a condition holds. At the end of this context, the process is killed."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 600
+        while not until():
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.05)
+        yield process
+    finally:
+        process.kill()
 
 
 def environment_with(*packages: Path, directory: Path) -> Path:

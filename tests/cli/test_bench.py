@@ -1,11 +1,9 @@
 """`trl-refplug bench score` on a tiny model."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from tests.cli.processes import ROOT
+from tests.cli.processes import running
 from tests.scoring.models import tiny
 from trl_refplug.bench.measure import Run
 from trl_refplug.cli.bench import app
@@ -125,22 +123,11 @@ def test_a_missing_extra_is_named(monkeypatch):
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_an_interrupted_benchmark_leaves_the_figures_of_its_finished_runs(model, tmp_path):
     flags = ["--model", model, "--rows", "4", "--shape", "pairs", "--repeats", "1000000", "--output", str(tmp_path)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "trl_refplug", "bench", "score", *flags],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        deadline = time.monotonic() + 200
-        while not (tmp_path / "score.md").exists():  # it is written after score.json
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.05)
+    written = (tmp_path / "score.md").exists  # it is written after score.json
+    threads = str(torch.get_num_threads())
+    with running("-m", "trl_refplug", "bench", "score", *flags, until=written, OMP_NUM_THREADS=threads) as process:
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
-    finally:
-        process.kill()
     assert "Traceback" not in stderr
     assert "pairs, run 1 of 1000000, TRL's way:" in stderr
     assert "pairs, run 1 of 1000000, packed:" in stderr

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -16,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests import tiny
-from tests.cli.processes import ROOT, run_here
+from tests.cli.processes import run_here, running
 from trl_refplug.cli.main import app
 from trl_refplug.errors import RefPlugError
 
@@ -143,23 +142,11 @@ def endless(model: str, tmp_path: Path) -> Any:
     row = {"prompt": "the cat", "chosen": " sat on a mat", "rejected": " sang to nobody"}
     pairs.write_text(f"{json.dumps(row)}\n" * 4)
     flags = ["--provider", "adapter", "--steps", "1000000", "--output-dir", str(tmp_path / "out")]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "trl_refplug", "compare", "--model", model, "--data", str(pairs), *flags],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        deadline = time.monotonic() + 600
-        while not (tmp_path / "out" / "runs" / "adapter" / "log.txt").exists():
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.1)
-        time.sleep(1)  # into loading or training
+    command = ["compare", "--model", model, "--data", str(pairs), *flags]
+    began = (tmp_path / "out" / "runs" / "adapter" / "log.txt").exists
+    with running("-m", "trl_refplug", *command, until=began, COLUMNS="120") as process:
+        time.sleep(1)  # by then it is loading or training
         yield process, psutil.Process(process.pid).children(recursive=True)
-    finally:
-        process.kill()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")

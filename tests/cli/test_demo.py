@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests import tiny
-from tests.cli.processes import ROOT, run_here
+from tests.cli.processes import run_here, running
 from trl_refplug.cli.main import app
 from trl_refplug.errors import RefPlugError
 
@@ -124,24 +123,11 @@ def test_unwritable_output(model: str, tmp_path: Path) -> None:
 def test_interrupted_run_leaves_the_earlier_results(model: str, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("earlier")
     arguments = ["--model", model, "--steps", "100000", "--output-dir", str(tmp_path)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "trl_refplug", "demo", *arguments],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        deadline = time.monotonic() + 600
-        while not list(tmp_path.glob(".unfinished-*")):
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.1)
-        time.sleep(2)  # into loading or training
+    began = lambda: list(tmp_path.glob(".unfinished-*"))  # noqa: E731
+    with running("-m", "trl_refplug", "demo", *arguments, until=began) as process:
+        time.sleep(2)  # by then it is loading or training
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=60)
-    finally:
-        process.kill()
     assert process.returncode == 130
     assert "Interrupted" in stdout
     assert "Traceback" not in stderr

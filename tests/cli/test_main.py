@@ -4,13 +4,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 import trl_refplug
-from tests.cli.processes import run_here, run_python
+from tests.cli.processes import run_here, run_python, running
 
 
 COMMAND = """
@@ -104,18 +103,11 @@ def test_interrupted(tmp_path: Path) -> None:
     while True:
         time.sleep(0.1)  # a signal that comes just before a sleep is seen only after it, so each sleep is short
 """
-    process = subprocess.Popen([sys.executable, "-c", COMMAND.format(body=body), "fail"], stderr=subprocess.PIPE)
-    try:
-        deadline = time.monotonic() + 30
-        while not (tmp_path / "started").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+    with running("-c", COMMAND.format(body=body), "fail", until=(tmp_path / "started").exists) as process:
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=30)
-    finally:
-        process.kill()
     assert process.returncode == 130
-    assert b"Traceback" not in stderr
+    assert "Traceback" not in stderr
 
 
 def test_interrupted_while_a_c_extension_is_imported() -> None:

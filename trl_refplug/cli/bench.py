@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trl_refplug.cli.common import Dtype, make_output_directory, torch_dtype
+from trl_refplug.cli.common import Dtype, exit_on_interrupt, make_output_directory, torch_dtype
 from trl_refplug.errors import require_extra
 from trl_refplug.preference_files import read_pairs
 
@@ -68,25 +67,6 @@ def score(
     The command prints a table at its end, and draws a plot in score.png. After every run it writes the table so far to
     score.md and all figures to score.json.
     """
-    try:
-        _score(model, data, rows, sample, shape or DEFAULT_SHAPES, repeats, max_length, token_budget, dtype, output)
-    except KeyboardInterrupt:
-        _say(f"\nInterrupted. If a run has finished, its figures are in {output}: score.md, score.json.")
-        raise typer.Exit(130) from None
-
-
-def _score(
-    model: str,
-    data: Path | None,
-    rows: int,
-    sample: bool,
-    shapes: Sequence[str],
-    repeats: int,
-    max_length: int,
-    token_budget: int | None,
-    dtype: Dtype,
-    output: Path,
-) -> None:
     require_extra("The plot of the benchmark", "demo", "matplotlib")
     started = time.monotonic()
 
@@ -99,31 +79,32 @@ def _score(
     from trl_refplug.bench.workloads import workload
 
     make_output_directory("--output", output)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype(dtype)).eval()
-    if torch.cuda.is_available():
-        loaded = loaded.to("cuda")
-    pairs = _pairs(model, loaded, data, rows, sample)
-    works = [workload(name, pairs, max_length) for name in shapes]
+    with exit_on_interrupt(f"If a run has finished, its figures are in {output}: score.md, score.json.", err=True):
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype(dtype)).eval()
+        if torch.cuda.is_available():
+            loaded = loaded.to("cuda")
+        pairs = _pairs(model, loaded, data, rows, sample)
+        works = [workload(name, pairs, max_length) for name in shape or DEFAULT_SHAPES]
 
-    results: list[Result] = []
-    table = ""
-    for work in works:
-        result = Result.of(loaded, work, [])
-        results.append(result)
-        for run in measure(loaded, work, token_budget, repeats):
-            result.runs.append(run)
-            _say(f"{work.shape}, run {len(result.runs)} of {repeats}: {run}")
-            table = report.as_markdown(results, Path(model).name, torch_dtype(dtype))
-            (output / "score.json").write_text(report.as_json(results), encoding="utf-8")
-            (output / "score.md").write_text(table, encoding="utf-8")
-    typer.echo(table)
-    # matplotlib is imported only now, because Ctrl-C during its import comes out as an ImportError.
-    report.plot(results, output / "score.png")
-    scored = sum(2 * result.rows * len(result.runs) for result in results)
-    _say(
-        f"Scored {scored:,} rows in {tqdm.format_interval(time.monotonic() - started)}. "
-        f"Written to {output}: score.md (this table), score.png, score.json (every run)"
-    )
+        results: list[Result] = []
+        table = ""
+        for work in works:
+            result = Result.of(loaded, work, [])
+            results.append(result)
+            for run in measure(loaded, work, token_budget, repeats):
+                result.runs.append(run)
+                _say(f"{work.shape}, run {len(result.runs)} of {repeats}: {run}")
+                table = report.as_markdown(results, Path(model).name, torch_dtype(dtype))
+                (output / "score.json").write_text(report.as_json(results), encoding="utf-8")
+                (output / "score.md").write_text(table, encoding="utf-8")
+        typer.echo(table)
+        # matplotlib is imported only now, because Ctrl-C during its import comes out as an ImportError.
+        report.plot(results, output / "score.png")
+        scored = sum(2 * result.rows * len(result.runs) for result in results)
+        _say(
+            f"Scored {scored:,} rows in {tqdm.format_interval(time.monotonic() - started)}. "
+            f"Written to {output}: score.md (this table), score.png, score.json (every run)"
+        )
 
 
 def _pairs(model: str, loaded: Any, data: Path | None, rows: int, sample: bool) -> list[Pair]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Literal
+
+import typer
 
 from trl_refplug.errors import ConfigurationError
 
@@ -40,3 +44,13 @@ def make_output_directory(option: str, path: Path) -> None:
         TemporaryFile(dir=path).close()
     except OSError as error:
         raise ConfigurationError(f"{option} {path} cannot be written to: {error}") from None
+
+
+@contextmanager
+def exit_on_interrupt(message: str, *, err: bool = False) -> Iterator[None]:
+    """Inside this context, Ctrl-C ends the command with exit code 130 and a message, which `err` sends to stderr."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"\nInterrupted. {message}", err=err)
+        raise typer.Exit(130) from None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trl_refplug.cli.common import make_output_directory
+from trl_refplug.cli.common import exit_on_interrupt, make_output_directory
 from trl_refplug.cli.training_runs import ModelOption, SeedOption, StepsOption, resolve_model, step_progress
 from trl_refplug.compare.job import Job, Run, Step
 from trl_refplug.compare.provider_choice import DEFAULT_PROVIDERS, ProviderChoice, parse_choices
@@ -49,29 +49,12 @@ def compare(
     """
     from rich.console import Console
 
-    console = Console(highlight=False)
-    try:
-        _compare(console, provider, model, data, steps, max_length, output_dir, seed)
-    except KeyboardInterrupt:
-        console.print(f"\nInterrupted. Finished runs are kept in {output_dir}: the same command continues from there.")
-        raise typer.Exit(130) from None
-
-
-def _compare(
-    console: Console,
-    providers: list[str] | None,
-    model: str | None,
-    data: Path | None,
-    steps: int,
-    max_length: int,
-    output_dir: Path,
-    seed: int,
-) -> None:
     require_extra("The plot of the comparison", "demo", "matplotlib")
+    console = Console(highlight=False)
     with console.status("Loading PyTorch and TRL"):
         from trl_refplug.compare import comparison, pictures
 
-        choices = parse_choices(providers or list(DEFAULT_PROVIDERS))
+        choices = parse_choices(provider or list(DEFAULT_PROVIDERS))
         if data is not None:
             Job("", str(data), steps, seed, max_length).pairs()  # this raises if there is a mistake in the file
     make_output_directory("--output-dir", output_dir)
@@ -79,7 +62,8 @@ def _compare(
     job = Job(model, None if data is None else str(data), steps, seed, max_length)
 
     folders = {choice.label: output_dir / "runs" / choice.folder for choice in choices}
-    runs, failures = _run_all(console, job, choices, folders)
+    with exit_on_interrupt(f"Finished runs are kept in {output_dir}: the same command continues from there."):
+        runs, failures = _run_all(console, job, choices, folders)
     if runs:
         first = runs[0]
         agreements = [

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trl_refplug.cli.common import make_output_directory
+from trl_refplug.cli.common import exit_on_interrupt, make_output_directory
 from trl_refplug.cli.training_runs import ModelOption, SeedOption, StepsOption, resolve_model, step_progress
 from trl_refplug.compare.job import Job, Step
 from trl_refplug.compare.provider_choice import ProviderChoice
@@ -41,43 +41,28 @@ def demo(
     """Train SmolLM2-135M with LoRA-DPO for a few minutes, on a CPU, and see what the reference costs."""
     from rich.console import Console
 
-    console = Console(highlight=False)
-    try:
-        _demo(console, ref_provider, ref_provider_kwargs, model, steps, output_dir, seed)
-    except KeyboardInterrupt:
-        console.print("\nInterrupted. Nothing was written.")
-        raise typer.Exit(130) from None
-
-
-def _demo(
-    console: Console,
-    ref_provider: str,
-    ref_provider_kwargs: str | None,
-    model: str | None,
-    steps: int,
-    output_dir: Path,
-    seed: int,
-) -> None:
     require_extra("The plot of the demo", "demo", "matplotlib")
+    console = Console(highlight=False)
     with console.status("Loading PyTorch and TRL"):
         from trl_refplug.compare.demo import summary
         from trl_refplug.compare.pictures import draw_demo_curves
 
         choice = ProviderChoice(ref_provider, ref_provider_kwargs)
         choice.check()
-    job = Job(resolve_model(console, model), None, steps, seed)
-    make_output_directory("--output-dir", output_dir)
-    try:
-        # The results replace those of an earlier run only when all of them are there.
-        with TemporaryDirectory(dir=output_dir, prefix=".unfinished-", ignore_cleanup_errors=True) as scratch:
-            result = _train(console, job, choice, Path(scratch))
-            Path(scratch, "results.json").write_text(result.to_json(), encoding="utf-8")
-            draw_demo_curves(result, Path(scratch, "curves.png"))
-            for name in ("adapter", "results.json", "curves.png"):
-                _replace(Path(scratch, name), output_dir / name)
-    finally:
-        with contextlib.suppress(OSError):  # the directory is not empty, so it is kept
-            output_dir.rmdir()
+    with exit_on_interrupt("Nothing was written."):
+        job = Job(resolve_model(console, model), None, steps, seed)
+        make_output_directory("--output-dir", output_dir)
+        try:
+            # The results replace those of an earlier run only when all of them are there.
+            with TemporaryDirectory(dir=output_dir, prefix=".unfinished-", ignore_cleanup_errors=True) as scratch:
+                result = _train(console, job, choice, Path(scratch))
+                Path(scratch, "results.json").write_text(result.to_json(), encoding="utf-8")
+                draw_demo_curves(result, Path(scratch, "curves.png"))
+                for name in ("adapter", "results.json", "curves.png"):
+                    _replace(Path(scratch, name), output_dir / name)
+        finally:
+            with contextlib.suppress(OSError):  # the directory is not empty, so it is kept
+                output_dir.rmdir()
 
     console.print()
     console.print(summary(result))
