@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests import tiny
 from tests.cli.processes import ROOT, environment_with, run_python
 from tests.conftest import FakeSite
 
@@ -142,6 +143,25 @@ def test_pip_installed_provider_trains_by_flag_alone(python: Path, tmp_path: Pat
     for broken in ("broken", "future"):  # these are not selected, so each causes one warning
         assert completed.stderr.count(f"RefPlugWarning: The plugin '{broken}'") == 1
     assert "'twin'" not in completed.stderr  # a blocked plugin causes no warning
+
+
+def test_pip_installed_provider_trains_on_the_command_line(python: Path, tmp_path: Path) -> None:
+    data = tmp_path / "pairs.jsonl"
+    tiny.preference_data().to_json(data)
+    arguments = ["--model_name_or_path", tiny.saved(tmp_path), "--dataset_name", str(data)]
+    arguments += ["--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--use_cpu", "--bf16", "False"]
+    arguments += ["--per_device_train_batch_size", "2", "--report_to", "none", "--save_strategy", "steps"]
+    reference = ["--ref_provider", "uniform", "--ref_provider_kwargs", '{"scale": 2.0}']
+    done = run_python(python, "-m", "trl_refplug", "dpo", *arguments, *reference, TRL_REFPLUG_BLOCK="refplug-twin")
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((tmp_path / "out" / "checkpoint-2" / "refplug" / "reference.json").read_text())
+    assert record["provider"] == "uniform"
+
+    # For the broken plugin, its own traceback is shown before anything is loaded.
+    broken = run_python(python, "-m", "trl_refplug", "dpo", *arguments, "--ref_provider", "broken")
+    assert broken.returncode == 2
+    assert "import a_package_nobody_has" in broken.stderr
+    assert "ModuleNotFoundError" in broken.stderr
 
 
 def test_selected_broken_plugin_shows_its_own_traceback(python: Path) -> None:

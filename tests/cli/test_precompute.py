@@ -17,6 +17,9 @@ from trl_refplug.store import summarize, verify
 from trl_refplug.testing.ranks import launch
 
 
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
+
+
 def flags(tmp_path: Path, *more: str) -> list[str]:
     data = tmp_path / "data.jsonl"
     if not data.exists():
@@ -27,12 +30,6 @@ def flags(tmp_path: Path, *more: str) -> list[str]:
         *("--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--use_cpu", "--bf16", "false"),
         *("--report_to", "none", "--disable_tqdm", "true", "--ref_provider_kwargs", options, *more),
     ]
-
-
-@pytest.fixture(autouse=True)
-def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
 
 
 def test_fills_and_does_not_train(tmp_path: Path) -> None:

@@ -18,6 +18,9 @@ from trl_refplug.store import LogProbStore
 from trl_refplug.trainers.table import reference_table
 
 
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
+
+
 def flags(tmp_path: Path, kind: str = "dpo", rows: int = 12) -> list[str]:
     data = tmp_path / f"{kind}-{rows}.jsonl"
     if not data.exists():
@@ -34,12 +37,6 @@ def fill(tmp_path: Path, kind: str = "dpo", rows: int = 12) -> str:
     options = json.dumps({"path": store})
     launched.train(kind, [*flags(tmp_path, kind, rows), "--ref_provider_kwargs", options], Precompute())
     return store
-
-
-@pytest.fixture(autouse=True)
-def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
 
 
 def wrong_copy(store: str, path: Path) -> str:

@@ -18,6 +18,7 @@ from trl_refplug.cli.main import app
 from trl_refplug.errors import RefPlugError, SeamError
 
 
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 METHODS = ["dpo", "kto", "grpo", "rloo"]
 DATA = {
     "dpo": tiny.preference_data,
@@ -31,12 +32,6 @@ ONLINE = ["--beta", "0.1", "--num_generations", "2", "--max_completion_length", 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny.saved(tmp_path_factory.mktemp("models"), "qwen2")
-
-
-@pytest.fixture(autouse=True)
-def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
 
 
 def write(data: Dataset, path: Path) -> Path:
