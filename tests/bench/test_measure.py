@@ -40,7 +40,7 @@ def test_rows_that_were_not_packed_are_mentioned():
         [run] = measure(model, work, None, repeats=1)
     assert "sliding window of 16" in run.fallback
     assert run.operations > 0
-    result = Result.of(model, work, [run, replace(run, fallback=None)])
+    result = Result.from_runs(model, work, [run, replace(run, fallback=None)])
     assert result.counted_ratio is None  # the operations of rows that were scored exactly are not counted
     assert result.efficiency is None
     table = as_markdown([result], "mistral", torch.float32)
@@ -51,7 +51,7 @@ def test_rows_that_were_not_packed_are_mentioned():
 def test_if_all_rows_were_packed_nothing_is_mentioned():
     model, work = tiny("llama"), pairs_of(5, 40, 8)
     [run] = measure(model, work, None, repeats=1)
-    result = Result.of(model, work, [run])
+    result = Result.from_runs(model, work, [run])
     assert run.fallback is None
     assert result.counted_ratio > 1
     assert result.efficiency > 0
@@ -62,7 +62,10 @@ def test_a_shape_with_fewer_runs_than_the_others_says_how_many():
     """The table is written after every run, so its last shape may not be finished."""
     model, work = tiny("llama"), pairs_of(5, 40, 8)
     runs = list(measure(model, work, None, repeats=2))
-    finished, unfinished = Result.of(model, work, runs), replace(Result.of(model, work, runs[:1]), shape="unshared")
+    finished, unfinished = (
+        Result.from_runs(model, work, runs),
+        replace(Result.from_runs(model, work, runs[:1]), shape="unshared"),
+    )
     table = as_markdown([finished, unfinished], "llama", torch.float32)
     assert "Medians of 2 alternating runs" in table
     assert "| pairs, 6 |" in table

@@ -76,7 +76,7 @@ class Result:
         rows (`int`): Number of rows.
         trl_tokens (`int`): Number of tokens in TRL's padded batches. TRL puts all of them through the LM head.
         trl_operations (`float`): Counted operations of TRL's pass.
-        runs (`list[Run]`): At least one.
+        runs (`list[Run]`): The runs so far. The medians need at least one.
     """
 
     shape: str
@@ -86,7 +86,7 @@ class Result:
     runs: list[Run]
 
     @classmethod
-    def of(cls, model: Any, workload: Workload, runs: list[Run]) -> Result:
+    def from_runs(cls, model: Any, workload: Workload, runs: list[Run]) -> Result:
         """Make the result of a workload from its runs."""
         cost = count_operations(causal_lm(model))
         sizes = [(len(batch), max(len(workload.rows[index]) for index in batch)) for batch in workload.batches]

@@ -57,7 +57,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
 
     figure = Figure(figsize=(1.6 + 1.8 * len(results), 3.6), layout="constrained")
     axes = figure.subplots()
-    for place, result in enumerate(results):
+    for position, result in enumerate(results):
         ways = (
             ("TRL", [run.trl_seconds for run in result.runs], "0.6"),
             ("packed", [run.seconds for run in result.runs], "tab:blue"),
@@ -65,10 +65,15 @@ def plot(results: Sequence[Result], path: Path) -> None:
         for offset, (label, seconds, color) in zip((-0.2, 0.2), ways, strict=True):
             rates = [result.rows / value for value in seconds]
             axes.bar(
-                place + offset, statistics.median(rates), 0.36, color=color, label=None if place else label, zorder=1
+                position + offset,
+                statistics.median(rates),
+                0.36,
+                color=color,
+                label=None if position else label,
+                zorder=1,
             )
-            axes.scatter([place + offset] * len(rates), rates, 8, color="black", zorder=2)
-        highest = (place + 0.2, max(result.rows / run.seconds for run in result.runs))
+            axes.scatter([position + offset] * len(rates), rates, 8, color="black", zorder=2)
+        highest = (position + 0.2, max(result.rows / run.seconds for run in result.runs))
         axes.annotate(f"{result.ratio:.1f}x", highest, (0, 4), textcoords="offset points", ha="center", va="bottom")
     axes.set_xticks(range(len(results)), [result.shape for result in results])
     axes.set_ylabel("rows per second")

@@ -98,22 +98,25 @@ def _grpo(pairs: Sequence[Pair]) -> RowsAndBatches:
     tokens = _text(pairs)
     rows = []
     for _ in range(max(1, len(pairs) // 4)):
-        prompt = _take(tokens, 512)
-        rows += [Row.completion(prompt, _take(tokens, 64)) for _ in range(8)]
+        prompt = _next_tokens(tokens, 512)
+        rows += [Row.completion(prompt, _next_tokens(tokens, 64)) for _ in range(8)]
     return rows, _in_order(len(rows))
 
 
 def _unshared(pairs: Sequence[Pair]) -> RowsAndBatches:
     """Rows of 256 tokens without a common prefix. All tokens are scored."""
     tokens = _text(pairs)
-    rows = [Row(ids, ids) for ids in (_take(tokens, 256) for _ in range(2 * len(pairs)))]
+    rows = [Row(ids, ids) for ids in (_next_tokens(tokens, 256) for _ in range(2 * len(pairs)))]
     return rows, _in_order(len(rows))
 
 
 def _long(pairs: Sequence[Pair]) -> RowsAndBatches:
     """For every 16 pairs, one pair with rows of 4,096 tokens, half of which are the prompt."""
     tokens = _text(pairs)
-    long = [Pair(_take(tokens, 2048), _take(tokens, 2048), _take(tokens, 2048)) for _ in range(0, len(pairs), 16)]
+    long = [
+        Pair(_next_tokens(tokens, 2048), _next_tokens(tokens, 2048), _next_tokens(tokens, 2048))
+        for _ in range(0, len(pairs), 16)
+    ]
     rows = [Row.completion(pair.prompt, answer) for pair in long for answer in (pair.chosen, pair.rejected)]
     return rows, [[index, index + 1] for index in range(0, len(rows), 2)]
 
@@ -144,7 +147,7 @@ def _text(pairs: Sequence[Pair]) -> Iterator[int]:
         tokens = rng.permutation(tokens)
 
 
-def _take(tokens: Iterator[int], count: int) -> Ints:
+def _next_tokens(tokens: Iterator[int], count: int) -> Ints:
     return np.fromiter((next(tokens) for _ in range(count)), np.int64, count)
 
 

@@ -89,7 +89,7 @@ def score(
         results: list[Result] = []
         table = ""
         for work in works:
-            result = Result.of(loaded, work, [])
+            result = Result.from_runs(loaded, work, [])
             results.append(result)
             for run in measure(loaded, work, token_budget, repeats):
                 result.runs.append(run)

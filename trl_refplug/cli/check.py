@@ -263,6 +263,6 @@ def _print(verdict: Verdict, reference: str) -> None:
     )
     if not verdict.ok:
         console.print(
-            "Likely causes: another revision, precision or quantisation of the model; another tokenizer or chat "
+            "Likely causes: another revision, precision or quantization of the model; another tokenizer or chat "
             "template; a reference that is not this model on purpose (then name it with --reference)."
         )

@@ -46,11 +46,11 @@ def draw_curves(runs: list[Run], path: Path) -> None:
     # Curves of runs that agree lie on each other. The first is the widest, so that all of them remain visible.
     widths = np.linspace(2 + 2.5 * (len(runs) - 1), 1.6, len(runs))
     for axes, name in panels:
-        for place, (run, width) in enumerate(zip(runs, widths, strict=True)):
+        for position, (run, width) in enumerate(zip(runs, widths, strict=True)):
             axes.plot(
                 [step.step for step in run.steps],
                 [getattr(step, name) for step in run.steps],
-                color=COLORS[place % len(COLORS)],
+                color=COLORS[position % len(COLORS)],
                 linewidth=width,
                 solid_capstyle="round",
                 label=run.choice.label,
@@ -115,8 +115,8 @@ def _draw_bars(axes: Any, title: str, parts: list[BarPart], totals: list[str]) -
     for part in parts:
         axes.barh(range(len(totals)), part.values, 0.66, left=ends, color=part.color, label=part.label)
         ends += part.values
-    for place, (end, total) in enumerate(zip(ends, totals, strict=True)):
-        axes.annotate(total, (end, place), (4, 0), textcoords="offset points", va="center")
+    for position, (end, total) in enumerate(zip(ends, totals, strict=True)):
+        axes.annotate(total, (end, position), (4, 0), textcoords="offset points", va="center")
     axes.set_title(title, loc="left", fontweight="bold")
     axes.set_xlim(0, max(ends.max(), 1e-9) * 1.25)  # this leaves room for the totals
     axes.set_xticks([])
