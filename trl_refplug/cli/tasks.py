@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from trl_refplug.errors import ConfigurationError
+from trl_refplug.provider import VerifiesStoredRows
 
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """Something to do with a trainer whose reference provider is `cached`."""
+    """Something to do with a trainer whose reference provider answers from a store."""
 
     name: ClassVar[str]
 
@@ -27,16 +28,19 @@ class Task(ABC):
         Set the reference provider and the options that the task needs.
 
         Raises:
-            ConfigurationError: `training_args` select a provider other than `cached`.
+            ConfigurationError: `training_args` select a provider that has no store.
         """
-        provider = training_args.ref_provider
-        if provider not in ("auto", "cached"):
+        from trl_refplug.plugins import plugin_manager
+
+        provider, with_store = training_args.ref_provider, plugin_manager().able("stored")
+        if provider not in ("auto", *with_store):
+            store = with_store[0]
             raise ConfigurationError(
-                f"`trl-refplug {self.name}` needs the store of ref_provider='cached'; found --ref_provider "
-                f"{provider}. To store what this provider answers, make it the source: --ref_provider cached "
+                f"`trl-refplug {self.name}` needs the store of ref_provider={store!r}; found --ref_provider "
+                f"{provider}. To store what this provider answers, make it the source: --ref_provider {store} "
                 f'--ref_provider_kwargs \'{{"source": "{provider}"}}\'.'
             )
-        training_args.ref_provider = "cached"
+        training_args.ref_provider = with_store[0] if provider == "auto" else provider
         training_args.ref_provider_kwargs = {**(training_args.ref_provider_kwargs or {}), **self._options()}
 
     @abstractmethod
@@ -77,7 +81,8 @@ class Verify(Task):
         return {"path": self.path, "fill": "never", "verify": self.sample}
 
     def run(self, trainer: Any) -> str:
-        check = trainer.ref_model.provider.sample_check
+        provider = trainer.ref_model.provider
+        check = provider.sample_check if isinstance(provider, VerifiesStoredRows) else None
         if check is None:
             raise ConfigurationError(
                 f"None of the rows in {self.path} could be scored again: this run's rows are not known beforehand, or "

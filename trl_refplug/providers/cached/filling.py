@@ -22,12 +22,19 @@ from trl_refplug.models.causal_lm import causal_lm
 from trl_refplug.models.probe import Probe, probe_batch
 from trl_refplug.models.tolerances import Tolerance
 from trl_refplug.models.weights import WeightMark, changed_weights, mark_weights
-from trl_refplug.provider import BulkScorer, ReferenceBatch, ReferenceContext, ReferenceProvider, ScoresInBulk
+from trl_refplug.provider import (
+    BulkScorer,
+    ReferenceBatch,
+    ReferenceContext,
+    ReferenceProvider,
+    SampleCheck,
+    ScoresInBulk,
+)
 from trl_refplug.providers.cached.batch_scorer import BatchScorer
 from trl_refplug.providers.cached.missing_rows import MissingRows, RowBlock, find_missing, planned_blocks
 from trl_refplug.providers.cached.row_keys import BatchRows, RowKeys, select
 from trl_refplug.providers.cached.sharing import SharedWork
-from trl_refplug.providers.cached.verifying import SampleCheck, check_sample
+from trl_refplug.providers.cached.verifying import check_sample
 from trl_refplug.providers.scorers import trainer_precision
 from trl_refplug.rows import Row, Values
 from trl_refplug.runtime.ranks import any_rank, least
