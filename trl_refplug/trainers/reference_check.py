@@ -154,7 +154,7 @@ class ReferenceCheck:
             f"what they were. They were changed after the last check, {self._held}, and before this one, {when}."
         )
         if not rounded:
-            self._fail(f"{message} Likely causes: {_CAUSES}")
+            self._fail(f"{message} Remove what changes them. Likely causes: {_CAUSES}")
         elif not self._warned_of_rounding:
             self._warned_of_rounding = True
             logger.warning(
