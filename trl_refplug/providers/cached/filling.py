@@ -240,8 +240,8 @@ class Filler:
             raise ReferenceMismatchError(
                 f"The reference {self._source.identity()}, which scores rows that {store.location!r} misses while "
                 f"training goes on, is not what it was when training began{shown}. Nothing of this batch was stored. "
-                "A callback, or the code around the trainer, changed it: remove what does, or use a source that shares "
-                'nothing with the policy: {"source": "frozen"}.'
+                "A callback, or the code around the trainer, changed it: remove what does, or use a source that "
+                'shares nothing with the policy: {"source": "frozen"}.'
             )
 
     def _refuse_cast_policy(self) -> None:
