@@ -28,7 +28,8 @@ from trl_refplug import (
     RefPlugError,
     plug,
 )
-from trl_refplug.scoring import Row, Scorer
+from trl_refplug.rows import Row
+from trl_refplug.scoring import Scorer
 
 from .. import tiny
 from ..serving.servers import serving
