@@ -101,7 +101,7 @@ class ReferenceCheck:
         for provider in providers:
             if not (provider.capabilities.moving and self._run.resumed):
                 found = self._ask(provider, _BEGUN)
-                if found is not None and provider.capabilities.local_model:
+                if found is not None and provider.capabilities.local_model and not provider.capabilities.moving:
                     self._remember_first_answer(provider, found)
             self._compare_weights(provider, _BEGUN)
             if id(provider) in self._marks:
