@@ -22,6 +22,7 @@ from trl_refplug.bench.measure import MEASUREMENT, Run
 from trl_refplug.bench.workloads import Workload
 from trl_refplug.errors import ConfigurationError
 from trl_refplug.models.causal_lm import causal_lm
+from trl_refplug.runtime.files import write_atomically
 
 
 Facts = dict[str, str | int | None]
@@ -114,7 +115,5 @@ class FinishedRuns:
     def add(self, series: Series, run: Run) -> None:
         """Keep a run. Wherever the process is killed, the file holds all runs before it."""
         series.runs.append(run)
-        unfinished = self.path.with_name(f"{self.path.name}.unfinished")
         values = [asdict(series) for series in self._all if series.runs]
-        unfinished.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(self.path)
+        write_atomically(self.path, json.dumps(values, indent=1) + "\n")

@@ -11,6 +11,7 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from trl_refplug.compare.contenders import Contender
+from trl_refplug.runtime.files import write_atomically
 
 
 if TYPE_CHECKING:
@@ -125,9 +126,7 @@ class Run:
 
     def save(self, folder: Path) -> None:
         """Write it where [`Run.load`] finds it, whole or not at all."""
-        unfinished = folder / f"{RESULT}.unfinished"
-        unfinished.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(folder / RESULT)
+        write_atomically(folder / RESULT, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Run | None:

@@ -11,7 +11,6 @@ import errno
 import functools
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -20,10 +19,10 @@ import xxhash
 
 from trl_refplug.errors import StoreError
 from trl_refplug.runtime.caches import cache_directory
+from trl_refplug.runtime.files import temporary_path, write_atomically
 
 
 DAMAGED_SUFFIX = ".damaged"
-TEMPORARY_PREFIX = ".tmp-"
 
 _PROBE_BYTES = 1 << 16
 
@@ -116,7 +115,9 @@ class LocalFolder:
 
     def create(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        os.unlink(self._write_temporary(bytes(_PROBE_BYTES)))
+        probe = temporary_path(self.directory)
+        write_atomically(probe, bytes(_PROBE_BYTES), durable=True)
+        probe.unlink()
 
     def ensure_room(self, size: int) -> None:
         free = shutil.disk_usage(self.directory).free
@@ -130,29 +131,7 @@ class LocalFolder:
         pass
 
     def publish(self, name: str, data: bytes) -> None:
-        temporary = self._write_temporary(data)
-        os.rename(temporary, self.directory / name)
-        if os.name != "posix":
-            return
-        # Makes the rename itself survive a power cut.
-        handle = os.open(self.directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-    def _write_temporary(self, data: bytes) -> Path:
-        # Not tempfile, which would hide the file from the colleagues a store is shared with.
-        path = self.directory / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
-        try:
-            with open(path, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-        return path
+        write_atomically(self.directory / name, data, durable=True)
 
     def set_aside(self, names: Sequence[str]) -> bool:
         try:
@@ -199,7 +178,7 @@ class RemoteFolder:
     def create(self) -> None:
         self._cache.create()
         self._filesystem.makedirs(self._path, exist_ok=True)
-        probe = f"{self._path}/{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        probe = f"{self._path}/{temporary_path(self.directory).name}"
         self._filesystem.pipe_file(probe, bytes(_PROBE_BYTES))
         self._filesystem.rm_file(probe)
 
@@ -219,7 +198,7 @@ class RemoteFolder:
     def fetch(self, names: Sequence[str]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         wanted = [name for name in names if not (self.directory / name).exists()]
-        arriving = [self.directory / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}" for _ in wanted]
+        arriving = [temporary_path(self.directory) for _ in wanted]
         try:
             self._filesystem.get([f"{self._path}/{name}" for name in wanted], [os.fspath(path) for path in arriving])
             for path, name in zip(arriving, wanted, strict=True):

@@ -23,7 +23,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from trl_refplug.errors import RefPlugWarning
-from trl_refplug.store.folder import TEMPORARY_PREFIX
+from trl_refplug.runtime.files import temporary_path
 from trl_refplug.store.keys import KEY_BYTES
 
 
@@ -86,7 +86,7 @@ class Journal:
 
     def _create(self) -> int:
         # It is locked before it is a journal, or another process could take it for one that was left behind.
-        temporary = self._path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
+        temporary = temporary_path(self._path.parent)
         file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
         try:
             _lock(file)

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from trl_refplug.runtime.files import TEMPORARY_PREFIX
 from trl_refplug.store.catalogue import Catalogue
-from trl_refplug.store.folder import DAMAGED_SUFFIX, TEMPORARY_PREFIX, open_existing, reading
+from trl_refplug.store.folder import DAMAGED_SUFFIX, open_existing, reading
 from trl_refplug.store.format import SHARD_SUFFIX, DamagedFileError, Manifest, files_of, published_names
 from trl_refplug.store.journal import JOURNAL_SUFFIX
 
