@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from trl_refplug.errors import ConfigurationError, require_extra
-from trl_refplug.serving.api_key import read_key
+from trl_refplug.serving import read_api_key
 
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
@@ -60,15 +60,14 @@ def serve(
     Ctrl-C or SIGTERM ends it when the requests it has taken are answered.
     """
     _check_directory(model)
-    key = read_key(api_key_env, "--api-key-env") if api_key_env is not None else None
+    key = read_api_key(api_key_env, "--api-key-env") if api_key_env is not None else None
     if ssl_keyfile and not ssl_certfile:
         raise ConfigurationError("--ssl-keyfile needs --ssl-certfile.")
     if ssl_certfile:
         _check_certificate(ssl_certfile, ssl_keyfile)
     require_extra("`trl-refplug serve`", "serve", "msgspec", "starlette", "uvicorn", "zstandard")
 
-    from trl_refplug.serving.http_server import Server, listen
-    from trl_refplug.serving.limits import Limits
+    from trl_refplug.serving import ScoringServer, ServerLimits, listen
 
     try:
         listener = listen(host, port)  # before the model is loaded, so that a wrong address shows at once
@@ -77,8 +76,7 @@ def serve(
     with listener:
         import logging
 
-        from trl_refplug.serving.app import make_app
-        from trl_refplug.serving.loading import load_engine
+        from trl_refplug.serving import load_engine, make_app
 
         logging.basicConfig(format="%(levelname)s: %(message)s")
         engine = load_engine(
@@ -89,7 +87,7 @@ def serve(
             scoring=scoring.value,
             token_budget=token_budget,
         )
-        facts, limits = engine.facts, Limits()
+        facts, limits = engine.served_model, ServerLimits()
         url = f"{'https' if ssl_certfile else 'http'}://{_shown(host)}:{listener.getsockname()[1]}"
 
         def ready() -> None:
@@ -103,7 +101,7 @@ def serve(
 
         ssl: dict[str, Any] = {"ssl_certfile": ssl_certfile, "ssl_keyfile": ssl_keyfile} if ssl_certfile else {}
 
-        class Ended(Server):
+        class Ended(ScoringServer):
             """The second Ctrl-C ends it at once, also where asyncio (Python 3.12) would wait for its connections."""
 
             def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -112,8 +110,8 @@ def serve(
                     os._exit(130)  # an interpreter that ends while a thread of it is in a forward pass is aborted
 
         app = make_app(engine, key=key, limits=limits)
-        Ended(app, limits=limits, ready=ready, lost=app.state.lost, **ssl).run(sockets=[listener])
-        if app.state.lost():
+        Ended(app, limits=limits, ready=ready, device_lost=app.state.device_lost, **ssl).run(sockets=[listener])
+        if app.state.device_lost():
             raise typer.Exit(1)  # what was logged says why; whatever started it starts it anew
 
 
