@@ -48,6 +48,10 @@ def frozen(directory, path):
     return train("dpo", directory, path, args={"ref_provider": "frozen"})
 
 
+SECOND_STEP = 3
+"""The number of the request for the second step: the first one is for the probe, as training begins."""
+
+
 class Hurry(TrainerCallback):
     """After the first step, reduce the deadline of requests to three seconds."""
 
@@ -66,7 +70,9 @@ class TestKilledMidRequest:
         with ExitStack() as stack:
             server = stack.enter_context(ServerProcess(*arguments))
             trainer = build("dpo", tmp_path, path, args=remote(server.wait(), deadline=240))
-            with server.killed_mid_request(2, lambda: stack.enter_context(ServerProcess(*arguments))) as died:
+            with server.killed_mid_request(
+                SECOND_STEP, lambda: stack.enter_context(ServerProcess(*arguments))
+            ) as died:
                 trainer.train()
         assert died
         assert "the connection broke" in caplog.text
@@ -81,7 +87,7 @@ class TestKilledMidRequest:
             server = stack.enter_context(ServerProcess(path, *port))
             trainer = build("dpo", tmp_path, path, args=remote(server.wait(), deadline=240))
             with (
-                server.killed_mid_request(2, lambda: stack.enter_context(ServerProcess(other, *port))),
+                server.killed_mid_request(SECOND_STEP, lambda: stack.enter_context(ServerProcess(other, *port))),
                 pytest.raises(ReferenceMismatchError, match=r"restarted with other weights.*model of before"),
             ):
                 trainer.train()
@@ -90,13 +96,13 @@ class TestKilledMidRequest:
     def test_for_good_the_run_ends_within_the_deadline(self, tmp_path, path, caplog):
         with ServerProcess(path, "--scoring", "exact", "--port", "0") as server:
             url = server.wait()
-            # Without prefetching, the second request is made after the first step
+            # Without prefetching, the request for the second step is made after the first step
             trainer = build("dpo", tmp_path, path, args={**remote(url, deadline=240), "ref_prefetch": 0})
             trainer.add_callback(Hurry(trainer.ref_model.provider._client.transport))
             error = (
                 rf"within 3 s .option 'deadline'.; tried (?!1 )\d+ times at {url}\. .*, at {url}: it cannot be reached"
             )
-            with server.killed_mid_request(2) as died, pytest.raises(RemoteError, match=error):
+            with server.killed_mid_request(SECOND_STEP) as died, pytest.raises(RemoteError, match=error):
                 trainer.train()
             assert time.monotonic() - died[0] < 60  # this machine may be busy
         assert "the connection broke" in caplog.text
@@ -108,7 +114,7 @@ class TestKilledMidRequest:
             urls = goes.wait(), stays.wait()
             # Without prefetching, there is one request in flight at a time, and the first of equal servers is asked
             trainer = build("dpo", tmp_path, path, args={**remote(list(urls)), "ref_prefetch": 0})
-            with goes.killed_mid_request(2) as died:
+            with goes.killed_mid_request(SECOND_STEP) as died:
                 trainer.train()
             assert stays.process.poll() is None
         assert died
