@@ -26,9 +26,7 @@ from trl_refplug import (
     UnsupportedInputError,
 )
 from trl_refplug.rows import PaddedRows
-from trl_refplug.serving.engine import Engine
-from trl_refplug.serving.limits import Limits
-from trl_refplug.serving.loading import load_engine
+from trl_refplug.serving import Engine, ServerLimits, load_engine
 
 from .. import tiny
 from ..serving.servers import LifespanOf, engine, free_port, serving
@@ -270,7 +268,7 @@ class TestWrongServer:
 
     def test_other_tokenizer(self, tmp_path):
         served = engine(seed=5)
-        served.facts = msgspec.structs.replace(served.facts, tokenizer="0123456789abcdef")
+        served.served_model = msgspec.structs.replace(served.served_model, tokenizer="0123456789abcdef")
         with serving(served) as url, pytest.raises(ReferenceMismatchError, match="ids stand for"):
             build("dpo", tmp_path, tiny.model(), args=remote(url, starts_as_policy=False))
 
@@ -308,7 +306,7 @@ class TestWrongServer:
             build("dpo", tmp_path, tiny.model(), args=remote(url))
 
     def test_a_batch_beyond_the_limits(self, tmp_path):
-        with serving(engine(), limits=Limits(rows=2)) as url:
+        with serving(engine(), limits=ServerLimits(max_rows=2)) as url:
             provider = used(tmp_path, url)
             with pytest.raises(RemoteError, match=r"too many rows: 3, at most 2.*per_device_train_batch_size"):
                 provider.log_probs(random_batch(0))

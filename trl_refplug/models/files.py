@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import time
-import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib import metadata
@@ -20,6 +19,7 @@ from typing import Any
 import xxhash
 
 from trl_refplug.runtime.caches import cache_directory
+from trl_refplug.runtime.files import write_atomically
 
 
 _VERSION = 1  # of what is remembered: another way to digest needs another number
@@ -95,11 +95,9 @@ def remember(known_by: str | None, facts: Mapping[str, Any]) -> None:
     if known_by is None:
         return
     path = _entry(known_by)
-    temporary = path.with_name(f".{uuid.uuid4().hex}")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"known_by": known_by, "facts": dict(facts)}))
-        os.replace(temporary, path)
+        write_atomically(path, json.dumps({"known_by": known_by, "facts": dict(facts)}))
 
 
 def forget(known_by: str | None) -> None:
