@@ -291,31 +291,6 @@ def test_a_stream_is_not_read_further_ahead_than_its_window():
     assert len(read) <= 32 * 16 // 4
 
 
-@pytest.mark.parametrize("mode", ["exact", "packed"])
-def test_passes_are_made_in_the_order_chosen_and_the_rest_left_out(mode):
-    rows = [Row.completion([5, index, 7], [index + 1] * (1 + index % 4)) for index in range(40)]
-    scorer = trusted(tiny("llama")) if mode == "packed" else Scorer(tiny("llama"))
-    scorer._packed.budget = 16
-    expected = dict(scorer.score_rows(rows))
-    asked, wanted = [], []
-
-    def last_but_half(passes):
-        assert all(passes)
-        asked.append(sorted(index for indices in passes for index in indices))
-        if len(passes) < 4:  # of every window
-            return None
-        wanted.append(list(passes[-1]))
-        return len(passes) - 1
-
-    made = list(scorer.score_passes(iter(rows), last_but_half))
-    assert asked[0] == sorted(expected)[: len(asked[0])]
-    assert [sorted(index for index, _ in answers) for answers in made] == [sorted(indices) for indices in wanted]
-    answers = {index: answer for answers in made for index, answer in answers}
-    assert 0 < len(answers) < len(rows)
-    for index, answer in answers.items():
-        torch.testing.assert_close(answer, expected[index], rtol=0, atol=TOLERANCE)
-
-
 def test_counts():
     scorer = trusted(tiny("llama"))
     before = copy.copy(scorer.stats)
