@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 
 from tests.scoring.models import random_batch, tiny
 from tests.scoring.test_scorer import trl_log_probs, trusted
-from trl_refplug.models.tolerances import TOLERANCES, disagreement
+from trl_refplug.models.tolerances import PACKING_TOLERANCES, disagreement
 from trl_refplug.scoring import ExactFallbackWarning, Scorer, exact_log_probs
 
 
@@ -46,21 +46,21 @@ def test_packed_is_as_close_to_float64_as_the_exact_call(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("dtype", PACKING_TOLERANCES)
 def test_tolerances_hold_with_room(kind, dtype):
     batch = random_batch(groups=4, size=4, side="right")
     model = tiny(kind).to(dtype)
     scored = batch.labels[:, 1:] != -100
     differences = (trusted(model).log_probs(batch) - trl_log_probs(model, batch))[scored].abs()
-    allowed = TOLERANCES[dtype]
+    allowed = PACKING_TOLERANCES[dtype]
     assert differences.max() <= allowed.largest / 2
     assert differences.mean() <= allowed.mean / 2
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("dtype", PACKING_TOLERANCES)
 def test_what_is_beyond_tolerance_is_told(dtype):
     values = torch.randn(50)
-    allowed = TOLERANCES[dtype]
+    allowed = PACKING_TOLERANCES[dtype]
     assert disagreement(values, values.clone(), dtype) is None
     assert disagreement(values + 2 * allowed.mean, values, dtype) is not None
     assert disagreement(values + 0.11, values, dtype) is not None  # another model, or another prompt
