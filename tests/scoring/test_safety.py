@@ -50,9 +50,9 @@ UNSAFE = {
 
 def stream(scorer, batch):
     """The rows of a batch, without their padding, and the answers put back."""
-    padded = PaddedRows.of(batch)
+    padded = PaddedRows.from_batch(batch)
     answers = dict(scorer.score_rows(padded.rows))
-    return padded.place([answers[index].numpy() for index in range(len(padded))])
+    return padded.to_log_probs([answers[index].numpy() for index in range(len(padded))])
 
 
 @pytest.mark.parametrize("kind", UNSAFE)

@@ -174,7 +174,7 @@ def test_every_pass_goes_through_the_outermost_forward(mode):
     scorer = trusted(model) if mode == "packed" else Scorer(model)
     before = model.calls, scorer.stats.forwards
     scorer.log_probs(random_batch())
-    list(scorer.score_rows(PaddedRows.of(random_batch(seed=1)).rows))
+    list(scorer.score_rows(PaddedRows.from_batch(random_batch(seed=1)).rows))
     assert model.calls - before[0] == scorer.stats.forwards - before[1] == 2
 
 

@@ -188,7 +188,7 @@ def score_like_trl(model: Any, workload: Workload, device: torch.device, bar: tq
     """TRL's precompute: batches in the order of the data set, padded on the right. Sums, one a row."""
     sums = torch.zeros(len(workload.rows), dtype=torch.float64)
     for indices in workload.batches:
-        batch = PaddedRows.flush_left([workload.rows[index] for index in indices]).batch(device)
+        batch = PaddedRows.flush_left([workload.rows[index] for index in indices]).to_batch(device)
         sums[indices] = exact_log_probs(model, batch).double().sum(1).cpu()
         bar.update(len(indices))
     return sums

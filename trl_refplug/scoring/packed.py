@@ -17,8 +17,7 @@ from trl_refplug.models.modes import evaluation_mode
 from trl_refplug.models.positions import absolute_positions
 from trl_refplug.models.sharding import in_lockstep
 from trl_refplug.provider import ReferenceBatch
-from trl_refplug.rows import IGNORED, Ints, PaddedRows, Row
-from trl_refplug.rows.row import check_labels
+from trl_refplug.rows import IGNORED, Ints, PaddedRows, Row, check_labels
 from trl_refplug.runtime.memory import ran_out_of_memory
 from trl_refplug.scoring import safety
 from trl_refplug.scoring.attention import UnsafeError
@@ -84,7 +83,7 @@ class PackedPass:
         if not batch.extras:
             self.check(batch.labels.cpu().numpy())
         try:
-            padded = PaddedRows.of(batch, own_labels=False)
+            padded = PaddedRows.from_batch(batch, own_labels=False)
         except ValueError as error:
             raise UnsafeError(str(error)) from None
         if padded.width > self.limit:

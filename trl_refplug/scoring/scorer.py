@@ -181,14 +181,14 @@ class Scorer:
             together = batches.pop(0)
             padded = PaddedRows.flush_left([rows[index] for index in together])
             try:
-                log_probs = self._exact(padded.batch(self._device))
+                log_probs = self._exact(padded.to_batch(self._device))
             except RuntimeError as error:
                 if len(together) == 1 or not ran_out_of_memory(error):
                     raise
                 self._packed.budget = len(rows[together[0]]) * len(together) // 2
                 batches = self._padded(rows, chain(together, *batches))
                 continue
-            yield list(zip(together, map(torch.from_numpy, padded.gather(log_probs)), strict=True))
+            yield list(zip(together, map(torch.from_numpy, padded.values_by_row(log_probs)), strict=True))
 
     def _padded(self, rows: list[Row], indices: Iterable[int]) -> list[list[int]]:
         """Batches of rows of similar length for the exact call, the longest first, none larger than the budget."""
@@ -235,7 +235,7 @@ class Scorer:
         values: list[Values | None] = [None] * len(padded)
         for index, scored in chain.from_iterable(self._packed.run(padded.rows)):
             values[index] = scored.float().numpy()
-        return padded.place(values).to(batch.labels.device)
+        return padded.to_log_probs(values).to(batch.labels.device)
 
     def _exact(self, batch: ReferenceBatch) -> Tensor:
         with evaluation_mode(self._model):

@@ -67,12 +67,12 @@ def verify(packed: PackedPass, rows: Sequence[Ints]) -> str | None:
 def _compare(packed: PackedPass, rows: list[Row]) -> str | None:
     padded = PaddedRows.flush_left(rows)
     with evaluation_mode(packed.model):
-        exact = list(padded.gather(exact_log_probs(packed.model, padded.batch(packed.device))))
+        exact = list(padded.values_by_row(exact_log_probs(packed.model, padded.to_batch(packed.device))))
     (pack,) = packed.plan(rows, None)
     scored = packed.score(pack)
     if not packed.absolute:
         # Only now: a model whose table of positions is as long as its input has been found out
-        differences = (_moved(packed, padded.take([0])) - torch.from_numpy(exact[0])).abs()
+        differences = (_moved(packed, padded.select([0])) - torch.from_numpy(exact[0])).abs()
         allowed = MOVED * tolerance_of(scored.dtype).largest
         packed.absolute = bool((differences > allowed).any())
     answers: Tensor = scored.log_probs.cpu()
@@ -83,13 +83,13 @@ def _compare(packed: PackedPass, rows: list[Row]) -> str | None:
 
 def _moved(packed: PackedPass, row: PaddedRows) -> Tensor:
     """The exact call's log-probs of a row some way behind the first position."""
-    batch = row.batch(packed.device)
+    batch = row.to_batch(packed.device)
     positions = min(_positions(packed.config), batch_length_limit(causal_lm(packed.model)))
     start = int(max(0, min(SHIFT, positions - row.width)))
     position_ids = torch.arange(start, start + row.width, device=packed.device)[None]
     with evaluation_mode(packed.model):
         log_probs = exact_log_probs(packed.model, replace(batch, extras={"position_ids": position_ids}))
-    return torch.from_numpy(*row.gather(log_probs))
+    return torch.from_numpy(*row.values_by_row(log_probs))
 
 
 def _positions(config: Any) -> float:

@@ -126,7 +126,7 @@ class Engine:
         """The work that the rows at `indices` make, each unit with the rows that it answers."""
         if not indices:
             return []
-        rows, temperature = request.rows.take(indices), request.temperature
+        rows, temperature = request.rows.select(indices), request.temperature
         if self._in_its_padding(rows):
             rows = replace(rows, padding_id=min(rows.padding_id, self.facts.vocab_size - 1))
             return [(Unit(rows, temperature, whole=True), list(indices))]
@@ -158,8 +158,8 @@ class Engine:
         scorer = self._scorer(units[0].temperature)
         if units[0].whole:
             (unit,) = units
-            log_probs = scorer.log_probs(unit.rows.batch(self.device))
-            yield 0, list(unit.rows.gather(log_probs))
+            log_probs = scorer.log_probs(unit.rows.to_batch(self.device))
+            yield 0, list(unit.rows.values_by_row(log_probs))
             return
         for index, values in scorer.score_rows(unit.rows.rows[0] for unit in units):
             yield index, [values.numpy()]

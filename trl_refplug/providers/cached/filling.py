@@ -215,7 +215,7 @@ class Filler:
                 log_probs = self._source.log_probs(select(batch, missing))
         except MissingRowError as error:
             raise MissingRowError(f"{what}, and {error}") from None
-        return list(rows.padded.take(missing).gather(log_probs))
+        return list(rows.padded.select(missing).values_by_row(log_probs))
 
     def _refuse_cast_policy(self) -> None:
         """transformers casts a policy in place for an evaluation outside of training."""
