@@ -1,3 +1,11 @@
 """
-The process that all of this runs in: `ranks` of a launch, `random_state`, `threads`, `memory`, and `caches` on disk.
+The process that all of this runs in.
+
+- `ranks`: agree with the other ranks on a value
+- `random_state`: read the state of the random number generators, and keep it from changing
+- `threads`: score on a separate thread with the caller's autocast state
+- `memory`: measure the memory in use, and recognize that memory ran out
+- `caches`: the directory in which files are kept for later runs
+
+Import from these modules: some of them need torch, and importing `caches` alone must not load it.
 """

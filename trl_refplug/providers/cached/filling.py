@@ -29,7 +29,7 @@ from trl_refplug.providers.cached.sharing import SharedWork
 from trl_refplug.providers.cached.verifying import SampleCheck, check_sample
 from trl_refplug.providers.scorers import trainer_precision
 from trl_refplug.rows import Row, Values
-from trl_refplug.runtime.ranks import any_rank, least
+from trl_refplug.runtime.ranks import any_rank, min_over_ranks
 from trl_refplug.store import LogProbStore
 
 
@@ -150,7 +150,7 @@ class Filler:
         if self._in_step and self.waits_for_training:
             # One rank may see more of the store than others, and all do the same.
             missing = any_rank(missing)
-            found.sample = found.sample[: least(len(found.sample))]
+            found.sample = found.sample[: min_over_ranks(len(found.sample))]
         check = None
         source_needed = (missing and self._fill != "never") or bool(self._verify)
         if (source_needed or self._source.at_hand) and not self._obstacle():
