@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trl_refplug.models.sharding import local
+from trl_refplug.models.sharding import local_part
 
 
 _LANES = 4096  # sums kept of a tensor before they are added up
@@ -86,7 +86,7 @@ def _total(flat: Tensor) -> int:
 
 def _plain(tensor: Tensor) -> Iterator[Tensor]:
     """The ordinary tensors that a tensor is made of: this rank's part, or the inner tensors of a quantized one."""
-    part = local(tensor)
+    part = local_part(tensor)
     if hasattr(part, "__tensor_flatten__"):
         names, _ = part.__tensor_flatten__()
         for name in names:

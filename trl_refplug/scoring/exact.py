@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trl_refplug.models.causal_lm import causal_lm, on_its_device
+from trl_refplug.models.causal_lm import causal_lm, on_lm_head_device
 from trl_refplug.provider import ReferenceBatch
 
 
@@ -36,7 +36,7 @@ def _has_fused_head(inner: nn.Module) -> bool:
 
 def exact_log_probs(model: nn.Module, batch: ReferenceBatch) -> Tensor:
     """float32 `[batch, seq - 1]` log-probabilities, from the same call, of the same shapes, that TRL makes."""
-    with torch.no_grad(), on_its_device(causal_lm(model)):
+    with torch.no_grad(), on_lm_head_device(causal_lm(model)):
         output = model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,

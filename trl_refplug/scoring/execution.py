@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trl_refplug.models.causal_lm import causal_lm, on_its_device
-from trl_refplug.models.tolerances import as_precise_as
+from trl_refplug.models.causal_lm import causal_lm, on_lm_head_device
+from trl_refplug.models.tolerances import rounding_dtype
 from trl_refplug.rows import IGNORED
 from trl_refplug.scoring.attention import UnsafeError, tree_attention
 from trl_refplug.scoring.head import Head
@@ -75,7 +75,7 @@ def run_pack(model: nn.Module, pack: Pack, head: Head | None) -> Scored:
     tensors = {name: torch.from_numpy(values)[None].to(device) for name, values in inputs.items()}
     options = {"use_cache": False} if head is not None else {"fused_lm_head": True}
     hooked = _hooked(inner.base_model, project)
-    with torch.no_grad(), on_its_device(inner), tree_attention(inner, pack) as tree, hooked:
+    with torch.no_grad(), on_lm_head_device(inner), tree_attention(inner, pack) as tree, hooked:
         output = model(**tensors, **options)
     if len(scored) != 1:
         raise UnsafeError(f"a backbone that ran {len(scored)} times in one forward pass")
@@ -92,7 +92,7 @@ def _computed_in(hidden: Tensor) -> torch.dtype:
     """The dtype whose rounding errors the backbone's output has."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return as_precise_as(dtype, device)
+    return rounding_dtype(dtype, device)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trl_refplug.models.causal_lm import causal_lm
 from trl_refplug.models.modes import evaluation_mode
 from trl_refplug.models.positions import absolute_positions
-from trl_refplug.models.sharding import in_lockstep
+from trl_refplug.models.sharding import forward_is_collective
 from trl_refplug.provider import ReferenceBatch
 from trl_refplug.rows import IGNORED, Ints, PaddedRows, Row, check_labels
 from trl_refplug.runtime.memory import ran_out_of_memory
@@ -53,7 +53,7 @@ class PackedPass:
         self.budget = budget
         self.config: Any = inner.config
         self.device: torch.device = inner.get_input_embeddings().weight.device
-        self.lockstep = in_lockstep(model)
+        self.lockstep = forward_is_collective(model)
         self.limit, self.limit_reason = safety.length_limit(inner)
         # Where a pass is a collective operation TRL's own: a rank that packs may meet one that has to score exactly
         self._head = None if self.lockstep else head
