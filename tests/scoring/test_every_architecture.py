@@ -59,7 +59,7 @@ KNOWN_TO_PACK = {
     *("gemma4_text", "gemma4_unified_text", "phi", "phi3", "deepseek_v3", "glm4", "glm4_moe", "olmo2", "smollm3"),
     *("granite", "cohere2", "starcoder2", "stablelm", "gpt2", "gpt_neox"),
 }
-KNOWN_NOT_TO = {"bloom", "mpt", "mamba", "jamba", "qwen3_next", "gpt_oss", "gptj", "opt", "bert", "rwkv"}
+KNOWN_NOT_TO = {"bloom", "mpt", "mamba", "jamba", "qwen3_next", "gpt_oss", "xglm", "opt", "bert", "rwkv"}
 
 
 def test_every_architecture():

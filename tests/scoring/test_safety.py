@@ -1,4 +1,4 @@
-"""Models and batches that packing would get wrong are recognised, and scored exactly with a warning that says why."""
+"""Models and batches that packing would get wrong are recognized, and scored exactly with a warning that says why."""
 
 import re
 import warnings
@@ -43,7 +43,7 @@ UNSAFE = {
         {"num_key_value_heads": 2, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
         "recurrent",
     ),
-    "gptj": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, "attention interface"),
+    "xglm": ({"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48}, "attention interface"),
     "llama": ({**DYNAMIC, "max_position_embeddings": 8}, "rotary embeddings that change"),
 }
 
