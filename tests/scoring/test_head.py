@@ -58,7 +58,7 @@ def test_a_head_in_tiles_gives_the_models_own_log_probs(small_tiles, kind, tempe
     with torch.no_grad():
         hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
         logits = model(input_ids=tokens, use_cache=False).logits[0].double()
-        head = Head.of(model, temperature=temperature, float32=False)
+        head = Head.from_model(model, temperature=temperature, float32=False)
         found = head.log_probs(hidden, targets, lm_head.weight, getattr(lm_head, "bias", None))
     expected = (logits / temperature).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
     assert found.dtype == torch.float32
@@ -70,7 +70,7 @@ def test_a_scale_under_another_name():
     """Muse Glimmer's, which is applied before the soft cap."""
     model = tiny("gemma2", final_logit_softcapping=2.0)
     model.config.output_multiplier = 0.3
-    head = Head.of(model, temperature=1.0, float32=False)
+    head = Head.from_model(model, temperature=1.0, float32=False)
     hidden, weight = torch.randn(5, 32), torch.randn(VOCAB, 32)
     expected = (2 * torch.tanh(0.3 * (hidden @ weight.t()) / 2)).log_softmax(-1)[:, 4]
     found = head.log_probs(hidden, torch.full((5,), 4), weight, None)

@@ -25,9 +25,7 @@ from trl_refplug.errors import ConfigurationError
 from trl_refplug.models.causal_lm import causal_lm
 from trl_refplug.rows import PaddedRows, Row
 from trl_refplug.runtime.memory import peak_resident_set
-from trl_refplug.scoring.exact import exact_log_probs
-from trl_refplug.scoring.operations import count_operations
-from trl_refplug.scoring.scorer import Scorer
+from trl_refplug.scoring import Scorer, count_operations, exact_log_probs
 
 
 MEASUREMENT = 2

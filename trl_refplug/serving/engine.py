@@ -17,8 +17,7 @@ from trl_refplug.models.causal_lm import causal_lm
 from trl_refplug.models.identity import digest_model
 from trl_refplug.models.positions import absolute_positions, batch_length_limit
 from trl_refplug.rows import PaddedRows, Values
-from trl_refplug.scoring import Scorer
-from trl_refplug.scoring.scorer import TOKEN_BUDGET, TOKEN_BUDGET_ELSEWHERE
+from trl_refplug.scoring import Scorer, default_token_budget
 from trl_refplug.serving.served_model import ServerFacts, tokenizer_digest
 from trl_refplug.serving.wire import PROTOCOL, ScoringRequest
 
@@ -82,7 +81,7 @@ class Engine:
         inner: Any = causal_lm(model)
         self._inner = inner
         self.device = inner.get_input_embeddings().weight.device
-        self.token_budget = token_budget or TOKEN_BUDGET.get(self.device.type, TOKEN_BUDGET_ELSEWHERE)
+        self.token_budget = token_budget or default_token_budget(self.device)
         self._mode: Literal["exact", "packed"] = scoring
         self._scorers: dict[float, tuple[Scorer, Any]] = {}
         self._absolute = absolute_positions(inner)
