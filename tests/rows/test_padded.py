@@ -1,4 +1,4 @@
-"""Rows, into padding and out of it."""
+"""Rows and their values come out of a padded batch as they were put into it."""
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from trl_refplug.rows import IGNORED, PaddedRows, Row
 
 @st.composite
 def padded_rows(draw):
-    """Rows of any length, empty ones among them, with any padding on either side, and any tokens scored."""
+    """Rows of any length, even empty, with any padding on either side, in which any tokens are scored."""
     lists = draw(st.lists(st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=8), max_size=5))
     lefts = [draw(st.integers(0, 4)) if tokens else 0 for tokens in lists]
     rows = []

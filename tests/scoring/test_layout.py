@@ -1,3 +1,5 @@
+"""Every row is answered from exactly its own tokens, and no token is computed more often than it has to be."""
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,7 +17,7 @@ tokens = st.lists(st.integers(0, 3), max_size=12)
 
 @st.composite
 def row_lists(draw):
-    """Rows that share prefixes of all lengths, with arbitrary tokens scored, among them duplicates and prefixes."""
+    """Rows that share prefixes of any length, in which any tokens are scored. Some are copies or prefixes."""
     stems = draw(st.lists(tokens, min_size=1, max_size=4))
     rows = []
     for _ in range(draw(st.integers(0, 10))):
@@ -26,7 +28,7 @@ def row_lists(draw):
 
 
 def visible(pack: Pack, query: int) -> list[int]:
-    """The tokens a token sees, in order: what the execution derives from the nodes."""
+    """The tokens that a token sees, in order, as attention derives them from the nodes."""
     return [
         key
         for node in pack.nodes
