@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 
@@ -50,14 +50,24 @@ class ReferenceBatch:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     rows_sliceable: bool = True
 
+    def copy(self) -> ReferenceBatch:
+        """The batch in memory of its own."""
+        return replace(
+            self,
+            input_ids=self.input_ids.clone(),
+            attention_mask=self.attention_mask.clone(),
+            labels=self.labels.clone(),
+            extras={n: value.clone() if hasattr(value, "clone") else value for n, value in self.extras.items()},
+        )
+
     def to(self, device: Any) -> ReferenceBatch:
         """The batch with every tensor on `device`."""
-        return ReferenceBatch(
+        return replace(
+            self,
             input_ids=self.input_ids.to(device),
             attention_mask=self.attention_mask.to(device),
             labels=self.labels.to(device),
             extras={name: value.to(device) if hasattr(value, "to") else value for name, value in self.extras.items()},
-            rows_sliceable=self.rows_sliceable,
         )
 
 
@@ -142,6 +152,24 @@ class ScoresInBulk(Protocol):
 
     def bulk_scorer(self) -> AbstractContextManager[BulkScorer]:
         """A scorer of the reference. What it borrows, such as the policy, is borrowed while the context lasts."""
+
+
+@dataclass(frozen=True)
+class SampleCheck:
+    """How far stored rows are from the same rows scored again: how many rows, and nats per token."""
+
+    rows: int
+    largest: float
+    mean: float
+
+
+@runtime_checkable
+class VerifiesStoredRows(Protocol):
+    """An optional ability of a provider that is `stored`: at the start it scores some of its rows again."""
+
+    @property
+    def sample_check(self) -> SampleCheck | None:
+        """What came of it; `None` if no row was scored again."""
 
 
 @dataclass(frozen=True)
@@ -415,10 +443,13 @@ class ReferenceProvider(ABC):
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
         """
-        The tensors in this process that decide the answers, by name. They are compared, bit for bit, between the start
-        of training and every checkpoint. By default those of `module`.
+        The tensors in this process that decide the answers and that training must not change, by name. They are
+        compared, bit for bit, between the start of training and every checkpoint. By default those of `module`, if the
+        reference does not move.
         """
-        return [] if self.module is None else self.module.state_dict(keep_vars=True).items()
+        if self.module is None or self.capabilities.moving:
+            return []
+        return self.module.state_dict(keep_vars=True).items()
 
     def submit(self, batch: ReferenceBatch) -> Future[Tensor]:
         """

@@ -1,7 +1,8 @@
 """
-What a training command can do instead of training: the trainer it builds knows every row as training will ask for it.
+What a training command can do instead of training.
 
-A task travels as JSON text to the processes that `accelerate launch` starts.
+A task gets the trainer that the command builds, which knows every row exactly as training would ask for it. The task
+is passed as JSON text to the processes that `accelerate launch` starts.
 """
 
 from __future__ import annotations
@@ -13,42 +14,51 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from trl_refplug.errors import ConfigurationError
+from trl_refplug.provider import VerifiesStoredRows
 
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """Something to do with a trainer whose reference is `cached`."""
+    """Something to do with a trainer whose reference provider answers from a store."""
 
     name: ClassVar[str]
 
     def configure(self, training_args: Any) -> None:
-        """Give `training_args` the reference that the task needs."""
-        provider = training_args.ref_provider
-        if provider not in ("auto", "cached"):
+        """
+        Set the reference provider and the options that the task needs.
+
+        Raises:
+            ConfigurationError: `training_args` select a provider that has no store.
+        """
+        from trl_refplug.plugins import plugin_manager
+
+        provider, with_store = training_args.ref_provider, plugin_manager().able("stored")
+        if provider not in ("auto", *with_store):
+            store = with_store[0]
             raise ConfigurationError(
-                f"`trl-refplug {self.name}` is about the store of ref_provider='cached'; found --ref_provider "
-                f"{provider}. To store what it answers, make it the source: --ref_provider cached "
+                f"`trl-refplug {self.name}` needs the store of ref_provider={store!r}; found --ref_provider "
+                f"{provider}. To store what this provider answers, make it the source: --ref_provider {store} "
                 f'--ref_provider_kwargs \'{{"source": "{provider}"}}\'.'
             )
-        training_args.ref_provider = "cached"
+        training_args.ref_provider = with_store[0] if provider == "auto" else provider
         training_args.ref_provider_kwargs = {**(training_args.ref_provider_kwargs or {}), **self._options()}
 
     @abstractmethod
     def _options(self) -> dict[str, Any]:
-        """Options of `cached`."""
+        """The options of `cached` that the task sets."""
 
     @abstractmethod
     def run(self, trainer: Any) -> str:
-        """Do it, in every process. Returns what to print."""
+        """Do the task. This is called in every process, and returns the text to print."""
 
     def encode(self) -> str:
-        """One word of a command line."""
+        """The task as one argument of a command line. [`decode`] reads it."""
         return json.dumps({"task": self.name, **asdict(self)})
 
 
 @dataclass(frozen=True)
 class Precompute(Task):
-    """Score the rows that the store misses."""
+    """Score the rows of the run that are not in the store yet."""
 
     name = "precompute"
 
@@ -61,7 +71,7 @@ class Precompute(Task):
 
 @dataclass(frozen=True)
 class Verify(Task):
-    """Score a sample of the rows that a store has once more."""
+    """Score a sample of the rows that a store holds again, and compare."""
 
     name = "store verify"
     path: str
@@ -71,7 +81,8 @@ class Verify(Task):
         return {"path": self.path, "fill": "never", "verify": self.sample}
 
     def run(self, trainer: Any) -> str:
-        check = trainer.ref_model.provider.sample_check
+        provider = trainer.ref_model.provider
+        check = provider.sample_check if isinstance(provider, VerifiesStoredRows) else None
         if check is None:
             raise ConfigurationError(
                 f"None of the rows in {self.path} could be scored again: this run's rows are not known beforehand, or "
@@ -85,7 +96,7 @@ class Verify(Task):
 
 @dataclass(frozen=True)
 class Export(Task):
-    """Write the data set with the log-probs of its rows."""
+    """Write the data set together with the log-probs of its rows."""
 
     name = "store export"
     path: str
@@ -119,9 +130,9 @@ class Export(Task):
 _TASKS: dict[str, type[Task]] = {task.name: task for task in (Precompute, Verify, Export)}
 
 
-def decode(word: str) -> Task | None:
-    """The task that a word of a command line stands for, if it does."""
-    if not word.startswith("{"):
+def decode(argument: str) -> Task | None:
+    """The task that an argument of a command line stands for, or `None` if it is an ordinary argument."""
+    if not argument.startswith("{"):
         return None
-    values = json.loads(word)
+    values = json.loads(argument)
     return _TASKS[values.pop("task")](**values)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trl_refplug.errors import ConfigurationError
+from trl_refplug.errors import ConfigurationError, ReferenceMismatchError
 from trl_refplug.models.identity import adapter_attributes, adapter_tensor_name
 from trl_refplug.models.modes import evaluation_mode
 
@@ -28,6 +28,11 @@ def is_peft(model: Any) -> bool:
     from peft import PeftModel
 
     return isinstance(peft_model_of(model), PeftModel)
+
+
+def has_injected_adapter(model: Any) -> bool:
+    """Whether transformers has put an adapter into `model` itself, without a `PeftModel` around it."""
+    return not is_peft(model) and bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def peft_model_of(policy: Any) -> Any:
@@ -95,12 +100,14 @@ def add_adapter(model: Any, name: str, config: Any) -> None:
 
 def plainly_initialized(config: Any) -> Any:
     """
-    The same adapter configuration, with an initialization that leaves the base model alone.
+    The same adapter configuration for a frozen copy, with an initialization that leaves the base model alone.
 
     PiSSA, OLoRA, CorDA, LoftQ and others take their first weights out of the base's and rewrite those. For a copy of
     an adapter, which gets its weights from the original, that would change the base under both.
     """
     plain = copy.deepcopy(config)
+    if not plain.is_prompt_learning:
+        plain.inference_mode = True  # the copy is not trained, and AdaLoRA allows one trainable adapter only
     for name in ("init_lora_weights", "init_weights"):
         if hasattr(plain, name):
             setattr(plain, name, True)
@@ -167,6 +174,12 @@ def reference_active(model: nn.Module, adapter: str | None) -> Iterator[None]:
 def _active(peft_model: Any, adapter: str) -> Iterator[None]:
     previous = peft_model.active_adapter
     tuner_previous = list(peft_model.active_adapters)
+    if adapter not in peft_model.peft_config:
+        raise ReferenceMismatchError(
+            f"The adapter {adapter!r} of the policy, which is the reference, is not there any more: it was deleted or "
+            f"renamed after the trainer was built. The policy has {', '.join(map(repr, peft_model.peft_config))}. "
+            "Leave it where it is, or use ref_provider='frozen', a copy of its own."
+        )
     disabled = peft_model._adapters_disabled
     if disabled:
         peft_model.base_model.enable_adapter_layers()

@@ -20,6 +20,7 @@ import xxhash
 
 from trl_refplug.errors import ConfigurationError
 from trl_refplug.models.sharding import gathered, reshard
+from trl_refplug.models.weights import plain_parts
 
 
 if TYPE_CHECKING:
@@ -114,8 +115,9 @@ def _digest_tensors_here(model: nn.Module, adapter: str | None, dtypes: Mapping[
             if len(pending) >= 2 * workers:  # bounds how much of an accelerator's memory is copied to the host at once
                 pending[-2 * workers].result()
             with gathered([tensor]) as (whole,):
-                # ZeRO-3 frees the gathered tensor when the context ends, before a thread has hashed it
-                on_host = whole.to("cpu", dtypes.get(name, whole.dtype), copy=hasattr(tensor, "ds_id"))
+                on_host = whole.to("cpu", dtypes.get(name, whole.dtype))
+                if hasattr(tensor, "ds_id"):  # ZeRO-3 frees what it gathered before a thread has hashed it
+                    on_host = on_host.clone()
             pending.append(pool.submit(_digest_tensor, on_host))
         return {name: future.result() for name, future in zip(tensors, pending, strict=True)}
 
@@ -226,9 +228,10 @@ def _strip_peft(name: str) -> str:
 
 def _digest_tensor(tensor: Tensor) -> str:
     digest = xxhash.xxh3_128(f"{tuple(tensor.shape)}|{tensor.dtype}".encode())
-    flat = tensor.contiguous().reshape(-1)
-    if flat.numel():
-        digest.update(flat.view(torch.uint8).numpy().data)
+    for part in plain_parts(tensor):
+        flat = part.contiguous().reshape(-1)
+        if flat.numel():
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from trl_refplug.models.causal_lm import causal_lm
 from trl_refplug.models.modes import evaluation_mode
+from trl_refplug.models.output_embedding import check_token_ids, vocabulary_sizes
 from trl_refplug.provider import ReferenceBatch
 
 
@@ -124,6 +125,7 @@ def ordinary_log_probs(model: nn.Module, rows: Rows, temperature: float) -> Tens
 
     Every module's mode, and the random streams, stay as they are.
     """
+    check_token_ids(model, int(rows.max()), int(rows.max()))
     ids = torch.from_numpy(rows).to(_input_device(model))
     with torch.no_grad(), evaluation_mode(model):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
@@ -164,9 +166,8 @@ def _ids(text: str, tokenizer: Any, model: nn.Module) -> list[int]:
         ids: list[int] = tokenizer(text)["input_ids"]
     except (TypeError, ValueError, KeyError):
         return []
-    inner = causal_lm(model)
-    size = min(len(embeddings.weight) for embeddings in (inner.get_input_embeddings(), inner.get_output_embeddings()))
-    return [token for token in ids if token < size or size == 0]  # empty under ZeRO-3
+    size = min(vocabulary_sizes(model))
+    return [token for token in ids if token < size]
 
 
 def _cut(ids: list[int]) -> list[list[int]]:

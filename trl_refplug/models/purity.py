@@ -11,7 +11,7 @@ from trl_refplug.errors import ImpureReferenceError
 from trl_refplug.models.identity import adapter_attributes, adapter_tensor_name, digest_tensors
 
 
-def check_policy(policy: Any, provider: str = "adapter") -> None:
+def check_policy(policy: Any, provider: str) -> None:
     """
     Refuse a PEFT policy whose base weights would move with training, or that would not train at all.
 

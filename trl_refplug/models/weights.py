@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trl_refplug.models.sharding import local_part
 
@@ -40,7 +40,7 @@ def mark_weights(weights: Iterable[tuple[str, Tensor]]) -> dict[str, WeightMark]
         return {
             name if number == 0 else f"{name} (part {number})": _mark(part)
             for name, whole in weights
-            for number, part in enumerate(_plain(whole))
+            for number, part in enumerate(plain_parts(local_part(whole)))
             if not part.is_meta
         }
 
@@ -84,12 +84,26 @@ def _total(flat: Tensor) -> int:
     return int(total)
 
 
-def _plain(tensor: Tensor) -> Iterator[Tensor]:
-    """The ordinary tensors that a tensor is made of: this rank's part, or the inner tensors of a quantized one."""
-    part = local_part(tensor)
-    if hasattr(part, "__tensor_flatten__"):
-        names, _ = part.__tensor_flatten__()
+def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The ordinary tensors that a tensor is made of: itself, or the inner tensors of a quantized one (torchao)."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
         for name in names:
-            yield from _plain(getattr(part, name))
+            yield from plain_parts(getattr(tensor, name))
     else:
-        yield part.data if isinstance(part, torch.nn.Parameter) else part
+        yield tensor.data
+
+
+def shared_weights(one: nn.Module, other: nn.Module) -> list[str]:
+    """Names of the parameters of `other` whose memory a parameter of `one` uses, too."""
+    used = {_storage(part) for tensor in one.parameters() for part in plain_parts(local_part(tensor))} - {0}
+    return [
+        name
+        for name, tensor in other.named_parameters()
+        if any(_storage(part) in used for part in plain_parts(local_part(tensor)))
+    ]
+
+
+def _storage(tensor: Tensor) -> int:
+    """Where a tensor's memory begins; 0 where it has none (on the meta device, or empty)."""
+    return 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()

@@ -64,7 +64,7 @@ class AdapterProvider(ReferenceProvider):
         policy: Any = context.policy
         self._is_new = not is_peft(policy)
         if not self._is_new:
-            check_policy(policy)
+            check_policy(policy, "adapter")
         if self._is_new and context.peft_config is None:
             raise ConfigurationError(
                 "ref_provider='adapter' needs a PEFT policy: pass `peft_config=` or a PeftModel, or use "
@@ -89,7 +89,7 @@ class AdapterProvider(ReferenceProvider):
     def setup(self, context: ReferenceContext) -> None:
         policy = peft_model_of(context.policy)
         if self._is_new:
-            check_policy(policy)
+            check_policy(policy, "adapter")
         own = policy_adapter(policy)
         if self._copies_adapter:
             self._reference_adapter = add_reference_adapter(policy, own)

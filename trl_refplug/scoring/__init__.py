@@ -15,7 +15,7 @@ From a model and rows of tokens to per-token log-probabilities.
 """
 
 from trl_refplug.rows import Row
-from trl_refplug.scoring.exact import ensure_fused_head, exact_log_probs
+from trl_refplug.scoring.exact import exact_log_probs
 from trl_refplug.scoring.operations import count_operations
 from trl_refplug.scoring.scorer import ExactFallbackWarning, Scorer, default_token_budget
 from trl_refplug.scoring.stats import ScoreStats
@@ -28,6 +28,5 @@ __all__ = [
     "Scorer",
     "count_operations",
     "default_token_budget",
-    "ensure_fused_head",
     "exact_log_probs",
 ]

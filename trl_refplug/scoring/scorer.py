@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from trl_refplug.errors import RefPlugWarning, UnsupportedInputError
 from trl_refplug.models.causal_lm import causal_lm
 from trl_refplug.models.modes import evaluation_mode
+from trl_refplug.models.output_embedding import check_output_embedding, check_token_ids
 from trl_refplug.provider import ReferenceBatch
 from trl_refplug.rows import IGNORED, Ints, PaddedRows, Row, Values
 from trl_refplug.runtime.memory import ran_out_of_memory
@@ -111,9 +112,12 @@ class Scorer:
             `labels[:, t + 1]`, and 0 where that is -100. The caller may change the tensor.
 
         Raises:
-            UnsupportedInputError: In packed mode, a label is neither -100 nor a token id. Or a packed pass failed that
-                all ranks make together, so that this rank cannot make an exact one instead.
+            UnsupportedInputError: An adapter is active on the model's output embedding. In packed mode, a label is
+                neither -100 nor a token id. Or a packed pass failed that all ranks make together, so that this rank
+                cannot make an exact one instead.
         """
+        check_output_embedding(self._model)
+        check_token_ids(self._model, int(batch.input_ids.max()), int(batch.labels.max()))
         self.stats.rows += len(batch.input_ids)
         self.stats.padded_tokens += batch.input_ids.numel()
         with self._timed():
@@ -156,8 +160,11 @@ class Scorer:
                 "Found a model distributed over ranks (FSDP, DeepSpeed ZeRO-3 or DDP), expected one that a rank can "
                 "run on its own: score_rows makes a different number of forward passes on each rank. Use log_probs."
             )
+        check_output_embedding(self._model)
         for first, window in _windows(rows, WINDOW * self._packed.budget):
             self._packed.check_labels(np.concatenate([row.labels for row in window]))
+            largest = (max(int(ids.max(initial=0)) for ids in column) for column in _columns(window))
+            check_token_ids(self._model, *largest)
             self.stats.rows += len(window)
             self.stats.padded_tokens += sum(map(len, window))
             passes = self._score_window(window)
@@ -286,6 +293,11 @@ class Scorer:
 def _token_ids(batch: ReferenceBatch) -> list[Ints]:
     rows = zip(batch.input_ids.cpu().numpy(), batch.attention_mask.cpu().numpy(), strict=True)
     return [ids[mask != 0] for ids, mask in rows]
+
+
+def _columns(rows: Iterable[Row]) -> tuple[list[Ints], list[Ints]]:
+    """The token ids of all rows, and their labels."""
+    return [row.input_ids for row in rows], [row.labels for row in rows]
 
 
 def _windows(rows: Iterable[Row], tokens: int) -> Iterator[tuple[int, list[Row]]]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from trl_refplug.models.causal_lm import causal_lm
 from trl_refplug.models.identity import digest_model
+from trl_refplug.models.output_embedding import check_output_embedding
 from trl_refplug.models.positions import absolute_positions, batch_length_limit
 from trl_refplug.rows import PaddedRows, Values
 from trl_refplug.scoring import Scorer, default_token_budget
@@ -98,6 +99,7 @@ class Engine:
             tokenizer=tokenizer_digest(tokenizer),
             max_length=getattr(inner.config.get_text_config(), "max_position_embeddings", None),
         )
+        check_output_embedding(model)
         self._scorer(1.0)  # now, not when the first request waits
 
     def refused(self, rows: PaddedRows) -> dict[int, str]:

@@ -5,7 +5,6 @@ The model that a server is asked to serve: a base, or a PEFT adapter with the ba
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 
 from trl_refplug.errors import ConfigurationError
 from trl_refplug.models.modes import stay_in_evaluation_mode
+from trl_refplug.models.pretrained import base_of_adapter
 from trl_refplug.serving.engine import Engine
 
 
@@ -41,7 +41,7 @@ def load_engine(
     Raises:
         ConfigurationError: There is no such model, or it cannot be loaded so.
     """
-    base = None if adapter else _base_of(model)
+    base = None if adapter else base_of_adapter(model)
     path, adapter = (base, model) if base else (model, adapter)
     try:
         loaded = _load(path, adapter, dtype).to(device or _default_device())
@@ -53,26 +53,6 @@ def load_engine(
     return Engine(
         loaded, path, scoring=scoring, token_budget=token_budget, tokenizer=_tokenizer(path), adapter=adapter
     )
-
-
-def _base_of(model: str) -> str | None:
-    """The base that a PEFT adapter names; `None` where `model` is not an adapter."""
-    from peft import PeftConfig
-    from transformers.utils import cached_file
-
-    if Path(model).is_dir() and (Path(model) / "config.json").exists():
-        return None  # a model, even if an adapter was saved beside it
-    try:
-        if not cached_file(model, "adapter_config.json", _raise_exceptions_for_missing_entries=False):
-            return None
-        base: str | None = PeftConfig.from_pretrained(model).base_model_name_or_path
-    except (OSError, ValueError, TypeError):  # loading it as a model says what is wrong
-        return None
-    if base is None:
-        raise ConfigurationError(
-            f"The adapter {model!r} does not name its base model. Pass the base as MODEL and --adapter {model}."
-        )
-    return base
 
 
 def _load(path: str, adapter: str | None, dtype: str) -> nn.Module:

@@ -16,7 +16,7 @@ from trl_refplug.errors import InvalidLogProbsError, RefPlugError
 from trl_refplug.options import parse_options
 from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceProvider
 from trl_refplug.rows.answers import form_problem
-from trl_refplug.testing.samples import copy_of, make_batch, preference_data, sample_rows, scored
+from trl_refplug.testing.samples import make_batch, preference_data, sample_rows, scored
 
 
 Reference: TypeAlias = "str | type[ReferenceProvider] | tuple[str | type[ReferenceProvider], Mapping[str, Any]]"
@@ -53,12 +53,12 @@ class Attached:
         """What the provider answers, in memory of its own. A form that nothing can be said about skips the test."""
         __tracebackhide__ = True
         with torch.no_grad():
-            answer = self.provider.log_probs(copy_of(batch))
+            answer = self.provider.log_probs(batch.copy())
         problem = form_problem(answer, batch)
         if not problem:
             return answer.clone()
         with torch.no_grad():
-            if form_problem(self.provider.log_probs(copy_of(self.batch)), self.batch):
+            if form_problem(self.provider.log_probs(self.batch.copy()), self.batch):
                 pytest.skip(f"needs answers of the right form, see test_form: {problem}")
         pytest.fail(f"For a batch {_shape(batch)}, {problem}. Answer every batch in the same form.", pytrace=False)
 
@@ -141,10 +141,10 @@ class Bench:
     def options(self) -> Mapping[str, Any]:
         return self.reference[1] if isinstance(self.reference, tuple) else {}
 
-    def provider(self) -> ReferenceProvider:
-        """A new instance with its options."""
+    def provider(self, **given: Any) -> ReferenceProvider:
+        """A new instance with its options; `given` is a reference model as `model`, or nothing."""
         provider_class = self.provider_class
-        return provider_class(parse_options(provider_class.__name__, provider_class.Options, self.options))
+        return provider_class(parse_options(provider_class.__name__, provider_class.Options, self.options), **given)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -159,8 +159,8 @@ class Bench:
         """The same bench with other options of the provider."""
         return replace(self, reference=(self.provider_class, options))
 
-    def attach(self, *, dataset: Any = None, **args: Any) -> Attached:
-        """A DPO trainer with the provider; `args` are for its configuration."""
+    def attach(self, *, dataset: Any = None, ref_model: nn.Module | None = None, **args: Any) -> Attached:
+        """A DPO trainer with the provider, which is given `ref_model`; `args` are for its configuration."""
         from trl_refplug import RefPlugDPOConfig, RefPlugDPOTrainer
 
         trainer = RefPlugDPOTrainer(
@@ -169,7 +169,7 @@ class Bench:
             train_dataset=preference_data() if dataset is None else dataset,
             processing_class=self.processing_class,
             peft_config=copy.deepcopy(self.peft_config),
-            reference=self.provider(),
+            reference=self.provider() if ref_model is None else self.provider(model=ref_model),
         )
         return Attached(trainer, self.tolerance)
 

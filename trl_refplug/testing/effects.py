@@ -9,7 +9,6 @@ import torch
 
 from trl_refplug.runtime.random_state import random_state
 from trl_refplug.testing.bench import Attached, Bench, require
-from trl_refplug.testing.samples import copy_of
 from trl_refplug.testing.setting import Setting
 
 
@@ -17,9 +16,9 @@ class SideEffectTests(Setting):
     def test_no_gradient(self, attached: Attached) -> None:
         attached.ask(attached.batch)
         with torch.enable_grad():
-            answers = [attached.provider.log_probs(copy_of(attached.batch))]
+            answers = [attached.provider.log_probs(attached.batch.copy())]
             if attached.provider.capabilities.overlap:
-                answers.append(attached.provider.submit(copy_of(attached.batch)).result(timeout=60))
+                answers.append(attached.provider.submit(attached.batch.copy()).result(timeout=60))
         require(
             not any(answer.requires_grad for answer in answers),
             "The answer carries a gradient, so the loss would train through the reference and keep its activations. "
@@ -103,7 +102,7 @@ class SideEffectTests(Setting):
         )
 
     def test_batch(self, attached: Attached) -> None:
-        batch = copy_of(attached.batch)
+        batch = attached.batch.copy()
         with torch.no_grad():
             attached.provider.log_probs(batch)
         changed = [
@@ -122,9 +121,9 @@ def _use(attached: Attached) -> None:
     """All that a training step may call."""
     provider = attached.provider
     with torch.no_grad():
-        provider.log_probs(copy_of(attached.batch))
+        provider.log_probs(attached.batch.copy())
         if provider.capabilities.overlap:
-            provider.submit(copy_of(attached.batch)).result(timeout=60)
+            provider.submit(attached.batch.copy()).result(timeout=60)
         if provider.capabilities.moving:
             provider.on_step_end(1)
         provider.counters()
@@ -132,7 +131,7 @@ def _use(attached: Attached) -> None:
 
 def _reference_adapter(attached: Attached) -> str:
     """Name of the adapter of the policy that is the reference, and may move as such."""
-    return str(getattr(attached.provider, "reference_adapter", None))
+    return str(attached.provider.reference_adapter)
 
 
 def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trl_refplug.testing.abilities import AbilityTests
 from trl_refplug.testing.answers import AnswerTests
 from trl_refplug.testing.effects import SideEffectTests
 from trl_refplug.testing.identities import IdentityTests
@@ -10,7 +11,7 @@ from trl_refplug.testing.runs import OverlapTests, RankTests, TrainingTests
 
 
 class ReferenceProviderTests(
-    AnswerTests, SideEffectTests, IdentityTests, TrainingTests, OverlapTests, RankTests, LifeTests
+    AnswerTests, AbilityTests, SideEffectTests, IdentityTests, TrainingTests, OverlapTests, RankTests, LifeTests
 ):
     """
     Every promise that a provider can break, one test each.

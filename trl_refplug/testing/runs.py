@@ -11,7 +11,7 @@ import torch
 
 from trl_refplug.testing.bench import Attached, Bench, require
 from trl_refplug.testing.ranks import on_two_ranks
-from trl_refplug.testing.samples import copy_of, make_batch
+from trl_refplug.testing.samples import make_batch
 from trl_refplug.testing.setting import Setting
 
 
@@ -54,7 +54,7 @@ class TrainingTests(Setting):
         )
 
     def test_resumes(self, bench: Bench) -> None:
-        saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+        saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
         whole = bench.attach(**saving)
         whole.train()
         resumed = bench.attach(**saving)
@@ -89,7 +89,7 @@ class OverlapTests(Setting):
     def test_submit(self, ahead: Attached) -> None:
         expected = ahead.ask(ahead.batch)
         with torch.no_grad():
-            answer = ahead.provider.submit(copy_of(ahead.batch)).result(timeout=60)
+            answer = ahead.provider.submit(ahead.batch.copy()).result(timeout=60)
         ahead.require_same(
             list(answer), list(expected), "submit(batch).result() is not what log_probs(batch) answers."
         )
@@ -99,7 +99,7 @@ class OverlapTests(Setting):
         batches = [make_batch(list(reversed(ahead.rows))[: 2 + index]).to(device) for index in range(3)]
         expected = [ahead.ask_rows(batch) for batch in batches]
         with torch.no_grad():
-            futures = [ahead.provider.submit(copy_of(batch)) for batch in batches]
+            futures = [ahead.provider.submit(batch.copy()) for batch in batches]
             answers = [future.result(timeout=60) for future in reversed(futures)][::-1]
         for batch, answer, values in zip(batches, answers, expected, strict=True):
             mask = batch.labels[:, 1:] != -100

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -100,7 +100,7 @@ def preference_data(rows: int = 4) -> Dataset:
 
 
 @dataclass(frozen=True)
-class Row:
+class SampleRow:
     """
     Tokens of one sequence, unpadded.
 
@@ -113,19 +113,19 @@ class Row:
     prompt: int
 
 
-def sample_rows(vocabulary: int) -> list[Row]:
+def sample_rows(vocabulary: int) -> list[SampleRow]:
     """Four rows of different lengths, the longest first, of prompts and completions; ids below `vocabulary`."""
     generator = torch.Generator().manual_seed(0)
     lengths = ((12, 3), (9, 4), (7, 1), (5, 2))
     first = len(_SPECIAL)
     return [
-        Row(tuple(torch.randint(first, vocabulary, (length,), generator=generator).tolist()), prompt)
+        SampleRow(tuple(torch.randint(first, vocabulary, (length,), generator=generator).tolist()), prompt)
         for length, prompt in lengths
     ]
 
 
 def make_batch(
-    rows: Sequence[Row], *, padding: Literal["left", "right"] = "right", pad_token_id: int = 0
+    rows: Sequence[SampleRow], *, padding: Literal["left", "right"] = "right", pad_token_id: int = 0
 ) -> ReferenceBatch:
     """The rows as a trainer collates them: int64 `[rows, longest]`, labels -100 on prompts and padding."""
     width = max(len(row.tokens) for row in rows)
@@ -139,18 +139,6 @@ def make_batch(
         attention_mask[line, start:end] = 1
         labels[line, start + row.prompt : end] = input_ids[line, start + row.prompt : end]
     return ReferenceBatch(input_ids, attention_mask, labels)
-
-
-def copy_of(batch: ReferenceBatch) -> ReferenceBatch:
-    """The same batch in memory of its own."""
-    extras = {name: value.clone() if hasattr(value, "clone") else value for name, value in batch.extras.items()}
-    return replace(
-        batch,
-        input_ids=batch.input_ids.clone(),
-        attention_mask=batch.attention_mask.clone(),
-        labels=batch.labels.clone(),
-        extras=extras,
-    )
 
 
 def scored(batch: ReferenceBatch) -> Tensor:

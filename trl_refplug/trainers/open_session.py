@@ -6,9 +6,12 @@ import logging
 from typing import Any
 from weakref import WeakValueDictionary
 
+from torch import nn
+
 from trl_refplug.arguments import ReferenceArguments
 from trl_refplug.errors import ConfigurationError
-from trl_refplug.models.adapters import is_peft
+from trl_refplug.models.adapters import has_injected_adapter, is_peft
+from trl_refplug.models.weights import shared_weights
 from trl_refplug.provider import ReferenceProvider
 from trl_refplug.trainers.selection import Selection, make_provider, select_name
 from trl_refplug.trainers.session import ReferenceSession
@@ -49,12 +52,9 @@ def open_session(
                 _asked_for(flags, reference, ref_model),
             )
         return None
-    if ref_model is not None and ref_model is model:
-        raise ConfigurationError(
-            "`model` and `ref_model` are the same object, which is about to be trained. Leave `ref_model` out: a "
-            "copy of the policy is the reference then."
-        )
-    for_trl = None if patch_point.online else ref_model
+    _check_models(model, ref_model, peft_config)
+    # TRL's fused head does not reach into a PEFT model, so that one is placed by us.
+    for_trl = None if patch_point.online or is_peft(ref_model) else ref_model
     if reference is not None:
         if flags.ref_provider != "auto" or ref_model is not None:
             raise ConfigurationError(
@@ -92,6 +92,31 @@ def open_session(
     name = select_name(selection)
     provider = make_provider(name, flags.ref_provider_kwargs, args=args, ref_model=ref_model)
     return ReferenceSession(patch_point, provider, name, args, peft_config, for_trl, processing_class, train_dataset)
+
+
+def _check_models(model: Any, ref_model: Any, peft_config: Any) -> None:
+    if isinstance(model, nn.Module) and peft_config is not None and has_injected_adapter(model):
+        raise ConfigurationError(
+            "The policy has an adapter that transformers put on it (`from_pretrained` of an adapter, `load_adapter`, "
+            "`add_adapter`), and `peft_config=` asks TRL for another, which would overwrite it. Merge the first one "
+            "into the model (`PeftModel.from_pretrained(base, adapter).merge_and_unload()`), or load it with "
+            "`PeftModel.from_pretrained(base, adapter, is_trainable=True)` and leave `peft_config` out to train it on."
+        )
+    if ref_model is None:
+        return
+    if ref_model is model:
+        raise ConfigurationError(
+            "`model` and `ref_model` are the same object, which is about to be trained. Leave `ref_model` out: a "
+            "copy of the policy is the reference then."
+        )
+    if isinstance(model, nn.Module) and isinstance(ref_model, nn.Module):
+        shared = shared_weights(model, ref_model)
+        if shared:
+            raise ConfigurationError(
+                f"`model` and `ref_model` share {len(shared)} of their weights ({shared[0]}, ...), so training or "
+                "wrapping one changes the other. Pass a copy (`copy.deepcopy(model)`), or leave `ref_model` out: a "
+                "copy of the policy as it is passed in, or for PEFT its base, is the reference then."
+            )
 
 
 def _asked_for(flags: ReferenceArguments, reference: ReferenceProvider | None, ref_model: Any) -> str:

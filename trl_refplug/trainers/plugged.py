@@ -121,6 +121,8 @@ class Plugged:
         if session is None:
             super().__init__(*bound.args[1:], **bound.kwargs)
             return
+        if given.get("ref_model") is not None and not session.gives_trl_its_model:
+            given["ref_model"] = None
         adapters_before = policies.adapter_names(model)
         if REFERENCE_ADAPTER in adapters_before:
             raise ConfigurationError(

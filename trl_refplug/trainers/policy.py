@@ -61,7 +61,7 @@ def default_adapter_known(model: Any) -> Iterator[None]:
 
 def remove_unused_reference_adapter(model: Any, before: frozenset[str], providers: list[ReferenceProvider]) -> None:
     """Delete the `ref` adapter that TRL adds to a policy with an adapter of its own, unless it is the reference."""
-    used = any(getattr(provider, "reference_adapter", None) == REFERENCE_ADAPTER for provider in providers)
+    used = any(provider.reference_adapter == REFERENCE_ADAPTER for provider in providers)
     if is_peft(model) and REFERENCE_ADAPTER in model.peft_config and REFERENCE_ADAPTER not in before and not used:
         model.delete_adapter(REFERENCE_ADAPTER)
 

@@ -104,7 +104,7 @@ class Prefetcher:
             self._epoch = None
 
     def _submit(self, request: ReferenceBatch) -> _Question:
-        batch = _copied(request)  # the trainer may change its own, in place
+        batch = request.copy()  # the trainer may change its own, in place
         assert self._autocast is not None
         answer: Future[Tensor]
         try:
@@ -224,16 +224,6 @@ def _cancel(questions: list[_Question]) -> None:
     for question in questions:
         question.answer.cancel()
     questions.clear()
-
-
-def _copied(batch: ReferenceBatch) -> ReferenceBatch:
-    return ReferenceBatch(
-        input_ids=batch.input_ids.clone(),
-        attention_mask=batch.attention_mask.clone(),
-        labels=batch.labels.clone(),
-        extras={name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.extras.items()},
-        rows_sliceable=batch.rows_sliceable,
-    )
 
 
 def _equal(one: ReferenceBatch, other: ReferenceBatch) -> bool:

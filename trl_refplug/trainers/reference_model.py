@@ -15,6 +15,7 @@ from trl_refplug.plugins import plugin_manager
 from trl_refplug.provider import ReferenceBatch, ReferenceProvider
 from trl_refplug.rows.answers import form_problem
 from trl_refplug.trainers.prefetch import Prefetcher
+from trl_refplug.trainers.read_only import read_only, write_error
 from trl_refplug.trainers.requested_batches import ROW_WISE
 from trl_refplug.trainers.trl_patch import unsupported_trl
 
@@ -105,14 +106,19 @@ class ReferenceModel(nn.Module):
         module = self.provider.module
         if module is None:
             raise AttributeError(f"Reference provider {type(self.provider).__name__} has no in-process copy")
-        return module.get_parameter(target)
+        return read_only(module.get_parameter(target))
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
         module = self.provider.module
-        return iter(()) if module is None else module.named_parameters(*args, **kwargs)
+        if module is None:
+            return iter(())
+        return ((name, read_only(parameter)) for name, parameter in module.named_parameters(*args, **kwargs))
 
     def parameters(self, recurse: bool = True) -> Any:
         return (parameter for _, parameter in self.named_parameters(recurse=recurse))
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        raise write_error("load_state_dict()")
 
     def extra_repr(self) -> str:
         return str(self.provider.identity())

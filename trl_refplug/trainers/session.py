@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trl_refplug.arguments import ReferenceArguments
 from trl_refplug.errors import ConfigurationError, SeamError
+from trl_refplug.models.adapters import is_peft
 from trl_refplug.models.dropout import disable_functional_dropout, has_dropout
 from trl_refplug.provider import ReferenceBatch, ReferenceProvider
 from trl_refplug.runtime.random_state import rng_kept
@@ -81,6 +82,11 @@ class ReferenceSession:
                 "run. Use it as the source of a stored reference."
             )
 
+    @property
+    def gives_trl_its_model(self) -> bool:
+        """Whether TRL is given the reference model that was passed to the trainer, to place it."""
+        return self._ref_model is not None
+
     # Before TRL touches anything
 
     def pin(self, policy: nn.Module) -> None:
@@ -131,8 +137,9 @@ class ReferenceSession:
     def _reference_for_trl(self) -> nn.Module | None:
         if not self._pinned:
             raise unsupported_trl("TRL asked for its reference before it loaded the policy")
-        # On a device of its own it is placed by us, later.
-        return self._context.reference_model if self.provider.device is None else None
+        # On a device of its own, or as a PEFT model, it is placed by us, later.
+        placed_by_us = self.provider.device is not None or is_peft(self._context.reference_model)
+        return None if placed_by_us else self._context.reference_model
 
     # When TRL has constructed
 
@@ -255,6 +262,12 @@ class ReferenceSession:
         """An optimiser step is over."""
         self.run.policy_moved = True
         assert self.reference_model is not None
+        if self.run.trainer.ref_model is not self.reference_model:
+            raise SeamError(
+                f"By the end of step {step} `trainer.ref_model` had been replaced by a "
+                f"{type(self.run.trainer.ref_model).__name__}, so training went on against another reference than the "
+                "one that was declared. Declare it instead: `ref_model=`, or option 'model' of a provider."
+            )
         if self.reference_model.calls == self._calls_before:
             raise SeamError(
                 f"Step {step} ended and the trainer never asked for its reference. It was trained without one: "

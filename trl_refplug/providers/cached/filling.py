@@ -21,12 +21,20 @@ from trl_refplug.errors import (
 from trl_refplug.models.causal_lm import causal_lm
 from trl_refplug.models.probe import Probe, probe_batch
 from trl_refplug.models.tolerances import Tolerance
-from trl_refplug.provider import BulkScorer, ReferenceBatch, ReferenceContext, ReferenceProvider, ScoresInBulk
+from trl_refplug.models.weights import WeightMark, changed_weights, mark_weights
+from trl_refplug.provider import (
+    BulkScorer,
+    ReferenceBatch,
+    ReferenceContext,
+    ReferenceProvider,
+    SampleCheck,
+    ScoresInBulk,
+)
 from trl_refplug.providers.cached.batch_scorer import BatchScorer
 from trl_refplug.providers.cached.missing_rows import MissingRows, RowBlock, find_missing, planned_blocks
 from trl_refplug.providers.cached.row_keys import BatchRows, RowKeys, select
 from trl_refplug.providers.cached.sharing import SharedWork
-from trl_refplug.providers.cached.verifying import SampleCheck, check_sample
+from trl_refplug.providers.cached.verifying import check_sample
 from trl_refplug.providers.scorers import trainer_precision
 from trl_refplug.rows import Row, Values
 from trl_refplug.runtime.ranks import any_rank, min_over_ranks
@@ -75,7 +83,8 @@ class Filler:
         self._fill = fill
         self._verify = verify
         self._dtype = _dtype_of(context.policy)
-        self._compared = False  # the probe with that of the store
+        self._said: Probe | None = None  # what the source says about the probe
+        self._marks: dict[str, WeightMark] = {}  # of the weights it scores with
         local = source.capabilities.local_model
         # A model over which all ranks have a part is run by all of them at once, or not at all.
         self._in_step = local and _shards_parameters(context.accelerator)
@@ -93,15 +102,15 @@ class Filler:
             ReferenceMismatchError: The store has rows of another reference that goes by the same identity.
         """
         rows = self._context.probe_rows
-        if self._compared or rows is None:
+        if self._said is not None or rows is None:
             return
         batch = probe_batch(rows, self._context.accelerator.device)
         with torch.no_grad(), trainer_precision(self._context.accelerator):
             found = self._source.log_probs(batch) if scoring else self._source.probe(batch)
         if found is None:
             return
-        self._compared = True
-        probe = Probe(rows, found.float().cpu(), "the source")
+        self._said = probe = Probe(rows, found.float().cpu(), "the source")
+        self._marks = mark_weights(self._source.weights())
         digest = self._source.identity().digest
         for said in store.provenances:
             if "probe" in said and said.get("reference", {}).get("digest") == digest:
@@ -215,7 +224,25 @@ class Filler:
                 log_probs = self._source.log_probs(select(batch, missing))
         except MissingRowError as error:
             raise MissingRowError(f"{what}, and {error}") from None
+        self._refuse_moved_source(store)
         return list(rows.padded.select(missing).values_by_row(log_probs))
+
+    def _refuse_moved_source(self, store: LogProbStore) -> None:
+        """What a source scores while training goes on is stored for later runs, so it must be what it was."""
+        if self._said is None:
+            return
+        with torch.no_grad(), trainer_precision(self._context.accelerator):
+            found = self._source.probe(probe_batch(self._said.rows, self._context.accelerator.device))
+        changed, rounded = changed_weights(self._marks, self._source.weights())
+        moved = found is not None and not self._tolerance.allows(*self._said.difference(found))
+        if moved or (changed and not rounded):
+            shown = f" ({len(changed)} weights were changed: {changed[0]}, ...)" if changed else ""
+            raise ReferenceMismatchError(
+                f"The reference {self._source.identity()}, which scores rows that {store.location!r} misses while "
+                f"training goes on, is not what it was when training began{shown}. Nothing of this batch was stored. "
+                "A callback, or the code around the trainer, changed it: remove what does, or use a source that "
+                'shares nothing with the policy: {"source": "frozen"}.'
+            )
 
     def _refuse_cast_policy(self) -> None:
         """transformers casts a policy in place for an evaluation outside of training."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from trl_refplug.models.adapters import (
     starts_as_identity,
 )
 from trl_refplug.models.copies import snapshot
-from trl_refplug.models.identity import combine_digests, digest_model, digest_tensors
+from trl_refplug.models.identity import canonical_tensors, combine_digests, digest_model, digest_tensors
 from trl_refplug.models.modes import stay_in_evaluation_mode
 from trl_refplug.models.purity import check_policy
 from trl_refplug.provider import ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
@@ -142,6 +143,11 @@ class EmaProvider(ReferenceProvider):
         if self._is_peft:
             names += ["average", "tolerance", "max_rank"] if self.options.average == "exact" else ["average"]
         return {name: options[name] for name in names}
+
+    def weights(self) -> Iterable[tuple[str, Tensor]]:
+        if self._context is None or not self._is_peft:
+            return []
+        return canonical_tensors(peft_model_of(self._context.policy), None)  # the base, under the adapter that moves
 
     def log_probs(self, batch: ReferenceBatch) -> Tensor:
         assert self._context is not None, "log_probs() before setup()"

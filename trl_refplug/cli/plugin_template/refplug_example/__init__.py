@@ -3,9 +3,12 @@
 from trl_refplug import hookimpl
 from trl_refplug.hookspecs import Register
 
+from refplug_example.options import CAPABILITIES, ExampleOptions
+
 API_VERSION = 1  # the plugin interface this was written for
 
 
 @hookimpl
 def refplug_register_providers(register: Register) -> None:
-    register("example", "refplug_example.provider:ExampleProvider")
+    # With its options and capabilities the provider is listed, and its flags are checked, without importing it.
+    register("example", "refplug_example.provider:ExampleProvider", options=ExampleOptions, capabilities=CAPABILITIES)

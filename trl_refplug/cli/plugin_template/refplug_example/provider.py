@@ -3,39 +3,21 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from trl_refplug import (
-    Capabilities,
-    ReferenceBatch,
-    ReferenceContext,
-    ReferenceIdentity,
-    ReferenceProvider,
-    digest_model,
-)
+from trl_refplug import ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider, digest_model
 
-
-@dataclass(frozen=True)
-class ExampleOptions:
-    """Options of `example`: what `ref_provider_kwargs` may hold."""
-
-    sharpness: float = field(
-        default=1.0, metadata={"help": "Multiplies the reference's logits; 1 is the policy itself."}
-    )
-
-    def __post_init__(self) -> None:
-        if self.sharpness <= 0:
-            raise ValueError(f"sharpness must be positive, got {self.sharpness}")
+from refplug_example.options import CAPABILITIES, ExampleOptions
 
 
 class ExampleProvider(ReferenceProvider):
     """Scores with a copy of the policy."""
 
     Options = ExampleOptions
-    capabilities = Capabilities(local_model=True, temperature=True, multimodal=True, offline=True)
+    capabilities = CAPABILITIES
     options: ExampleOptions
 
     def pin(self, context: ReferenceContext) -> nn.Module:
@@ -44,6 +26,11 @@ class ExampleProvider(ReferenceProvider):
         adapter = policy.active_adapter if hasattr(policy, "peft_config") else None
         self._digest = digest_model(policy, adapter)
         return copy.deepcopy(context.policy)  # for TRL to place: device, DeepSpeed, FSDP
+
+    def declared_model(self, context: ReferenceContext) -> AbstractContextManager[nn.Module | None]:
+        # Training asks the reference about a few rows now and then, and compares its answers with what the model that
+        # pin() returned says about them. Sharpened, the reference says something else.
+        return super().declared_model(context) if self.options.sharpness == 1 else nullcontext()
 
     def setup(self, context: ReferenceContext) -> None:
         assert context.reference_model is not None  # what pin() returned, placed
