@@ -199,7 +199,7 @@ class TestAnswers:
     def test_a_fork_has_its_own_connections(self, tmp_path, exact):
         provider = used(tmp_path, exact)
         client = provider._client
-        asked = [PaddedRows.of(random_batch(seed)) for seed in range(2)]
+        asked = [PaddedRows.from_batch(random_batch(seed)) for seed in range(2)]
         expected = [client.score(rows, 1.0) for rows in asked]
 
         def undisturbed(number):

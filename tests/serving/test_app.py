@@ -67,7 +67,7 @@ def expected(wanted, model=None, **options):
     """The log-probs of rows by another scorer, exact and each row alone."""
     scorer = Scorer(model or tiny.model().eval(), **options)
     padded = [PaddedRows.flush_left([row]) for row in wanted]
-    return [next(one.gather(scorer.log_probs(one.batch()))) for one in padded]
+    return [next(one.values_by_row(scorer.log_probs(one.to_batch()))) for one in padded]
 
 
 def assert_near(found, wanted):

@@ -39,7 +39,7 @@ def batches(draw):
 @st.composite
 def exchanges(draw):
     """A request and its answer, with any finite numbers."""
-    rows = PaddedRows.of(draw(batches()))
+    rows = PaddedRows.from_batch(draw(batches()))
     request = wire.ScoringRequest(rows, DIGEST, draw(st.floats(0.01, 10)), draw(st.integers(0, 2**32 - 1)))
     refused = draw(st.dictionaries(st.integers(0, len(rows) - 1), st.text(max_size=20), max_size=2))
     number = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -54,10 +54,10 @@ def exchanges(draw):
 
 @given(batches())
 def test_request_restores_the_very_tensors(batch):
-    body = wire.encode_request(wire.ScoringRequest(PaddedRows.of(batch), DIGEST, 0.7, 5))
+    body = wire.encode_request(wire.ScoringRequest(PaddedRows.from_batch(batch), DIGEST, 0.7, 5))
     request = wire.decode_request(body, **LIMITS)
     assert (request.identity, request.temperature, request.client) == (DIGEST[:16], 0.7, 5)
-    again = request.rows.batch()
+    again = request.rows.to_batch()
     for name in ("input_ids", "attention_mask", "labels"):
         assert torch.equal(getattr(again, name), getattr(batch, name)), name
 

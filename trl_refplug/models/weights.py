@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trl_refplug.models.sharding import local
+from trl_refplug.models.sharding import local_part
 
 
 _LANES = 4096  # sums kept of a tensor before they are added up
@@ -40,7 +40,7 @@ def mark_weights(weights: Iterable[tuple[str, Tensor]]) -> dict[str, WeightMark]
         return {
             name if number == 0 else f"{name} (part {number})": _mark(part)
             for name, whole in weights
-            for number, part in enumerate(plain_parts(local(whole)))
+            for number, part in enumerate(plain_parts(local_part(whole)))
             if not part.is_meta
         }
 
@@ -97,11 +97,11 @@ def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
 
 def shared_weights(one: nn.Module, other: nn.Module) -> list[str]:
     """Names of the parameters of `other` whose memory a parameter of `one` uses, too."""
-    used = {_storage(part) for tensor in one.parameters() for part in plain_parts(local(tensor))} - {0}
+    used = {_storage(part) for tensor in one.parameters() for part in plain_parts(local_part(tensor))} - {0}
     return [
         name
         for name, tensor in other.named_parameters()
-        if any(_storage(part) in used for part in plain_parts(local(tensor)))
+        if any(_storage(part) in used for part in plain_parts(local_part(tensor)))
     ]
 
 

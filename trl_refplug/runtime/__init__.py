@@ -1,10 +1,12 @@
 """
-The process that everything runs in, and its machine.
+The process that all of this runs in.
 
-- `ranks`: the ranks of a launch
-- `random_state`: the random state, which scoring leaves as it was
-- `threads`: scoring on a thread of its own
-- `memory`: peak memory
-- `files`: writing files atomically
-- `caches`: the directory for what later runs can use again
+- `ranks`: agree with the other ranks on a value
+- `random_state`: read the state of the random number generators, and keep it from changing
+- `threads`: score on a separate thread with the caller's autocast state
+- `memory`: measure the memory in use, and recognize that memory ran out
+- `files`: write files atomically
+- `caches`: the directory in which files are kept for later runs
+
+Import from these modules: some of them need torch, and importing `caches` alone must not load it.
 """

@@ -18,8 +18,7 @@ from trl_refplug.models.identity import digest_model
 from trl_refplug.models.output_embedding import check_output_embedding
 from trl_refplug.models.positions import absolute_positions, batch_length_limit
 from trl_refplug.rows import PaddedRows, Values
-from trl_refplug.scoring import Scorer
-from trl_refplug.scoring.scorer import TOKEN_BUDGET, TOKEN_BUDGET_ELSEWHERE
+from trl_refplug.scoring import Scorer, default_token_budget
 from trl_refplug.serving.served_model import ServedModel, tokenizer_digest
 from trl_refplug.serving.wire import PROTOCOL, ScoringRequest
 
@@ -84,7 +83,7 @@ class Engine:
         inner: Any = causal_lm(model)
         self._inner = inner
         self.device = inner.get_input_embeddings().weight.device
-        self.token_budget = token_budget or TOKEN_BUDGET.get(self.device.type, TOKEN_BUDGET_ELSEWHERE)
+        self.token_budget = token_budget or default_token_budget(self.device)
         self._mode: Literal["exact", "packed"] = scoring
         self._scorers: dict[float, tuple[Scorer, Any]] = {}
         self._absolute = absolute_positions(inner)
@@ -127,7 +126,7 @@ class Engine:
         """The units of work for the rows at `indices`, each with the indices of the rows that it answers."""
         if not indices:
             return []
-        rows, temperature = request.rows.take(indices), request.temperature
+        rows, temperature = request.rows.select(indices), request.temperature
         if self._scored_as_sent(rows):
             rows = replace(rows, padding_id=min(rows.padding_id, self.served_model.vocab_size - 1))
             return [(WorkUnit(rows, temperature, as_sent=True), list(indices))]
@@ -161,8 +160,8 @@ class Engine:
         scorer = self._scorer_for(units[0].temperature)
         if units[0].as_sent:
             (unit,) = units
-            log_probs = scorer.log_probs(unit.rows.batch(self.device))
-            yield 0, list(unit.rows.gather(log_probs))
+            log_probs = scorer.log_probs(unit.rows.to_batch(self.device))
+            yield 0, list(unit.rows.values_by_row(log_probs))
             return
         for index, values in scorer.score_rows(unit.rows.rows[0] for unit in units):
             yield index, [values.numpy()]

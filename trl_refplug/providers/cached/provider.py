@@ -173,7 +173,7 @@ class CachedProvider(ReferenceProvider):
                 values[index] = found
             facts = self._keys.packed if self._scores_packed else self._keys.exact
             self._store.put(rows.keys(facts, missing), scored)
-        return rows.padded.place(values).to(batch.input_ids.device)
+        return rows.padded.to_log_probs(values).to(batch.input_ids.device)
 
     def counters(self) -> dict[str, float]:
         return {"hits": self._hits, "misses": self._misses}

@@ -31,7 +31,7 @@ def check_sample(
     for start in range(0, len(sample), _AT_ONCE):
         some = sample[start : start + _AT_ONCE]
         padded = PaddedRows.flush_left([row for row, _ in some])
-        again = padded.gather(source.log_probs(padded.batch(device)))
+        again = padded.values_by_row(source.log_probs(padded.to_batch(device)))
         differences += [
             np.abs(values.astype(np.float64) - stored) for values, (_, stored) in zip(again, some, strict=True)
         ]

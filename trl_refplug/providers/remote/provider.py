@@ -136,7 +136,7 @@ class RemoteProvider(ReferenceProvider):
 
     def _rows(self, batch: ReferenceBatch) -> PaddedRows:
         try:
-            return PaddedRows.of(batch)
+            return PaddedRows.from_batch(batch)
         except ValueError as error:
             raise UnsupportedInputError(
                 f"ref_provider='remote' sends rows that are plain token sequences; this batch has {error}. Use "
@@ -149,7 +149,7 @@ class RemoteProvider(ReferenceProvider):
         with self._lock:
             self._tokens += rows.tokens
             self._seconds += time.perf_counter() - started
-        return rows.place(values).to(device)
+        return rows.to_log_probs(values).to(device)
 
 
 def _checked_urls(given: str | list[str]) -> list[str]:
