@@ -306,10 +306,14 @@ class TestWrongServer:
             build("dpo", tmp_path, tiny.model(), args=remote(url))
 
     def test_a_batch_beyond_the_limits(self, tmp_path):
-        with serving(engine(), limits=ServerLimits(max_rows=2)) as url:
+        some = random_batch(0)
+        batch = ReferenceBatch(
+            *(torch.cat([each, each]) for each in (some.input_ids, some.attention_mask, some.labels))
+        )
+        with serving(engine(), limits=ServerLimits(max_rows=4)) as url:
             provider = used(tmp_path, url)
-            with pytest.raises(RemoteError, match=r"too many rows: 3, at most 2.*per_device_train_batch_size"):
-                provider.log_probs(random_batch(0))
+            with pytest.raises(RemoteError, match=r"too many rows: 6, at most 4.*per_device_train_batch_size"):
+                provider.log_probs(batch)
 
     def test_nobody_there(self, tmp_path):
         url = f"http://127.0.0.1:{free_port()}"

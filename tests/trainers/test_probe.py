@@ -102,9 +102,7 @@ class TestWeights:
         assert changed_weights(before, model.state_dict().items()) == ([], True)
         with torch.no_grad():
             model.model.norm.weight[3] = torch.nextafter(model.model.norm.weight[3], torch.tensor(9.0))
-        names, rounded = changed_weights(before, model.state_dict().items())
-        assert names == ["model.norm.weight"]
-        assert not rounded or model.model.norm.weight.numel() <= 64  # one value of a larger tensor is no rounding
+        assert changed_weights(before, model.state_dict().items())[0] == ["model.norm.weight"]
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8])
     def test_scaling_is_no_rounding(self, dtype):
@@ -209,7 +207,7 @@ class TestWhatItSays:
 
     def test_without_checkpoints_at_the_end(self, tmp_path):
         trainer = harmed(tmp_path, scale_base, {"save_strategy": "no"}, peft_config=lora())
-        with pytest.raises(ReferenceMismatchError, match=r"as training began.*at the end of training, after step 3"):
+        with pytest.raises(ReferenceMismatchError, match=r"at the end of training, after step 3.*as training began"):
             trainer.train()
 
     def test_warn_goes_on(self, tmp_path, caplog):
