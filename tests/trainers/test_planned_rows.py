@@ -39,7 +39,7 @@ def trainers(tmp_path_factory):
 
 
 def keys_both_ways(trainer, split="train"):
-    patch_point = PatchPoint.of(type(trainer))
+    patch_point = PatchPoint.find_in(type(trainer))
     by_column = planned_rows(trainer, patch_point, split)
     collated = Counter(key for batch in planned(trainer, patch_point, split) for key in KEYS.of(batch).keys(FACTS))
     if by_column is None:

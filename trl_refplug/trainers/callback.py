@@ -44,7 +44,7 @@ class SessionCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.session.training_ended(state.global_step)
 
-    def take(self) -> dict[str, float]:
+    def pop_averages(self) -> dict[str, float]:
         """The averages since the last call, empty if no step has ended since."""
         if self._steps == 0:
             return {}

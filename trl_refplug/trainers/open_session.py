@@ -20,8 +20,8 @@ from trl_refplug.trainers.trl_patch import PatchPoint, check_flags
 
 logger = logging.getLogger("trl_refplug")
 
-_taken: WeakValueDictionary[int, ReferenceProvider] = WeakValueDictionary()
-"""Provider instances that a trainer was given, by `id`."""
+_instances_in_use: WeakValueDictionary[int, ReferenceProvider] = WeakValueDictionary()
+"""The provider instances that were passed to a trainer as `reference=`, by `id`."""
 
 
 def open_session(
@@ -66,7 +66,7 @@ def open_session(
                 f"`reference=` takes a ReferenceProvider instance, got {type(reference).__name__}. A model goes into "
                 "`ref_model=`, a provider's name into `ref_provider`."
             )
-        if _taken.get(id(reference)) is reference:
+        if _instances_in_use.get(id(reference)) is reference:
             raise ConfigurationError(
                 f"`reference=` is a {type(reference).__name__} that another trainer was given before. It belongs to "
                 "that trainer's policy, and is closed with it. Make a new one for every trainer."
@@ -81,7 +81,7 @@ def open_session(
             processing_class,
             train_dataset,
         )
-        _taken[id(reference)] = reference
+        _instances_in_use[id(reference)] = reference
         return session
     selection = Selection(
         args=args,

@@ -48,7 +48,7 @@ def plug(trainer_class: type[T]) -> type[T]:
     """
     if issubclass(trainer_class, Plugged):
         return trainer_class
-    patch_point = PatchPoint.of(trainer_class)
+    patch_point = PatchPoint.find_in(trainer_class)
     plugged = _plugged_owner(patch_point.owner)
     # Seated between the user's class and TRL's, so that the user's `__init__` sees the trainer with its reference.
     bases = (plugged,) if trainer_class is patch_point.owner else (trainer_class, plugged)
@@ -153,7 +153,7 @@ class Plugged:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._refplug_session is not None and self.model.training:  # type: ignore[attr-defined]
-            logs.update(self._refplug_callback.take())
+            logs.update(self._refplug_callback.pop_averages())
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -182,4 +182,4 @@ class Plugged:
 
 @cache
 def _plugged_owner(owner: type) -> type:
-    return type(f"Plugged{owner.__name__}", (Plugged, owner), {"_refplug_patch_point": PatchPoint.of(owner)})
+    return type(f"Plugged{owner.__name__}", (Plugged, owner), {"_refplug_patch_point": PatchPoint.find_in(owner)})

@@ -44,9 +44,9 @@ class PatchPoint:
     online: bool
 
     @classmethod
-    def of(cls, trainer_class: type) -> PatchPoint:
+    def find_in(cls, trainer_class: type) -> PatchPoint:
         """
-        Find the seam of a trainer of TRL or of a subclass of one.
+        Find where a trainer of TRL, or a subclass of one, loads its reference.
 
         Raises:
             SeamError: The class has no reference, or TRL reaches it in a way this release does not know.
@@ -128,7 +128,7 @@ def loading_replaced(
     Replace TRL's loading of its reference for the duration of `__init__`.
 
     Args:
-        seam ([`PatchPoint`]): Where.
+        patch_point ([`PatchPoint`]): Where the trainer's class loads its reference.
         trainer: The trainer under construction.
         policy_loaded: Called with the policy when TRL loads it from a string, before TRL touches it.
         reference: Called where TRL would load its reference; what it returns, possibly `None`, is used instead.
