@@ -41,10 +41,12 @@ def trainers(tmp_path_factory):
 def keys_both_ways(trainer, split="train"):
     patch_point = PatchPoint.find_in(type(trainer))
     by_column = planned_rows(trainer, patch_point, split)
-    collated = Counter(key for batch in planned(trainer, patch_point, split) for key in KEYS.of(batch).keys(FACTS))
+    collated = Counter(
+        key for batch in planned(trainer, patch_point, split) for key in KEYS.rows_of_batch(batch).keys(FACTS)
+    )
     if by_column is None:
         return None, collated
-    blocks = [KEYS.of_planned(rows) for rows in by_column]
+    blocks = [KEYS.rows_of_plan(rows) for rows in by_column]
     for block in blocks:
         indices = range(len(block))
         assert block.keys(FACTS) == block.keys(FACTS, indices) == [block.keys(FACTS, [index])[0] for index in indices]

@@ -24,9 +24,9 @@ from trl_refplug.models.tolerances import Tolerance
 from trl_refplug.provider import BulkScorer, ReferenceBatch, ReferenceContext, ReferenceProvider, ScoresInBulk
 from trl_refplug.providers.cached.batch_scorer import BatchScorer
 from trl_refplug.providers.cached.missing_rows import MissingRows, RowBlock, find_missing, planned_blocks
-from trl_refplug.providers.cached.row_keys import BatchRows, RowKeys, select
+from trl_refplug.providers.cached.row_keys import BatchRows, RowKeys, select_rows
+from trl_refplug.providers.cached.sample_check import SampleCheck, check_sample
 from trl_refplug.providers.cached.sharing import SharedWork
-from trl_refplug.providers.cached.verifying import SampleCheck, check_sample
 from trl_refplug.providers.scorers import trainer_precision
 from trl_refplug.rows import Row, Values
 from trl_refplug.runtime.ranks import any_rank, least
@@ -197,7 +197,9 @@ class Filler:
                 f"{self._context.accelerator.process_index} sees it. Use a `path` that all nodes share."
             )
 
-    def score(self, store: LogProbStore, batch: ReferenceBatch, rows: BatchRows, missing: list[int]) -> list[Values]:
+    def score_missing(
+        self, store: LogProbStore, batch: ReferenceBatch, rows: BatchRows, missing: list[int]
+    ) -> list[Values]:
         """
         Score the rows of `batch` that `store` misses: the values of each.
 
@@ -212,7 +214,7 @@ class Filler:
         self.compare_probe(store, scoring=True)
         try:
             with trainer_precision(self._context.accelerator):
-                log_probs = self._source.log_probs(select(batch, missing))
+                log_probs = self._source.log_probs(select_rows(batch, missing))
         except MissingRowError as error:
             raise MissingRowError(f"{what}, and {error}") from None
         return list(rows.padded.take(missing).gather(log_probs))

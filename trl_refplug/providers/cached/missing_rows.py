@@ -86,9 +86,9 @@ def planned_blocks(context: ReferenceContext, keys: RowKeys) -> Iterator[RowBloc
     for split in ("train", "eval"):
         plain = context.planned_rows(split) if isinstance(context, PlansRows) else None
         if plain is not None:
-            yield from map(keys.of_planned, plain)
+            yield from map(keys.rows_of_plan, plain)
         else:
-            yield from map(keys.of, context.planned(split) or ())
+            yield from map(keys.rows_of_batch, context.planned(split) or ())
 
 
 def find_missing(

@@ -21,7 +21,7 @@ from trl_refplug.providers.cached.filling import Filler
 from trl_refplug.providers.cached.missing_rows import check_known_ahead
 from trl_refplug.providers.cached.policy_source import PolicySource
 from trl_refplug.providers.cached.row_keys import RowKeys
-from trl_refplug.providers.cached.verifying import SampleCheck
+from trl_refplug.providers.cached.sample_check import SampleCheck
 from trl_refplug.providers.frozen import FrozenProvider
 from trl_refplug.providers.options import CACHED_CAPABILITIES, CachedOptions
 from trl_refplug.runtime.caches import cache_directory
@@ -160,13 +160,13 @@ class CachedProvider(ReferenceProvider):
         return ()
 
     def log_probs(self, batch: ReferenceBatch) -> Tensor:
-        rows = self._keys.of(batch)
-        values = self._keys.find(self._store, rows)
+        rows = self._keys.rows_of_batch(batch)
+        values = self._keys.look_up(self._store, rows)
         missing = [index for index, value in enumerate(values) if value is None]
         self._hits += len(rows) - len(missing)
         self._misses += len(missing)
         if missing:
-            scored = self._filler.score(self._store, batch, rows, missing)
+            scored = self._filler.score_missing(self._store, batch, rows, missing)
             for index, found in zip(missing, scored, strict=True):
                 values[index] = found
             facts = self._keys.packed if self._scores_packed else self._keys.exact

@@ -100,7 +100,7 @@ class RowKeys:
         self._absolute = model.absolute_positions
         self._length_limit = model.length_limit
 
-    def of(self, batch: ReferenceBatch) -> BatchRows:
+    def rows_of_batch(self, batch: ReferenceBatch) -> BatchRows:
         """
         The rows of `batch`.
 
@@ -123,7 +123,7 @@ class RowKeys:
             ) from None
         return BatchRows(padded, padded.lefts if self._absolute else [0] * len(padded))
 
-    def of_planned(self, planned: PlannedRows) -> TailScoredRows:
+    def rows_of_plan(self, planned: PlannedRows) -> TailScoredRows:
         """
         The same for rows that are cut already.
 
@@ -141,7 +141,7 @@ class RowKeys:
                 "depend on other rows. Lower `max_length`, or use ref_provider='frozen' or 'adapter'."
             )
 
-    def find(self, store: LogProbStore, batch: BatchRows) -> list[Values | None]:
+    def look_up(self, store: LogProbStore, batch: BatchRows) -> list[Values | None]:
         """What the store has of `batch`: float32 `[scored]` for each row, `None` for those it misses."""
         # Always in this order, so that all runs that read one store read the same bits.
         answer = store.lookup(batch.keys(self.packed))
@@ -155,7 +155,7 @@ class RowKeys:
         return found
 
 
-def select(batch: ReferenceBatch, indices: list[int]) -> ReferenceBatch:
+def select_rows(batch: ReferenceBatch, indices: list[int]) -> ReferenceBatch:
     """Some rows of a batch without extras, in its own columns."""
     if len(indices) == len(batch.input_ids):
         return batch
