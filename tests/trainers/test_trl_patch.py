@@ -189,7 +189,7 @@ class TestMisuse:
             build("dpo", tmp_path, path, args=both)
         with pytest.raises(ConfigurationError, match="asks for the 'ema' reference"):
             build("dpo", tmp_path, path, args={"sync_ref_model": True, "ref_provider": "frozen"})
-        with pytest.raises(ConfigurationError, match="nothing to synchronise"):
+        with pytest.raises(ConfigurationError, match="nothing to synchronize"):
             build("grpo", tmp_path, path, args={"sync_ref_model": True, "beta": 0.0})
 
     @pytest.mark.parametrize("kind", ONLINE)

@@ -1,4 +1,4 @@
-"""From a trainer's arguments to the session of its reference, before anything is loaded."""
+"""Checking a trainer's arguments, and opening the session of its reference, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def open_session(
     train_dataset: Any,
 ) -> ReferenceSession | None:
     """
-    Select a provider from the trainer's arguments, before anything is loaded. `None` leaves TRL alone.
+    Select a provider as the trainer's arguments say, before anything is loaded. Returns `None` if the trainer uses no
+    reference, so that TRL is left alone.
 
     Raises:
         ConfigurationError: Flags or arguments contradict each other, or options are wrong.
@@ -53,7 +54,7 @@ def open_session(
             )
         return None
     _check_models(model, ref_model, peft_config)
-    # TRL's fused head does not reach into a PEFT model, so that one is placed by us.
+    # TRL cannot put its fused LM head into a PEFT model, so we place such a reference ourselves, later.
     for_trl = None if patch_point.online or is_peft(ref_model) else ref_model
     if reference is not None:
         if flags.ref_provider != "auto" or ref_model is not None:
@@ -120,7 +121,7 @@ def _check_models(model: Any, ref_model: Any, peft_config: Any) -> None:
 
 
 def _asked_for(flags: ReferenceArguments, reference: ReferenceProvider | None, ref_model: Any) -> str:
-    """Of several ways to ask for a reference, the one that was taken."""
+    """How the user asked for a reference, for a message."""
     if reference is not None:
         return f"reference={type(reference).__name__}(...)"
     return "`ref_model`" if ref_model is not None else f"ref_provider={flags.ref_provider!r}"
