@@ -11,22 +11,24 @@ from torch import Tensor, nn
 from trl_refplug.models.sharding import local
 
 
-_LANES = 4096  # sums kept of a tensor before they are added up
+_LANES = 4096  # a tensor is first summed in this many separate sums
 _SAMPLE = 64
 _ROUNDING = 1e-4
-"""Relative change of float32 weights that merging an adapter and taking it out again may leave. Scaling a matrix by
-1.01 changes it by 1e-2."""
+"""
+Float32 weights may change by this much, relatively, when an adapter is merged and taken out again. For comparison: if
+a matrix is multiplied by 1.01, it changes by 1e-2.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class WeightMark:
     """
-    What is remembered of one tensor.
+    What is remembered of one tensor, to notice later whether it was changed.
 
     Args:
-        total (`int`): A sum over all of its bits.
-        sample (`Tensor`): float64 `[sample]` on the CPU: some of its values.
-        is_float32 (`bool`): Whether it is precise enough for rounding to be told from a change.
+        total (`int`): A checksum of all its bits.
+        sample (`Tensor`): Some of its values: float64 `[sample]` on the CPU.
+        is_float32 (`bool`): Whether its dtype is float32, which is precise enough to tell rounding from a real change.
     """
 
     total: int
@@ -35,7 +37,9 @@ class WeightMark:
 
 
 def mark_weights(weights: Iterable[tuple[str, Tensor]]) -> dict[str, WeightMark]:
-    """Remember tensors by name. Of a sharded tensor, this rank's part. Reads each once, where it is."""
+    """
+    Remember tensors by their names. A sharded tensor is remembered by this rank's part. Each is read once, in place.
+    """
     with torch.no_grad():
         return {
             name if number == 0 else f"{name} (part {number})": _mark(part)
@@ -47,10 +51,11 @@ def mark_weights(weights: Iterable[tuple[str, Tensor]]) -> dict[str, WeightMark]
 
 def changed_weights(before: dict[str, WeightMark], weights: Iterable[tuple[str, Tensor]]) -> tuple[list[str], bool]:
     """
-    Which of the tensors are not what they were.
+    Find the tensors that have changed since they were remembered.
 
     Returns:
-        `tuple[list[str], bool]`: Their names; and whether all of them changed by rounding only.
+        `tuple[list[str], bool]`: Their names, and whether all of them changed only as much as rounding may change
+        them.
     """
     after = mark_weights(weights)
     changed = [name for name, mark in before.items() if name in after and after[name].total != mark.total]
@@ -58,7 +63,10 @@ def changed_weights(before: dict[str, WeightMark], weights: Iterable[tuple[str, 
 
 
 def _rounded(before: WeightMark, after: WeightMark) -> bool:
-    """Whether a tensor changed as a whole, and by very little. A change that the sample does not show is local."""
+    """
+    Whether a tensor changed only by rounding: a little, and everywhere, so that its sample shows it. If the sample is
+    the same, only a part of the tensor was changed, which is not what rounding does.
+    """
     off = (after.sample - before.sample).norm()
     return before.is_float32 and bool(0 < off <= _ROUNDING * before.sample.norm())
 
@@ -72,7 +80,10 @@ def _mark(tensor: Tensor) -> WeightMark:
 
 
 def _total(flat: Tensor) -> int:
-    """A sum over all bits of a tensor in which it matters where they are, but for whole lanes that change places."""
+    """
+    A checksum of all bits of a tensor. It depends on the order of the elements, with one exception: elements that are
+    a multiple of `_LANES` apart can be exchanged without a change.
+    """
     if not flat.is_contiguous():
         flat = flat.contiguous()
     bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
@@ -95,7 +106,7 @@ def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def shared_weights(one: nn.Module, other: nn.Module) -> list[str]:
-    """Names of the parameters of `other` whose memory a parameter of `one` uses, too."""
+    """The names of those parameters of `other` that share memory with a parameter of `one`."""
     used = {_storage(part) for tensor in one.parameters() for part in plain_parts(local(tensor))} - {0}
     return [
         name
@@ -105,5 +116,5 @@ def shared_weights(one: nn.Module, other: nn.Module) -> list[str]:
 
 
 def _storage(tensor: Tensor) -> int:
-    """Where a tensor's memory begins; 0 where it has none (on the meta device, or empty)."""
+    """The address of a tensor's memory; 0 if it has none, because it is on the meta device or empty."""
     return 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()
