@@ -1,4 +1,4 @@
-"""The `remote` provider: a reference that is served elsewhere."""
+"""The `remote` provider: a reference that a server has."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from trl_refplug.serving.api_key import read_key
 from trl_refplug.serving.background import in_background
 
 
-if TYPE_CHECKING:  # what talks to servers needs an extra, and is imported when it is there for certain
+if TYPE_CHECKING:  # these need an extra of the package, and are imported once it was checked that it is installed
     from trl_refplug.serving.client import ScoringClient
     from trl_refplug.serving.transport import Transport
 
 
 class RemoteProvider(ReferenceProvider):
     """
-    Asks a server for the reference's log-probs: no reference in the trainer's process, or on its machine.
+    Asks a server for the reference's log-probs, so that there is no reference in the trainer's process, or on its
+    machine.
 
-    Every answer is checked: as many values as asked for, undamaged, finite, of the reference of the start.
-    Several ranks ask independently of each other.
+    Every answer is checked: it must have as many values as were asked for, be undamaged and finite, and come from the
+    reference that the run was started with. Each rank asks independently of the others.
     """
 
     Options = RemoteOptions
@@ -55,7 +56,7 @@ class RemoteProvider(ReferenceProvider):
                     f"ref_provider='remote': option {name!r} is a number of seconds above 0, and finite, found "
                     f"{getattr(options, name)}."
                 )
-        if options.protocol == "vllm":  # it ignores the temperature when it scores a prompt
+        if options.protocol == "vllm":  # vLLM ignores the temperature when it scores a prompt
             self.capabilities = replace(type(self).capabilities, temperature=False)
         self._transport: Transport | None = None
         self._client: ScoringClient | None = None
@@ -109,7 +110,7 @@ class RemoteProvider(ReferenceProvider):
 
     @contextmanager
     def bulk_scorer(self) -> Iterator[BulkScorer]:
-        """Scores streams of rows with several requests in flight."""
+        """A scorer for streams of rows, which sends several requests at a time."""
         from trl_refplug.serving import bulk
 
         yield bulk.BulkScorer(self._asked, self._temperature)
@@ -162,7 +163,7 @@ def _checked_urls(given: str | list[str]) -> list[str]:
         parts = urlsplit(url)
         try:
             sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:  # of a port that is no number
+        except ValueError:  # the port is not a number
             sound = False
         if not sound or parts.query or parts.fragment:
             raise ConfigurationError(
