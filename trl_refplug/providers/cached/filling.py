@@ -1,4 +1,4 @@
-"""Scoring what a store misses: all that training will ask for before it begins, or a batch's rows as it asks."""
+"""Scoring the rows that a store does not have: before training, or when training asks for them."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ logger = logging.getLogger("trl_refplug")
 
 _TOKENS_SHOWN = 12
 _VERIFIED_ROWS = 4
-_UNTIL_PUBLISHED = 30.0  # seconds: what is put is published within ten
-_WINDOWS = 64  # into which the rows of a run are divided, so that several processes can share them; a window has ...
-_FEWEST_ROWS, _MOST_ROWS = 8, 1024  # ... no fewer and no more rows than these
+_UNTIL_PUBLISHED = 30.0  # seconds; a store publishes the rows it gets within ten
+_WINDOWS = 64  # the rows of a run are divided into this many windows, so that several processes can share them
+_FEWEST_ROWS, _MOST_ROWS = 8, 1024  # but a window has at least and at most this many rows
 
 
 class Filler:
     """
-    Has the rows scored that a store misses.
+    Has the source score the rows that the store does not have.
 
     Args:
-        context ([`ReferenceContext`]): Of the run, once its trainer is built.
-        source ([`ReferenceProvider`]): Scores.
-        keys ([`RowKeys`]): Of its rows.
-        tolerance ([`Tolerance`]): Between a stored row and the same row scored again.
-        fill, verify: What the options of `cached` say.
+        context ([`ReferenceContext`]): The context of the run. The trainer is built.
+        source ([`ReferenceProvider`]): The provider that scores.
+        keys ([`RowKeys`]): Makes the keys of its rows.
+        tolerance ([`Tolerance`]): How much a stored row may differ from the same row scored again.
+        fill, verify: The options of `cached` with these names.
 
     Attributes:
-        waits_for_training (`bool`): Whether `prepare` belongs in `on_train_begin` and not in `setup`: FSDP and
-            DeepSpeed shard a policy, and cast it, only then.
+        waits_for_training (`bool`): Whether `prepare` has to be called in `on_train_begin` and not in `setup`, because
+            FSDP and DeepSpeed shard and cast a policy only then.
     """
 
     def __init__(
@@ -75,22 +75,24 @@ class Filler:
         self._fill = fill
         self._verify = verify
         self._dtype = _dtype_of(context.policy)
-        self._compared = False  # the probe with that of the store
+        self._compared = False  # whether the probe was compared with that of the store
         local = source.capabilities.local_model
-        # A model over which all ranks have a part is run by all of them at once, or not at all.
+        # If each rank has a part of the model, all ranks have to run it together.
         self._in_step = local and _shards_parameters(context.accelerator)
         kind = context.accelerator.distributed_type
         self.waits_for_training = local and fill == "ahead" and kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
     def compare_probe(self, store: LogProbStore, *, scoring: bool = False) -> None:
         """
-        Ask the source about the probe, and compare what it says with what the reference of the stored rows said.
+        Ask the source about the probe, and compare its answers with those in the store, which are from the reference
+        that scored the stored rows.
 
         Args:
-            scoring (`bool`): Whether rows are about to be scored. If not, a source that is not at hand is left alone.
+            scoring (`bool`): Whether rows are going to be scored. If not, a source is not asked if it would have to
+                load a model or ask a server for that.
 
         Raises:
-            ReferenceMismatchError: The store has rows of another reference that goes by the same identity.
+            ReferenceMismatchError: The store has rows of another reference that has the same identity.
         """
         rows = self._context.probe_rows
         if self._compared or rows is None:
@@ -119,15 +121,17 @@ class Filler:
 
     def prepare(self, store: LogProbStore) -> SampleCheck | None:
         """
-        Look up all that training will ask for, score some of it again, and score what is missing.
+        Look up all rows that training will ask for, score a few of those that are stored again, and score those that
+        are missing.
 
         Returns:
-            `SampleCheck` or `None`: How far what was scored again is from what the store has, if anything was.
+            `SampleCheck` or `None`: How much the rows that were scored again differ from the stored ones; `None` if no
+            row was.
 
         Raises:
-            ConfigurationError: `verify` was given, and nothing can be scored again.
-            MissingRowError: With fill='never', a row is missing.
-            ReferenceMismatchError: The store has other values than the source.
+            ConfigurationError: The option `verify` is set, and no row can be scored again.
+            MissingRowError: A row is missing, and fill='never' forbids to score it.
+            ReferenceMismatchError: The values in the store are not those of the source.
         """
         if self._verify and (obstacle := self._obstacle()):
             raise ConfigurationError(
@@ -135,7 +139,7 @@ class Filler:
                 f"{obstacle}. Remove the option, or set it to 0."
             )
         if self._context.planned("train") is None:
-            return None  # fill='never': each batch is looked up as it comes
+            return None  # this is fill='never': each batch is looked up when training asks for it
         accelerator = self._context.accelerator
         self.compare_probe(store)
         found = find_missing(
@@ -148,7 +152,7 @@ class Filler:
         )
         missing = bool(found.missing)
         if self._in_step and self.waits_for_training:
-            # One rank may see more of the store than others, and all do the same.
+            # One rank may see more rows in the store than others, but all have to do the same.
             missing = any_rank(missing)
             found.sample = found.sample[: least(len(found.sample))]
         check = None
@@ -180,14 +184,15 @@ class Filler:
 
     def check_complete(self, store: LogProbStore) -> None:
         """
-        After `prepare` on all ranks, with the store opened anew.
+        Check that the store has all rows. Called when `prepare` is done on all ranks and the store was opened again.
 
         Raises:
-            StoreError: Rows that other ranks have scored are not seen from here.
+            StoreError: This rank does not see rows that other ranks have scored.
         """
         left = find_missing(store, self._planned(), self._keys)
         until = time.monotonic() + _UNTIL_PUBLISHED
-        while left.missing and time.monotonic() < until:  # what another run on another rank's machine has put
+        # Another run may have scored them on the machine of another rank, and is about to publish them.
+        while left.missing and time.monotonic() < until:
             time.sleep(2)
             store.refresh()
             left = find_missing(store, self._planned(), self._keys)
@@ -201,10 +206,14 @@ class Filler:
         self, store: LogProbStore, batch: ReferenceBatch, rows: BatchRows, missing: list[int]
     ) -> list[Values]:
         """
-        Score the rows of `batch` that `store` misses: the values of each.
+        Score those rows of `batch` that `store` does not have, and return the values of each.
+
+        Args:
+            rows ([`BatchRows`]): The rows of `batch`.
+            missing (`list[int]`): The indices of those that are missing.
 
         Raises:
-            MissingRowError: Nothing may score them now.
+            MissingRowError: They may not, or cannot, be scored now.
         """
         which = self._shown(rows.row(missing[0]))
         what = f"Row {missing[0]} of the batch, {which}, is not in the store {store.location!r}"
@@ -220,7 +229,10 @@ class Filler:
         return list(rows.padded.take(missing).gather(log_probs))
 
     def _refuse_cast_policy(self) -> None:
-        """transformers casts a policy in place for an evaluation outside of training."""
+        """
+        Refuse to score with a policy that transformers has cast in place, as it does for an evaluation outside of
+        training.
+        """
         args = self._context.args
         if not self._source.capabilities.scores_policy or args.deepspeed_plugin is not None:
             return  # another model scores, or DeepSpeed has cast the policy already
@@ -236,10 +248,10 @@ class Filler:
         return planned_blocks(self._context, self._keys)
 
     def _obstacle(self) -> str:
-        """Why no stored row can be scored again now; an empty string if one can."""
+        """Why no stored row can be scored again now; an empty string if they can."""
         if self._context.planned("train") is None:
             return "the rows of this run are not known at the start"
-        if self._source.unavailable:  # as training begins it may be resumed
+        if self._source.unavailable:  # for example because training is resumed
             return self._source.unavailable
         if self._in_step and not self.waits_for_training:
             return "a model that is sharded over ranks is scored only with fill='ahead'"
@@ -271,7 +283,7 @@ def _dtype_of(policy: torch.nn.Module) -> torch.dtype:
 
 
 def _shards_parameters(accelerator: Any) -> bool:
-    """Whether each rank holds a part of the policy only. ZeRO-1 and ZeRO-2 leave its parameters whole."""
+    """Whether each rank has only a part of the policy. ZeRO-1 and ZeRO-2 do not divide its parameters."""
     if accelerator.distributed_type == "DEEPSPEED":
         return bool(accelerator.state.deepspeed_plugin.zero_stage == 3)
     return accelerator.distributed_type in ("FSDP", "MEGATRON_LM")
@@ -289,16 +301,16 @@ def fill(
     any_rank: Callable[[bool], bool] | None = None,
 ) -> None:
     """
-    Score this rank's part of what is missing, and store it as it is scored.
+    Score this rank's part of the missing rows. They are stored while scoring goes on.
 
     Args:
-        planned (`Callable`): Gives all rows of the run, in blocks, as often as it is called.
-        device (`torch.device`): The trainer's.
-        any_rank (`Callable[[bool], bool]`, *optional*): Whether something holds on any rank. Given where the source is
-            sharded: then every rank makes as many forward passes as the others, on padded batches.
+        planned (`Callable`): Gives all rows of the run, in blocks. It can be called several times.
+        device (`torch.device`): The device of the trainer.
+        any_rank (`Callable[[bool], bool]`, *optional*): Tells whether its argument is true on any rank. It is given if
+            the source is sharded. Every rank then makes as many forward passes as the others, on padded batches.
 
     Raises:
-        StoreWriteError: Rows could not be published; what was published before is kept.
+        StoreWriteError: Rows could not be published. Those that were published before are kept.
     """
     store.ensure_room(found.tokens)
     bar = tqdm(total=len(found.mine), desc="Reference log-probs", unit="row", disable=not progress)
@@ -330,7 +342,7 @@ class _Filling:
     The rows that are still to be scored.
 
     Attributes:
-        rows (`int`), tokens (`int`): How many rows, and log-probs in them, were scored so far.
+        rows (`int`), tokens (`int`): How many rows were scored so far, and how many log-probs they have.
     """
 
     def __init__(self, store: LogProbStore, keys: RowKeys, found: MissingRows, bar: Any) -> None:
@@ -342,7 +354,7 @@ class _Filling:
         self._bar = bar
 
     def score_windows(self, planned: Callable[[], Iterable[RowBlock]], scorer: BulkScorer, *, bulk: bool) -> None:
-        """Score window by window, and look before each of them at what other processes have put."""
+        """Score the rows window by window. Before each window, look at what other processes have stored."""
         work = SharedWork(self._store)
         turn = 0
         while self._pending:
@@ -358,7 +370,7 @@ class _Filling:
             turn += 1
 
     def all_rows(self, blocks: Iterable[RowBlock]) -> Iterator[tuple[RowBlock, int, bytes]]:
-        """Every row that is pending, with its block, its index in it and its key."""
+        """Every row that is still to be scored, with its block, its index in the block, and its key."""
         for block in blocks:
             keys = block.keys(self._keys.packed)
             yield from self._rows(block, keys, range(len(keys)))
@@ -366,7 +378,7 @@ class _Filling:
     def _rows(
         self, block: RowBlock, keys: Sequence[bytes], indices: Iterable[int]
     ) -> Iterator[tuple[RowBlock, int, bytes]]:
-        there = self._store.contains(keys)  # by now: others fill it, too
+        there = self._store.contains(keys)  # looked up again: other processes fill the store, too
         for index in indices:
             if keys[index] not in self._pending:
                 continue
@@ -382,7 +394,7 @@ class _Filling:
             yield block, index, keys[index]
 
     def score(self, rows: Iterator[tuple[RowBlock, int, bytes]], scorer: BulkScorer, *, bulk: bool) -> None:
-        """Score rows, and put each pass into the store as soon as it is done."""
+        """Score rows, and store the answers of each forward pass as soon as it is done."""
         sent: dict[int, bytes] = {}
 
         def unpadded() -> Iterator[Row]:
@@ -391,7 +403,7 @@ class _Filling:
                 yield block.row(index)
 
         for answers in scorer.score_passes(unpadded()):
-            # Pass by pass, so that a killed process loses no more than the one it is in.
+            # They are stored after each pass, so that a process that is killed loses no more than one pass.
             self._store.put([sent.pop(number) for number, _ in answers], [values.numpy() for _, values in answers])
             self.rows += len(answers)
             self.tokens += sum(len(values) for _, values in answers)

@@ -1,4 +1,4 @@
-"""The `cached` provider: log-probs of another provider, kept on disk and keyed by content."""
+"""The `cached` provider: log-probs of another provider, kept in a store on disk and found by the content of rows."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ logger = logging.getLogger("trl_refplug")
 
 class CachedProvider(ReferenceProvider):
     """
-    Looks log-probs up in a store, and has what is missing scored once.
+    Looks log-probs up in a store, and has those that are missing scored, once.
 
-    Rows are found by what they are (tokens, scored positions, the reference's digest, precision), so nothing that
-    only changes how they are batched, shuffled or reduced misses, and nothing that changes a value hits.
+    Rows are found by their content: tokens, scored positions, the reference's digest and the precision. So they are
+    found however they are batched, shuffled or reduced, and they are not found if anything changes that decides their
+    values.
     """
 
     Options = CachedOptions
@@ -50,7 +51,7 @@ class CachedProvider(ReferenceProvider):
         self._store: Any = None
         self._hits = self._misses = 0
         self.sample_check: SampleCheck | None = None
-        """How far the stored rows that were scored again at the start are from what the store has."""
+        """How much the rows that were scored again at the start differ from the stored ones."""
         chosen = self.options
         if model is not None and chosen.source is not None:
             raise ConfigurationError(
@@ -127,7 +128,9 @@ class CachedProvider(ReferenceProvider):
 
     @property
     def fills_as_training_begins(self) -> bool:
-        """Whether missing rows are scored not in `setup` but in `on_train_begin`: a policy is not sharded before."""
+        """
+        Whether missing rows are scored in `on_train_begin`, and not in `setup`, because a policy is sharded only then.
+        """
         return self._filler.waits_for_training
 
     def on_train_begin(self) -> None:
@@ -139,7 +142,7 @@ class CachedProvider(ReferenceProvider):
         accelerator = self._context.accelerator
         if accelerator.num_processes > 1 and self.options.fill == "ahead":
             accelerator.wait_for_everyone()
-            # Opened anew, so that of rows with one key all ranks read the same.
+            # It is opened again, so that all ranks read the same values for a key that the store has twice.
             self._store.close()
             self._store = self._open(self._store.location)
             self._filler.check_complete(self._store)
@@ -148,7 +151,7 @@ class CachedProvider(ReferenceProvider):
         source = self._scored_by.identity()
         return ReferenceIdentity("cached", source.digest, {"source": source.provider}, (source,))
 
-    # What scores is asked itself: a store repeats what it said.
+    # The probe is asked of the source itself, because a store only repeats the source's answers.
 
     def declared_model(self, context: ReferenceContext) -> AbstractContextManager[None]:
         return nullcontext()
@@ -213,7 +216,7 @@ class CachedProvider(ReferenceProvider):
             computed_in = "tf32"
         engine = context.args.deepspeed_plugin if self._scored_by.capabilities.local_model else None
         if engine is not None and computed_in not in (None, self._traits.dtype):
-            computed_in = f"{computed_in} weights"  # DeepSpeed rounds these too, autocast only what is computed
+            computed_in = f"{computed_in} weights"  # DeepSpeed rounds the weights, too, unlike autocast
 
         def facts(mode: str) -> ScoringFacts:
             return ScoringFacts(
@@ -229,5 +232,5 @@ class CachedProvider(ReferenceProvider):
 
 
 def default_path() -> str:
-    """Where log-probs are kept unless `path` says otherwise: one store a user, for all runs."""
+    """Where log-probs are kept if the option `path` is not set: in one store per user, for all runs."""
     return str(cache_directory("log-probs"))
