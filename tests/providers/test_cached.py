@@ -97,8 +97,9 @@ class TestSameTraining:
 
     def test_mixed_precision_bit_for_bit(self, tmp_path, use):
         """
-        The policy is borrowed before accelerate prepares it, and computes as the prepared one does. Rows longer than
-        the sliding window are scored by the exact call, here all in one batch of the trainer's own shape.
+        Rows are scored with the policy before accelerate has prepared it, and it computes as the prepared one does.
+        Rows that are longer than the sliding window are scored exactly; here they are all in one batch, of the same
+        shape as the trainer's.
         """
         path = tiny.saved(tmp_path, "gemma2", sliding_window=2)
         given = {"train_dataset": DATA["dpo"](4)}

@@ -1,6 +1,6 @@
 """
-A copy of `frozen`, and one of `adapter`, registered by another distribution under another name, can do all that the
-originals can: as the reference of a run and as the source of a store.
+Copies of `frozen` and `adapter` that another distribution registers under other names can do all that the originals
+can: as the reference of a run, and as the source of a store.
 """
 
 import ast

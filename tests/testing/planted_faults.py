@@ -1,6 +1,6 @@
 """
-Providers with one fault each, and the conformance kit run on every one. `test_planted_faults.py` runs this file and
-compares which tests fail with which are said to.
+Providers with one fault each, and the conformance tests of every one. `test_planted_faults.py` runs this file, and
+compares the tests that fail with those that each fault says it is caught by.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class Prefetcher:
                 logger.warning(
                     "The trainer asks its reference for other batches than its loader gave it (it changes them on the "
                     "way), so the reference cannot be asked ahead of time and every step waits for its answer. Change "
-                    "batches in the data collator, or set `ref_prefetch=0`, to have no such work done in vain."
+                    "batches in the data collator instead. Or set `ref_prefetch=0`, so that nothing is scored in vain."
                 )
         return None
 
@@ -131,9 +131,9 @@ class Prefetcher:
             self._warned_of_draws = True
             logger.warning(
                 "The training data is made with random numbers of the global streams (by the dataset, its transform "
-                "or the data collator). Reading it ahead would change their order, and so the run: %s Give it a "
+                "or the data collator). Reading it ahead changes which numbers it gets, and so the run. %s Give it a "
                 "generator of its own, or make it in worker processes (`dataloader_num_workers=1`).",
-                "use `ref_prefetch=0` for a run without that." if self._reads_ahead else "it is not done.",
+                "Use `ref_prefetch=0` to keep the run as it is." if self._reads_ahead else "So it is not read ahead.",
             )
         return bool(self._reads_ahead)
 

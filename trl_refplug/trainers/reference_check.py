@@ -163,13 +163,13 @@ class ReferenceCheck:
         elif not self._warned_of_rounding:
             self._warned_of_rounding = True
             logger.warning(
-                "%s They changed by no more than float32 rounds, as merging an adapter and taking it out again leaves "
-                "them, so training goes on. This is said once.",
+                "%s They changed by no more than float32 rounding, which happens when an adapter is merged and taken "
+                "out again, so training goes on. This is said once.",
                 message,
             )
 
     def _last_held(self) -> str:
-        return f"It last held {self._held}. "
+        return f"It was still right at the last check, {self._held}. "
 
     def _fail(self, message: str) -> None:
         if self._mode == "error":
@@ -234,10 +234,10 @@ class ReferenceCheck:
 
 _CAUSES = (
     "a callback, or the code around the trainer, changed the weights or the configuration of the policy's base or of "
-    "the reference; an adapter rewrote the base's weights as it was added, or sits where the fused LM head passes it "
-    "by; an adapter was merged and taken out again in half precision; a server has another model, revision or "
-    "precision (if that is meant, its option is starts_as_policy=false). If this reference is what you want, declare "
-    "it (name a model or an adapter), or set `ref_check` to 'warn' or 'off'."
+    "the reference; an adapter rewrote the base's weights as it was added, or is on a layer that the fused LM head "
+    "does not run; an adapter was merged and taken out again in half precision; a server has another model, revision "
+    "or precision (if that is meant, its option is starts_as_policy=false). If this reference is what you want, "
+    "declare it (name a model or an adapter), or set `ref_check` to 'warn' or 'off'."
 )
 
 

@@ -111,10 +111,10 @@ class Filler:
                 if not self._tolerance.allows(largest, mean):
                     raise ReferenceMismatchError(
                         f"The store {store.location!r} has log-probs of a reference that goes by the same identity, "
-                        f"{self._source.identity()}, and is another: about the same rows of text the two differ by up "
-                        f"to {largest:.3g} nats per token (tolerance {self._tolerance.largest:g}), {mean:.3g} on "
-                        f"average (tolerance {self._tolerance.mean:g}). Use another `path`, or ask the reference of "
-                        "before."
+                        f"{self._source.identity()}, but is another one: on the same rows of text the two differ by "
+                        f"up to {largest:.3g} nats per token (tolerance {self._tolerance.largest:g}), {mean:.3g} on "
+                        f"average (tolerance {self._tolerance.mean:g}). Use another `path`, or the reference that the "
+                        "store was filled with."
                     )
         if store.mode == "a":
             store.add_provenance(probe=probe.to_dict())
