@@ -15,11 +15,11 @@ TRL's trainers work inside, and this part knows no provider by name.
 - `requested_batches`: predicts what the trainer will ask about a batch
 - `planned_rows`: the same for all rows of a data set, without collating them
 - `reference_columns`: adds the reference's log-probs to a data set, as columns
-- `reference_check`: the flag `ref_check`: whether the reference is the one that was declared, and stays it
+- `reference_check`: the flag `ref_check`, which checks that the reference is, and stays, the one that was declared
 - `rank_check`: compares the reference between ranks
 - `read_only`: shows the reference's weights so that nobody can change them
 - `callback`: tells the session when training begins, makes a step and ends
-- `checkpoint`: what a checkpoint says about the reference
+- `checkpoint`: writes the reference into checkpoints, and compares a resumed run with them
 """
 
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer
