@@ -1,4 +1,4 @@
-"""The flags that select a reference. Imports no TRL, so that showing them is instant."""
+"""The flags that select a reference. This module does not import TRL, so that `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -91,7 +91,9 @@ class ReferenceArguments:
 
     @classmethod
     def of(cls, args: Any) -> ReferenceArguments:
-        """The reference flags of any training arguments; TRL's own configurations have the defaults."""
+        """
+        The reference flags of any training arguments. For one of TRL's own configurations, they are the defaults.
+        """
         if isinstance(args, cls):
             return args
         return cls()

@@ -1,4 +1,4 @@
-"""A reference that answers ahead of time without a second device: a frozen copy, on its thread, on the same CPU."""
+"""A reference that can be asked ahead of time without a second device: a frozen copy on the same CPU, in a thread."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from trl_refplug.providers.frozen import FrozenOptions, FrozenProvider
 
 class Ahead(FrozenProvider):
     """
-    Counts what it is asked: `afresh` when the answer was needed, `ahead` before, `most` unused answers at one time.
+    Counts how often it is asked: `afresh` when the answer is needed, and `ahead` of that. `most` is the largest number
+    of answers that were not used yet at one time.
     """
 
     def __init__(self):

@@ -67,14 +67,16 @@ def test_another_reference_is_refused(tmp_path):
     trainer = build("dpo", out, other, args=SAVING)
     with pytest.raises(ReferenceMismatchError, match=r"checkpoint-2 was trained against the reference frozen\["):
         trainer.train(resume_from_checkpoint=str(out / "checkpoint-2"))
-    # The checkpoint itself as policy, the usual mistake
+    # Passing the checkpoint itself as the policy is a usual mistake.
     trainer = build("dpo", out, str(out / "checkpoint-2"), args=SAVING)
     with pytest.raises(ReferenceMismatchError, match="not the checkpoint itself"):
         trainer.train(resume_from_checkpoint=True)
 
 
 def test_the_same_reference_from_another_provider(tmp_path):
-    """Identity is about numbers: the base of a LoRA policy and a frozen copy of it are one reference."""
+    """
+    The identity is about numbers: the base of a LoRA policy and a frozen copy of that base are the same reference.
+    """
     path, out = tiny.saved(tmp_path), tmp_path / "out"
     train("dpo", out, path, args={**SAVING, "ref_provider": "adapter"}, peft_config=LORA)
     trainer = build("dpo", out, path, args={**SAVING, "ref_provider": "frozen"}, peft_config=LORA)
@@ -99,7 +101,7 @@ def test_checkpoint_of_trl_itself(tmp_path, caplog):
 
 
 class Moving(ReferenceProvider):
-    """Counts the steps and keeps the count in checkpoints."""
+    """A provider that counts steps, and keeps the count in checkpoints."""
 
     capabilities = Capabilities(moving=True, temperature=True)
 
@@ -121,7 +123,7 @@ class Moving(ReferenceProvider):
         return {"steps": len(self.steps)}
 
     def save_state(self, directory: Path):
-        # A checkpoint is complete with its trainer_state.json; the reference must be there before.
+        # The file trainer_state.json makes a checkpoint complete, so the reference must have been written before it.
         self.complete_before.append((directory.parent.parent / "trainer_state.json").exists())
         (directory / "steps").write_text(json.dumps(self.steps))
 
@@ -135,7 +137,7 @@ class TestState:
         out, path = tmp_path / "out", tiny.saved(tmp_path)
         provider = Moving()
         train(kind, out, path, args=SAVING, reference=provider)
-        # `build` copies its arguments, so the provider is reached through the checkpoint it wrote
+        # `build` copies its arguments, so the count is read from the checkpoint that the provider wrote.
         record = json.loads((out / "checkpoint-4" / "refplug" / "reference.json").read_text())
         assert record["metadata"] == {"steps": 4}
         shutil.rmtree(out / "checkpoint-4")

@@ -12,7 +12,7 @@ from . import two_ranks
 
 
 def on_two_ranks(tmp_path, *jobs):
-    """What each rank gave for every job."""
+    """The results of every job, by rank."""
     common = {"out": str(tmp_path), "model": tiny.saved(tmp_path), "ours": True}
     ranks = launch(two_ranks.run_all, [{**common, **job} for job in jobs])
     return [ranks[0], ranks[1]]
@@ -33,7 +33,7 @@ def test_two_ranks_equal_trl(tmp_path):
 
 
 def sharded(tmp_path, *jobs):
-    """What rank 0 gave for every job, run under FSDP2."""
+    """The results of rank 0 for every job, run under FSDP2."""
     results, _ = on_two_ranks(tmp_path, *({"fsdp": True, **job} for job in jobs))
     assert all(result["sharded"] for result in results)
     return results
@@ -60,7 +60,7 @@ def test_an_edited_sharded_policy_is_its_own_reference(tmp_path):
 def test_sharded_policies_in_mixed_precision_equal_trl(tmp_path):
     """FSDP2 casts what a model returns, so TRL's own log-probs are rounded to bfloat16, policy and reference alike."""
     using = {"ref_provider": "cached", "ref_provider_kwargs": {"path": str(tmp_path / "store")}}
-    mixed = {"bf16": True, "model_init_kwargs": {"dtype": "bfloat16"}}  # whose weights FSDP2 upcasts
+    mixed = {"bf16": True, "model_init_kwargs": {"dtype": "bfloat16"}}  # FSDP2 upcasts the weights of such a model
     cases = [("dpo", "frozen", False), ("dpo", "adapter", True), ("grpo", "frozen", False)]
     jobs = []
     for kind, provider, lora in cases:
@@ -78,7 +78,7 @@ def test_sharded_policies_in_mixed_precision_equal_trl(tmp_path):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_a_sharded_policy_fills_a_store(lora, tmp_path):
-    """The ranks' parts differ in size, so one goes on while the other is done."""
+    """The parts of the ranks differ in size, so one goes on when the other is done."""
     store = tmp_path / "store"
     using = {"ref_provider": "cached", "ref_provider_kwargs": {"path": str(store)}}
     never = {"ref_provider": "cached", "ref_provider_kwargs": {"path": str(store), "fill": "never"}}
@@ -91,7 +91,7 @@ def test_a_sharded_policy_fills_a_store(lora, tmp_path):
         {**job, "args": using},
     )
     report = verify(store)
-    assert (report.rows, report.duplicates) == (300, 0)  # each rank its part, and the last run nothing
+    assert (report.rows, report.duplicates) == (300, 0)  # each rank scored its part, and the last run scored nothing
     for ours, theirs in zip(filling["logs"], frozen["logs"], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
         assert ours["num_tokens"] == theirs["num_tokens"]  # the same rows in the same order
@@ -124,7 +124,9 @@ def test_one_ranks_failure_ends_the_job(tmp_path):
 
 
 def test_looking_ahead_changes_nothing(tmp_path):
-    """Metrics of the uneven last batch are cut by what accelerate knows of the loader, which is read ahead."""
+    """
+    Accelerate cuts the metrics of the uneven last batch by what it knows of the loader, which is read ahead here.
+    """
     epochs = {"num_train_epochs": 2, "max_steps": -1, "per_device_train_batch_size": 2}
     stream = {"max_steps": 5, "accelerator_config": {"dispatch_batches": True, "split_batches": True}}
     cases = [
@@ -141,7 +143,8 @@ def test_looking_ahead_changes_nothing(tmp_path):
     for rank, (*results, last) in enumerate(on_two_ranks(tmp_path, *jobs, on_one)):
         assert last["logs"] == results[0]["logs"]
         calls = results[0]["ahead"] + results[0]["afresh"]
-        assert last["ahead"] == (calls if rank == 0 else 0)  # all when needed: on rank 0 by `log_probs`, on its thread
+        # Nothing is prefetched. On rank 0, `log_probs` uses the thread.
+        assert last["ahead"] == (calls if rank == 0 else 0)
         for case, ahead, afresh in zip(cases, results[::2], results[1::2], strict=True):
             assert (ahead["logs"], ahead["sums"]) == (afresh["logs"], afresh["sums"]), case
             assert ahead["ahead"] > 0, case

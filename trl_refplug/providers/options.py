@@ -1,7 +1,7 @@
 """
-The options of the built-in providers, and what each of them can do.
+The options of the built-in providers, and what each provider can do.
 
-This is the part of a provider that listing and checking flags need: it imports no torch.
+Only this part of a provider is needed to list providers and to check flags. It does not import torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class FrozenOptions:
         default=None, metadata={"help": "Precision of the copy. By default the policy's."}
     )
     quantization_config: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Keyword arguments of `BitsAndBytesConfig`, to quantise `model` as it loads."}
+        default=None, metadata={"help": "Keyword arguments of `BitsAndBytesConfig`, to quantize `model` as it loads."}
     )
     device: str | None = field(
         default=None,
@@ -120,7 +120,7 @@ class EmaOptions:
         default=512,
         metadata={"help": "Optimizer steps from one sync to the next.", "trl_flag": "ref_model_sync_steps"},
     )
-    start_step: int = field(default=0, metadata={"help": "No sync before this optimiser step."})
+    start_step: int = field(default=0, metadata={"help": "No sync before this optimizer step."})
     master_dtype: Literal["float32", "float64", "bfloat16"] = field(
         default="float32",
         metadata={

@@ -1,4 +1,4 @@
-"""The module that takes the place of TRL's reference model and hands every batch to the provider."""
+"""The module that takes the place of TRL's reference model, and passes every batch to the provider."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ from trl_refplug.trainers.trl_patch import unsupported_trl
 
 class ReferenceModel(nn.Module):
     """
-    Stands in `trainer.ref_model`. It has no parameters of its own and names those of an in-process copy instead.
+    The module that is in `trainer.ref_model`. It has no parameters of its own. If the provider has a model in this
+    process, it shows the parameters of that one, read-only.
 
     Args:
-        provider ([`ReferenceProvider`]): Who answers.
-        first_call (`Callable`): Called with the first batch and its log-probs, before they are used; with the next
-            ones until it has returned once.
-        prefetcher ([`Prefetcher`], *optional*): Who may have asked already.
-        dtype (`torch.dtype`): What the policy's own log-probs come in.
-        device (`torch.device`, *optional*): Where they come out, if not on the device of the inputs.
+        provider ([`ReferenceProvider`]): The provider that answers.
+        first_call (`Callable`): Called with the first batch and its log-probs, before they are used. If it raises, it
+            is called with the next batch again, until it has returned once.
+        prefetcher ([`Prefetcher`], *optional*): It may have asked the provider about the batch already.
+        dtype (`torch.dtype`): The dtype of the policy's own log-probs, which the answers are cast to.
+        device (`torch.device`, *optional*): The device of the policy's own log-probs, if it is not that of the inputs.
 
     Attributes:
-        calls (`int`): How often the trainer asked.
-        checked (`bool`): Whether `first_call` has returned. Set to `False`, it is called again.
-        seconds (`float`): How long it waited for the answers, all together.
+        calls (`int`): How many times the trainer has asked.
+        checked (`bool`): Whether `first_call` has returned. If it is set to `False`, `first_call` is called again.
+        seconds (`float`): How long the trainer has waited for answers, in all.
     """
 
     provider: ReferenceProvider
@@ -50,7 +51,8 @@ class ReferenceModel(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.provider = provider  # no module itself: the trainer does not find, move, save or train what it holds
+        # The provider is no nn.Module, so that the trainer does not find, move, save or train the model it has.
+        self.provider = provider
         self._first_call = first_call
         self._prefetcher = prefetcher
         self._dtype = dtype
@@ -82,13 +84,13 @@ class ReferenceModel(nn.Module):
                 f"{sorted(set(extras) - ROW_WISE)}. Use ref_provider='frozen' or 'adapter'."
             )
         if input_ids.is_cuda:
-            # The policy's forward pass is still on its way there; to wait for it is not to wait for the reference
+            # Finish the policy's forward pass, which may still run: the time for it is not the reference's.
             torch.cuda.current_stream(input_ids.device).synchronize()
         started = time.perf_counter()
         with torch.no_grad():
             coming = None if self._prefetcher is None else self._prefetcher.take(batch)
             log_probs = provider.log_probs(batch) if coming is None else coming.result()
-            if problem := form_problem(log_probs, batch):  # which the loss would silently turn into nonsense
+            if problem := form_problem(log_probs, batch):  # the loss would use a wrong shape or dtype without an error
                 raise InvalidLogProbsError(
                     f"Reference provider {provider.identity().provider!r}: {problem}. Nothing was trained on it."
                 )
@@ -98,7 +100,7 @@ class ReferenceModel(nn.Module):
         self.calls += 1
         if not self.checked:
             self._first_call(batch, log_probs)
-            self.checked = True  # not if it failed: whoever trains on after that is to be told again
+            self.checked = True  # not if it raised: whoever trains on in spite of that gets the error again
         plugin_manager().scored(identity=provider.identity(), batch=batch, log_probs=log_probs, seconds=seconds)
         return FusedCausalLMOutput(log_probs=log_probs.to(self._device, self._dtype))
 

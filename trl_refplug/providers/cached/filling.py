@@ -1,4 +1,4 @@
-"""Scoring what a store misses: all that training will ask for before it begins, or a batch's rows as it asks."""
+"""Scoring the rows that a store does not have: before training, or when training asks for them."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from trl_refplug.provider import (
 )
 from trl_refplug.providers.cached.batch_scorer import BatchScorer
 from trl_refplug.providers.cached.missing_rows import MissingRows, RowBlock, find_missing, planned_blocks
-from trl_refplug.providers.cached.row_keys import BatchRows, RowKeys, select
+from trl_refplug.providers.cached.row_keys import BatchRows, RowKeys, select_rows
+from trl_refplug.providers.cached.sample_check import check_sample
 from trl_refplug.providers.cached.sharing import SharedWork
-from trl_refplug.providers.cached.verifying import check_sample
 from trl_refplug.providers.scorers import trainer_precision
 from trl_refplug.rows import Row, Values
 from trl_refplug.runtime.ranks import any_rank, min_over_ranks
@@ -45,25 +45,25 @@ logger = logging.getLogger("trl_refplug")
 
 _TOKENS_SHOWN = 12
 _VERIFIED_ROWS = 4
-_UNTIL_PUBLISHED = 30.0  # seconds: what is put is published within ten
-_WINDOWS = 64  # into which the rows of a run are divided, so that several processes can share them; a window has ...
-_FEWEST_ROWS, _MOST_ROWS = 8, 1024  # ... no fewer and no more rows than these
+_UNTIL_PUBLISHED = 30.0  # seconds; a store publishes the rows it gets within ten
+_WINDOWS = 64  # the rows of a run are divided into this many windows, so that several processes can share them
+_FEWEST_ROWS, _MOST_ROWS = 8, 1024  # but a window has at least and at most this many rows
 
 
 class Filler:
     """
-    Has the rows scored that a store misses.
+    Has the source score the rows that the store does not have.
 
     Args:
-        context ([`ReferenceContext`]): Of the run, once its trainer is built.
-        source ([`ReferenceProvider`]): Scores.
-        keys ([`RowKeys`]): Of its rows.
-        tolerance ([`Tolerance`]): Between a stored row and the same row scored again.
-        fill, verify: What the options of `cached` say.
+        context ([`ReferenceContext`]): The context of the run. The trainer is built.
+        source ([`ReferenceProvider`]): The provider that scores.
+        keys ([`RowKeys`]): Makes the keys of its rows.
+        tolerance ([`Tolerance`]): How much a stored row may differ from the same row scored again.
+        fill, verify: The options of `cached` with these names.
 
     Attributes:
-        waits_for_training (`bool`): Whether `prepare` belongs in `on_train_begin` and not in `setup`: FSDP and
-            DeepSpeed shard a policy, and cast it, only then.
+        waits_for_training (`bool`): Whether `prepare` has to be called in `on_train_begin` and not in `setup`, because
+            FSDP and DeepSpeed shard and cast a policy only then.
     """
 
     def __init__(
@@ -86,20 +86,22 @@ class Filler:
         self._said: Probe | None = None  # what the source says about the probe
         self._marks: dict[str, WeightMark] = {}  # of the weights it scores with
         local = source.capabilities.local_model
-        # A model over which all ranks have a part is run by all of them at once, or not at all.
+        # If each rank has a part of the model, all ranks have to run it together.
         self._in_step = local and _shards_parameters(context.accelerator)
         kind = context.accelerator.distributed_type
         self.waits_for_training = local and fill == "ahead" and kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
     def compare_probe(self, store: LogProbStore, *, scoring: bool = False) -> None:
         """
-        Ask the source about the probe, and compare what it says with what the reference of the stored rows said.
+        Ask the source about the probe, and compare its answers with those in the store, which are from the reference
+        that scored the stored rows.
 
         Args:
-            scoring (`bool`): Whether rows are about to be scored. If not, a source that is not at hand is left alone.
+            scoring (`bool`): Whether rows are going to be scored. If not, a source is not asked if it would have to
+                load a model or ask a server for that.
 
         Raises:
-            ReferenceMismatchError: The store has rows of another reference that goes by the same identity.
+            ReferenceMismatchError: The store has rows of another reference that has the same identity.
         """
         rows = self._context.probe_rows
         if self._said is not None or rows is None:
@@ -118,25 +120,27 @@ class Filler:
                 if not self._tolerance.allows(largest, mean):
                     raise ReferenceMismatchError(
                         f"The store {store.location!r} has log-probs of a reference that goes by the same identity, "
-                        f"{self._source.identity()}, and is another: about the same rows of text the two differ by up "
-                        f"to {largest:.3g} nats per token (tolerance {self._tolerance.largest:g}), {mean:.3g} on "
-                        f"average (tolerance {self._tolerance.mean:g}). Use another `path`, or ask the reference of "
-                        "before."
+                        f"{self._source.identity()}, but is another one: on the same rows of text the two differ by "
+                        f"up to {largest:.3g} nats per token (tolerance {self._tolerance.largest:g}), {mean:.3g} on "
+                        f"average (tolerance {self._tolerance.mean:g}). Use another `path`, or the reference that the "
+                        "store was filled with."
                     )
         if store.mode == "a":
             store.add_provenance(probe=probe.to_dict())
 
     def prepare(self, store: LogProbStore) -> SampleCheck | None:
         """
-        Look up all that training will ask for, score some of it again, and score what is missing.
+        Look up all rows that training will ask for, score a few of those that are stored again, and score those that
+        are missing.
 
         Returns:
-            `SampleCheck` or `None`: How far what was scored again is from what the store has, if anything was.
+            `SampleCheck` or `None`: How much the rows that were scored again differ from the stored ones; `None` if no
+            row was.
 
         Raises:
-            ConfigurationError: `verify` was given, and nothing can be scored again.
-            MissingRowError: With fill='never', a row is missing.
-            ReferenceMismatchError: The store has other values than the source.
+            ConfigurationError: The option `verify` is set, and no row can be scored again.
+            MissingRowError: A row is missing, and fill='never' forbids to score it.
+            ReferenceMismatchError: The values in the store are not those of the source.
         """
         if self._verify and (obstacle := self._obstacle()):
             raise ConfigurationError(
@@ -144,7 +148,7 @@ class Filler:
                 f"{obstacle}. Remove the option, or set it to 0."
             )
         if self._context.planned("train") is None:
-            return None  # fill='never': each batch is looked up as it comes
+            return None  # this is fill='never': each batch is looked up when training asks for it
         accelerator = self._context.accelerator
         self.compare_probe(store)
         found = find_missing(
@@ -157,7 +161,7 @@ class Filler:
         )
         missing = bool(found.missing)
         if self._in_step and self.waits_for_training:
-            # One rank may see more of the store than others, and all do the same.
+            # One rank may see more rows in the store than others, but all have to do the same.
             missing = any_rank(missing)
             found.sample = found.sample[: min_over_ranks(len(found.sample))]
         check = None
@@ -189,14 +193,15 @@ class Filler:
 
     def check_complete(self, store: LogProbStore) -> None:
         """
-        After `prepare` on all ranks, with the store opened anew.
+        Check that the store has all rows. Called when `prepare` is done on all ranks and the store was opened again.
 
         Raises:
-            StoreError: Rows that other ranks have scored are not seen from here.
+            StoreError: This rank does not see rows that other ranks have scored.
         """
         left = find_missing(store, self._planned(), self._keys)
         until = time.monotonic() + _UNTIL_PUBLISHED
-        while left.missing and time.monotonic() < until:  # what another run on another rank's machine has put
+        # Another run may have scored them on the machine of another rank, and is about to publish them.
+        while left.missing and time.monotonic() < until:
             time.sleep(2)
             store.refresh()
             left = find_missing(store, self._planned(), self._keys)
@@ -206,12 +211,18 @@ class Filler:
                 f"{self._context.accelerator.process_index} sees it. Use a `path` that all nodes share."
             )
 
-    def score(self, store: LogProbStore, batch: ReferenceBatch, rows: BatchRows, missing: list[int]) -> list[Values]:
+    def score_missing(
+        self, store: LogProbStore, batch: ReferenceBatch, rows: BatchRows, missing: list[int]
+    ) -> list[Values]:
         """
-        Score the rows of `batch` that `store` misses: the values of each.
+        Score those rows of `batch` that `store` does not have, and return the values of each.
+
+        Args:
+            rows ([`BatchRows`]): The rows of `batch`.
+            missing (`list[int]`): The indices of those that are missing.
 
         Raises:
-            MissingRowError: Nothing may score them now.
+            MissingRowError: They may not, or cannot, be scored now.
         """
         which = self._shown(rows.row(missing[0]))
         what = f"Row {missing[0]} of the batch, {which}, is not in the store {store.location!r}"
@@ -221,7 +232,7 @@ class Filler:
         self.compare_probe(store, scoring=True)
         try:
             with trainer_precision(self._context.accelerator):
-                log_probs = self._source.log_probs(select(batch, missing))
+                log_probs = self._source.log_probs(select_rows(batch, missing))
         except MissingRowError as error:
             raise MissingRowError(f"{what}, and {error}") from None
         self._refuse_moved_source(store)
@@ -245,7 +256,10 @@ class Filler:
             )
 
     def _refuse_cast_policy(self) -> None:
-        """transformers casts a policy in place for an evaluation outside of training."""
+        """
+        Refuse to score with a policy that transformers has cast in place, as it does for an evaluation outside of
+        training.
+        """
         args = self._context.args
         if not self._source.capabilities.scores_policy or args.deepspeed_plugin is not None:
             return  # another model scores, or DeepSpeed has cast the policy already
@@ -261,10 +275,10 @@ class Filler:
         return planned_blocks(self._context, self._keys)
 
     def _obstacle(self) -> str:
-        """Why no stored row can be scored again now; an empty string if one can."""
+        """Why no stored row can be scored again now; an empty string if they can."""
         if self._context.planned("train") is None:
             return "the rows of this run are not known at the start"
-        if self._source.unavailable:  # as training begins it may be resumed
+        if self._source.unavailable:  # for example because training is resumed
             return self._source.unavailable
         if self._in_step and not self.waits_for_training:
             return "a model that is sharded over ranks is scored only with fill='ahead'"
@@ -296,7 +310,7 @@ def _dtype_of(policy: torch.nn.Module) -> torch.dtype:
 
 
 def _shards_parameters(accelerator: Any) -> bool:
-    """Whether each rank holds a part of the policy only. ZeRO-1 and ZeRO-2 leave its parameters whole."""
+    """Whether each rank has only a part of the policy. ZeRO-1 and ZeRO-2 do not divide its parameters."""
     if accelerator.distributed_type == "DEEPSPEED":
         return bool(accelerator.state.deepspeed_plugin.zero_stage == 3)
     return accelerator.distributed_type in ("FSDP", "MEGATRON_LM")
@@ -314,16 +328,16 @@ def fill(
     any_rank: Callable[[bool], bool] | None = None,
 ) -> None:
     """
-    Score this rank's part of what is missing, and store it as it is scored.
+    Score this rank's part of the missing rows. They are stored while scoring goes on.
 
     Args:
-        planned (`Callable`): Gives all rows of the run, in blocks, as often as it is called.
-        device (`torch.device`): The trainer's.
-        any_rank (`Callable[[bool], bool]`, *optional*): Whether something holds on any rank. Given where the source is
-            sharded: then every rank makes as many forward passes as the others, on padded batches.
+        planned (`Callable`): Gives all rows of the run, in blocks. It can be called several times.
+        device (`torch.device`): The device of the trainer.
+        any_rank (`Callable[[bool], bool]`, *optional*): Tells whether its argument is true on any rank. It is given if
+            the source is sharded. Every rank then makes as many forward passes as the others, on padded batches.
 
     Raises:
-        StoreWriteError: Rows could not be published; what was published before is kept.
+        StoreWriteError: Rows could not be published. Those that were published before are kept.
     """
     store.ensure_room(found.tokens)
     bar = tqdm(total=len(found.mine), desc="Reference log-probs", unit="row", disable=not progress)
@@ -355,7 +369,7 @@ class _Filling:
     The rows that are still to be scored.
 
     Attributes:
-        rows (`int`), tokens (`int`): How many rows, and log-probs in them, were scored so far.
+        rows (`int`), tokens (`int`): How many rows were scored so far, and how many log-probs they have.
     """
 
     def __init__(self, store: LogProbStore, keys: RowKeys, found: MissingRows, bar: Any) -> None:
@@ -367,7 +381,7 @@ class _Filling:
         self._bar = bar
 
     def score_windows(self, planned: Callable[[], Iterable[RowBlock]], scorer: BulkScorer, *, bulk: bool) -> None:
-        """Score window by window, and look before each of them at what other processes have put."""
+        """Score the rows window by window. Before each window, look at what other processes have stored."""
         work = SharedWork(self._store)
         turn = 0
         while self._pending:
@@ -383,7 +397,7 @@ class _Filling:
             turn += 1
 
     def all_rows(self, blocks: Iterable[RowBlock]) -> Iterator[tuple[RowBlock, int, bytes]]:
-        """Every row that is pending, with its block, its index in it and its key."""
+        """Every row that is still to be scored, with its block, its index in the block, and its key."""
         for block in blocks:
             keys = block.keys(self._keys.packed)
             yield from self._rows(block, keys, range(len(keys)))
@@ -391,7 +405,7 @@ class _Filling:
     def _rows(
         self, block: RowBlock, keys: Sequence[bytes], indices: Iterable[int]
     ) -> Iterator[tuple[RowBlock, int, bytes]]:
-        there = self._store.contains(keys)  # by now: others fill it, too
+        there = self._store.contains(keys)  # looked up again: other processes fill the store, too
         for index in indices:
             if keys[index] not in self._pending:
                 continue
@@ -407,7 +421,7 @@ class _Filling:
             yield block, index, keys[index]
 
     def score(self, rows: Iterator[tuple[RowBlock, int, bytes]], scorer: BulkScorer, *, bulk: bool) -> None:
-        """Score rows, and put each pass into the store as soon as it is done."""
+        """Score rows, and store the answers of each forward pass as soon as it is done."""
         sent: dict[int, bytes] = {}
 
         def unpadded() -> Iterator[Row]:
@@ -416,7 +430,7 @@ class _Filling:
                 yield block.row(index)
 
         for answers in scorer.score_passes(unpadded()):
-            # Pass by pass, so that a killed process loses no more than the one it is in.
+            # They are stored after each pass, so that a process that is killed loses no more than one pass.
             self._store.put([sent.pop(number) for number, _ in answers], [values.numpy() for _, values in answers])
             self.rows += len(answers)
             self.tokens += sum(len(values) for _, values in answers)
