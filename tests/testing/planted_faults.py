@@ -12,6 +12,7 @@ import os
 import random
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +22,8 @@ from peft import LoraConfig, get_peft_model
 
 from trl_refplug import Capabilities, ReferenceIdentity, ReferenceProvider
 from trl_refplug.models.identity import digest_model
+from trl_refplug.plugins import RegisteredProvider, plugin_manager
+from trl_refplug.rows import PaddedRows
 from trl_refplug.testing import ReferenceProviderTests, tiny_policy
 
 
@@ -97,7 +100,8 @@ class SoundMoving(Sound):
 
 # Faults. Each of them names the tests that must catch it. No other test may fail.
 
-FAULTS: dict[str, dict[type, set[str]]] = {"answers": {}, "effects": {}, "identities": {}, "runs": {}, "life": {}}
+AREAS = ("answers", "abilities", "effects", "identities", "runs", "life")
+FAULTS: dict[str, dict[type, set[str]]] = {area: {} for area in AREAS}
 
 
 def caught_by(area: str, *tests: str) -> Any:
@@ -664,13 +668,94 @@ class ClosesAfterSetupOnly(Sound):
         self.pool.shutdown()
 
 
+class Able(Sound):
+    """The same with the optional abilities: it takes a model, and scores in bulk."""
+
+    capabilities = replace(Sound.capabilities, accepts_model=True)
+
+    def __init__(self, options=None, *, model=None):
+        super().__init__(options)
+        self.given = model
+
+    def pin(self, context):
+        self.model = copy.deepcopy(self.given or context.policy).eval().requires_grad_(False)
+        self.digest = digest_model(self.model)
+
+    @contextmanager
+    def bulk_scorer(self):
+        yield self
+
+    def score_passes(self, rows):
+        padded = PaddedRows.flush_left(list(rows))
+        values = padded.values_by_row(self.log_probs(padded.to_batch()))
+        yield [(index, torch.from_numpy(found)) for index, found in enumerate(values)]
+
+
+@caught_by("abilities")
+class NoFaultAble(Able):
+    pass
+
+
+@caught_by("abilities", "accepts_model")
+class IgnoresTheGivenModel(Able):
+    def pin(self, context):
+        self.given = None
+        super().pin(context)
+
+
+@caught_by("abilities", "bulk_scorer")
+class DropsARowInBulk(Able):
+    def score_passes(self, rows):
+        for answers in super().score_passes(rows):
+            yield answers[1:]
+
+
+@caught_by("abilities", "as_source_of_a_store")
+class AnotherModelWhereItMayLoadLate(Able):
+    def pin(self, context):
+        super().pin(context)
+        if context.may_load_late:
+            with torch.no_grad():
+                self.model.get_output_embeddings().weight.mul_(1.1)
+
+
+@caught_by("abilities", "availability")
+class NeverAvailable(Able):
+    unavailable = "the model is elsewhere"
+
+
+@caught_by("abilities", "probe")
+class DeclaresAnotherModel(Able):
+    def declared_model(self, context):
+        other = copy.deepcopy(self.model)
+        with torch.no_grad():
+            other.get_output_embeddings().weight.mul_(1.1)
+        return nullcontext(other)
+
+
+@caught_by("abilities", "probe_leaves_the_batch_alone")
+class ProbesInPlace(Able):
+    def probe(self, batch):
+        answer = self.log_probs(batch)
+        batch.labels.fill_(-100)
+        return answer
+
+
+def registered(provider: type) -> str:
+    """A name under which `provider` can be selected in this process, as a plugin's can."""
+    name = f"planted-{provider.__name__.lower()}"
+    manager = plugin_manager()
+    manager.providers[name] = RegisteredProvider(name, provider, manager.records[0])
+    return name
+
+
 def kit_for(provider: Any) -> type:
     """The conformance tests of a provider of this file."""
 
     class Tests(ReferenceProviderTests):
         @pytest.fixture
         def reference(self):
-            return provider
+            return registered(provider) if provider in FAULTS["abilities"] else provider
 
         @pytest.fixture
         def other_options(self):

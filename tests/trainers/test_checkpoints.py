@@ -159,6 +159,6 @@ def test_the_check_is_not_skipped_because_a_flag_is_set(tmp_path):
     args = {"resume_from_checkpoint": str(tmp_path / "checkpoint-2")}
     trainer = build("dpo", tmp_path, tiny.saved(tmp_path), args=args)
     with torch.no_grad():
-        trainer.ref_model.get_parameter("model.embed_tokens.weight").add_(0.5)
-    with pytest.raises(ReferenceMismatchError, match="declared to be the policy"):
+        trainer.ref_model.provider.module.get_parameter("model.embed_tokens.weight").add_(0.5)
+    with pytest.raises(ReferenceMismatchError, match="not the one that was declared: as training began"):
         trainer.train()
