@@ -108,7 +108,7 @@ class AdapterAverage:
         freeze_adapter(model, REFERENCE_ADAPTER)
         self._products: dict[str, _Product] = {}
         self._values: dict[str, Tensor] = {}
-        self.update(alpha=1.0)
+        self.move_to_policy(alpha=1.0)
 
     @property
     def sharded(self) -> bool:
@@ -116,8 +116,8 @@ class AdapterAverage:
         return False
 
     @torch.no_grad()
-    def update(self, alpha: float) -> None:
-        """Move the reference towards the policy; with `alpha` 1 it becomes the policy, whatever it was."""
+    def move_to_policy(self, alpha: float) -> None:
+        """Move the reference towards the policy. With `alpha` 1 it becomes the policy, whatever it was before."""
         overflows: list[tuple[int, str, float]] = []
         for name, layer in self._layers():
             with added_by(layer, self._source, self._dtype, self._device) as (matrix, scale):
@@ -155,8 +155,8 @@ class AdapterAverage:
         return {"rank": float(max(p.matrix.rank for p in self._products.values())), "average_error": max(errors)}
 
     @torch.no_grad()
-    def place(self) -> None:
-        """Move the masters to where the policy is by now, unless they have a place of their own."""
+    def training_begins(self) -> None:
+        """Move the masters to the device that the policy is on by now, unless they have a device of their own."""
         if self._device is not None:
             return
         for name, layer in self._layers():
@@ -166,9 +166,15 @@ class AdapterAverage:
             with gathered([theirs]) as (value,):
                 self._values[name] = self._values[name].to(value.device)
 
+    def training_ends(self) -> None:
+        """Nothing has to be done."""
+
     @torch.no_grad()
-    def distance(self) -> float:
-        """`|policy - reference| / |policy|` over what the adapters add; gathers one module at a time if sharded."""
+    def distance_to_policy(self) -> float:
+        """
+        Return `|policy - reference| / |policy|` over what the adapters add to the weights. If the policy is sharded,
+        one module at a time is gathered.
+        """
         difference = size = 0.0
         for name, layer in self._layers():
             with added_by(layer, self._source, self._dtype, self._device) as (matrix, _):

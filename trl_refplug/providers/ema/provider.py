@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,8 @@ from trl_refplug.models.modes import stay_in_evaluation_mode
 from trl_refplug.models.purity import check_policy
 from trl_refplug.provider import ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
 from trl_refplug.providers.ema.adapter_average import AdapterAverage
-from trl_refplug.providers.ema.model_average import ModelAverage, MovingAverage
+from trl_refplug.providers.ema.model_average import ModelAverage
+from trl_refplug.providers.ema.moving_reference import MovingAverage, MovingReference
 from trl_refplug.providers.ema.tensor_files import clear_tensors
 from trl_refplug.providers.options import EMA_CAPABILITIES, EmaOptions
 from trl_refplug.providers.scorers import trainer_scorer
@@ -60,7 +61,8 @@ class EmaProvider(ReferenceProvider):
         self._architecture = ""
         self._context: ReferenceContext | None = None
         self._module: nn.Module | None = None
-        self._kept_average: MovingAverage | None = None
+        self._kept_moving: MovingReference | None = None
+        self._moves: Callable[[int], bool] | None = None
         self._scorers: dict[tuple[nn.Module, str], Scorer] = {}
         self._is_peft = False
         self._syncs = 0
@@ -107,11 +109,11 @@ class EmaProvider(ReferenceProvider):
 
     def _setup_model(self, context: ReferenceContext, dtype: torch.dtype, device: torch.device | None) -> None:
         self._module = context.reference_model
-        assert self._module is not None, "the seam places what pin() returned"
+        assert self._module is not None, "the trainer places what pin() returned"
         stay_in_evaluation_mode(self._module)  # a model passed as `ref_model=` may still be in train mode
         average = ModelAverage(self._module, lambda: context.policy, dtype, device)
-        average.check()
-        self._kept_average = average
+        average.check_same_architecture()
+        self._keep_average(average)
 
     def _setup_adapter(self, context: ReferenceContext, dtype: torch.dtype, device: torch.device | None) -> None:
         policy = peft_model_of(context.policy)
@@ -121,14 +123,27 @@ class EmaProvider(ReferenceProvider):
             self._start = combine_digests(base_model_of(policy), digest_tensors(policy))
         else:
             self._start = combine_digests(policy, digest_tensors(policy, adapter), adapter)
-        self._kept_average = AdapterAverage(lambda: context.policy, self.options, dtype, device)
+        self._keep_average(AdapterAverage(lambda: context.policy, self.options, dtype, device))
         assert self.reference_adapter is not None
         save_without(policy, self.reference_adapter)
 
+    def _keep_average(self, average: MovingAverage) -> None:
+        """Move the reference by mixing the policy into it, every `sync_steps` steps."""
+
+        def sync(step: int) -> bool:
+            # A sync falls on a multiple of `sync_steps`, as TRL counts. With alpha 0 it would only cost time.
+            options = self.options
+            if not options.alpha or step < options.start_step or step % options.sync_steps:
+                return False
+            average.move_to_policy(options.alpha)
+            return True
+
+        self._kept_moving, self._moves = average, sync
+
     @property
-    def _average(self) -> MovingAverage:
-        assert self._kept_average is not None, "setup() comes first"
-        return self._kept_average
+    def _moving(self) -> MovingReference:
+        assert self._kept_moving is not None, "setup() comes first"
+        return self._kept_moving
 
     def identity(self) -> ReferenceIdentity:
         assert self._start, "identity() before setup()"
@@ -169,18 +184,16 @@ class EmaProvider(ReferenceProvider):
         return self._scorers[model, mode].log_probs(batch)
 
     def on_step_end(self, step: int) -> None:
-        # Multiples of `sync_steps`, as TRL counts; with alpha 0 a sync would only cost time.
-        if self.options.alpha and step >= self.options.start_step and step % self.options.sync_steps == 0:
-            self._average.update(self.options.alpha)
-            self._syncs += 1
+        assert self._moves is not None, "setup() comes first"
+        self._syncs += self._moves(step)
 
     def counters(self) -> dict[str, float]:
         assert self._context is not None
         policy = self._context.policy
         counters = {
             "syncs": float(self._syncs),
-            "distance": self._average.distance(),
-            **self._average.counters(),
+            "distance": self._moving.distance_to_policy(),
+            **self._moving.counters(),
         }
         if self._last is not None:
             counters["log_ratio"] = self._log_ratio(policy, *self._last)
@@ -201,31 +214,35 @@ class EmaProvider(ReferenceProvider):
         accelerator, writes = self._context.accelerator, self._context.args.should_save
         if writes:
             clear_tensors(directory)
-        if self._average.sharded:
+        if self._moving.sharded:
             accelerator.wait_for_everyone()
-        self._average.save(directory, rank=accelerator.process_index, writes=writes)
+        self._moving.save(directory, rank=accelerator.process_index, writes=writes)
         if writes:
             state: dict[str, Any] = {"kind": "adapter", "syncs": self._syncs}
             if self._module is not None:
                 state.update(kind="model", architecture=self._architecture)
                 accelerator.unwrap_model(self._module).config.save_pretrained(directory)
             (directory / _STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
-        if self._average.sharded:
+        if self._moving.sharded:
             accelerator.wait_for_everyone()  # the checkpoint counts as complete soon after this returns
 
     def on_train_begin(self) -> None:
-        self._average.place()
+        self._moving.training_begins()
+
+    def on_train_end(self) -> None:
+        self._moving.training_ends()
 
     def load_state(self, directory: Path) -> None:
         state = read_state(directory)
-        self._average.load(directory)
+        self._moving.load(directory)
         self._syncs = state["syncs"]
 
     def close(self) -> None:
         # The trainer's objects may outlive training; the copy must not.
         self._module = None
         self._given = None
-        self._kept_average = None
+        self._kept_moving = None
+        self._moves = None
         self._context = None
         self._last = None
         self._scorers.clear()
