@@ -44,6 +44,16 @@ def test_full_fine_tuning_is_saved_in_shards(results):
         assert rank["full"]["restored"] == 0
 
 
+def test_bias_corrected_average_is_sharded_as_the_model_is(results):
+    out, ranks = results
+    assert len(list((out / "bias_corrected").glob("*.safetensors"))) == 2
+    for rank in ranks:
+        assert max(rank["bias_corrected"]["collectives"], default=0) == 0
+        assert rank["bias_corrected"]["moved"] > 1e-3
+        assert rank["bias_corrected"]["error"] == 0
+        assert rank["bias_corrected"]["resumed"] == 0
+
+
 def test_adapters_gather_one_factor_at_a_time(results):
     _, ranks = results
     for rank in ranks:

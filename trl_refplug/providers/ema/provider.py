@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from trl_refplug.models.modes import stay_in_evaluation_mode
 from trl_refplug.models.purity import check_policy
 from trl_refplug.provider import ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
 from trl_refplug.providers.ema.adapter_average import AdapterAverage
+from trl_refplug.providers.ema.bias_corrected import BiasCorrectedAverage
 from trl_refplug.providers.ema.model_average import ModelAverage
 from trl_refplug.providers.ema.moving_reference import MovingAverage, MovingReference
 from trl_refplug.providers.ema.tensor_files import clear_tensors
@@ -84,6 +85,12 @@ class EmaProvider(ReferenceProvider):
     def pin(self, context: ReferenceContext) -> nn.Module | None:
         self._is_peft = context.peft_config is not None or is_peft(context.policy)
         if self._is_peft:
+            if self.options.average == "bema":
+                raise ConfigurationError(
+                    "ref_provider='ema': average='bema' averages whole models, and the policy is a PEFT model, whose "
+                    "reference is an adapter. Use average='exact', which averages what the adapter adds to the "
+                    "weights, or train the whole model."
+                )
             if self._given is not None:
                 raise ConfigurationError(
                     "A reference model was passed (`ref_model=`), and with a PEFT policy the 'ema' reference is an "
@@ -111,9 +118,14 @@ class EmaProvider(ReferenceProvider):
         self._module = context.reference_model
         assert self._module is not None, "the trainer places what pin() returned"
         stay_in_evaluation_mode(self._module)  # a model passed as `ref_model=` may still be in train mode
-        average = ModelAverage(self._module, lambda: context.policy, dtype, device)
-        average.check_same_architecture()
-        self._keep_average(average)
+        if self.options.average == "bema":
+            corrected = BiasCorrectedAverage(self._module, lambda: context.policy, self.options, dtype, device)
+            corrected.check_same_architecture()
+            self._kept_moving, self._moves = corrected, corrected.step_ended
+        else:
+            average = ModelAverage(self._module, lambda: context.policy, dtype, device)
+            average.check_same_architecture()
+            self._keep_average(average)
 
     def _setup_adapter(self, context: ReferenceContext, dtype: torch.dtype, device: torch.device | None) -> None:
         policy = peft_model_of(context.policy)
@@ -154,9 +166,13 @@ class EmaProvider(ReferenceProvider):
     def _schedule(self) -> dict[str, Any]:
         """The options that decide where the reference is after so many steps."""
         options = asdict(self.options)
-        names = ["alpha", "sync_steps", "start_step", "master_dtype"]
-        if self._is_peft:
-            names += ["average", "tolerance", "max_rank"] if self.options.average == "exact" else ["average"]
+        if self.options.average == "bema":
+            of_bema = [option.name for option in fields(self.options) if "bema" in option.metadata.get("averages", ())]
+            names = ["average", *of_bema, "master_dtype"]
+        else:
+            names = ["alpha", "sync_steps", "start_step", "master_dtype"]
+            if self._is_peft:
+                names += ["average", "tolerance", "max_rank"] if self.options.average == "exact" else ["average"]
         return {name: options[name] for name in names}
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
