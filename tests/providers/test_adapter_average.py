@@ -1,4 +1,4 @@
-"""The moving average of LoRA adapters is that of the weights they make, at the price of adapters."""
+"""The moving average of LoRA adapters is the average of the weights they make, and needs no dense matrix."""
 
 import copy
 
@@ -38,7 +38,7 @@ def averaged(policy, **options):
 
 
 class Training:
-    """Adapter weights that drift, with some noise, as in training."""
+    """Lets the weights of the policy's adapter drift, with some noise, as training does."""
 
     def __init__(self, policy, drift=0.02, noise=0.002):
         self.generator = torch.Generator().manual_seed(0)
@@ -61,7 +61,7 @@ def layers(policy, adapter):
 
 
 def deltas(policy, adapter="default"):
-    """What an adapter adds to every weight, in float64."""
+    """Return what an adapter adds to every weight, in float64."""
     found = {}
     for name, layer in layers(policy, adapter).items():
         if adapter in layer.lora_embedding_A:
@@ -73,7 +73,7 @@ def deltas(policy, adapter="default"):
 
 
 def effective(policy, adapter):
-    """The weights that the modules compute with while `adapter` is active: DoRA's scale included."""
+    """Return the weights that the modules compute with while `adapter` is active, with DoRA's scale."""
     policy.set_adapter(adapter)
     with torch.no_grad():
         found = {}
@@ -118,7 +118,7 @@ def test_fifty_syncs_against_float64(alpha, dtype, tmp_path):
             oracle[name] = alpha * delta + (1 - alpha) * oracle[name]
     error = worst(masters(average, tmp_path, oracle), oracle)
     assert error < 1e-3
-    assert average.counters()["average_error"] >= error - 1e-6  # what is logged is a bound
+    assert average.counters()["average_error"] >= error - 1e-6  # the logged value is a bound
     assert worst(deltas(policy, REFERENCE_ADAPTER), oracle) < (1e-3 if dtype == torch.float32 else 1e-2)
 
 
@@ -155,7 +155,7 @@ def test_kinds_of_adapter(config, alpha):
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_transposed_weights(dora):
-    """GPT-2 keeps its weights the other way round."""
+    """GPT-2 keeps its weights transposed."""
     config = lora(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, use_dora=dora)
     policy = adapted(config, "gpt2", n_embd=64, n_head=4)
     average = averaged(policy)
@@ -300,7 +300,7 @@ class TestMemory:
         assert kept <= ratio * sum(own.values())
 
     def test_no_dense_delta_during_a_sync(self):
-        # one adapted module, so large that its delta could not be missed
+        # There is one adapted module, so large that a dense delta of it would be noticed.
         policy = adapted(
             lora(r=2, target_modules=["down_proj"]), hidden_size=1024, intermediate_size=2048, num_hidden_layers=1
         )
@@ -309,7 +309,7 @@ class TestMemory:
         average.move_to_policy(0.3)
         dense = 1024 * 2048 * 4
         assert peak_bytes(lambda: average.move_to_policy(0.3)) < dense / 4
-        assert peak_bytes(lambda: deltas(policy)) > dense  # the measurement sees one where there is one
+        assert peak_bytes(lambda: deltas(policy)) > dense  # the measurement notices a dense delta where there is one
 
 
 class TestRefused:

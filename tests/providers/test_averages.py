@@ -1,4 +1,4 @@
-"""The moving average of whole models: TRL's own numbers in float32, the right ones in low precision."""
+"""The moving average of whole models has TRL's own numbers in float32, and the right ones in low precision."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ ALPHAS = [1.0, 0.6, 0.1, 0.01, 0.001]
 
 
 def moved(model, generator, scale=0.02):
-    """A training step that nobody has to wait for."""
+    """Move the policy by random numbers, instead of a training step."""
     with torch.no_grad():
         for parameter in model.parameters():
             step = torch.randn(parameter.shape, generator=generator) * scale
@@ -28,7 +28,7 @@ def moved(model, generator, scale=0.02):
 
 
 def stored(average, directory, model):
-    """The average itself, in the precision it is kept in."""
+    """Return the average itself, in the precision in which it is kept."""
     directory.mkdir(exist_ok=True)
     average.save(directory, rank=0, writes=True)
     with TensorReader(directory) as reader:
@@ -74,9 +74,9 @@ def test_fifty_syncs_against_float64(alpha, dtype, tmp_path):
         for name, parameter in policy.named_parameters():
             oracle[name] = alpha * parameter.detach().double() + (1 - alpha) * oracle[name]
     assert distance(stored(average, tmp_path, policy), oracle) < 1e-6
-    assert distance(start, oracle) > 1e-4  # there was something to get wrong
+    assert distance(start, oracle) > 1e-4  # else an average that never moves would pass
     for name, parameter in reference.named_parameters():
-        # what scores is the average, rounded once
+        # The reference that scores is the average, rounded once.
         assert torch.equal(parameter, stored(average, tmp_path, policy)[name].to(dtype))
 
 
@@ -188,7 +188,7 @@ class TestFiles:
         assert not all(torch.equal(after[name], before[name]) for name in before)
 
     def test_where_the_trainer_writes(self, tmp_path):
-        """Not on the first rank alone: nodes may have disks of their own (`save_on_each_node`)."""
+        """It may write on other ranks than the first: nodes may have disks of their own (`save_on_each_node`)."""
         policy, average, before = self.saved(tmp_path / "first")
         for rank, writes in ((1, False), (2, True)):
             (tmp_path / str(rank)).mkdir()
@@ -230,7 +230,7 @@ class TestFiles:
             average.load(tmp_path)
 
     def test_parts_of_ranks(self, tmp_path):
-        """Parts are put together again, and a hole is seen."""
+        """The parts are put together again, and a missing part is noticed."""
         from trl_refplug.models.sharding import Part
         from trl_refplug.providers.ema.tensor_files import write_tensors
 
@@ -250,7 +250,7 @@ class TestFiles:
 
 
 def test_json_layout_is_plain(tmp_path):
-    """The files are ordinary safetensors: anything can read them."""
+    """The files are ordinary safetensors files, which anyone can read."""
     from safetensors import safe_open
 
     TestFiles().saved(tmp_path)

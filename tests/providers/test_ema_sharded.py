@@ -1,4 +1,4 @@
-"""Two ranks with `fully_shard` on the CPU: every rank moves its own shards, and nothing large travels."""
+"""On two ranks with `fully_shard` on the CPU, every rank moves its own shards, and nothing large is sent."""
 
 import pytest
 import torch
@@ -20,13 +20,13 @@ def test_full_fine_tuning_communicates_nothing(results):
     _, ranks = results
     for rank in ranks:
         assert max(rank["full"]["collectives"], default=0) <= 1
-        assert rank["full"]["control"] > 1000  # gathering weights would have been seen
+        assert rank["full"]["control"] > 1000  # if weights were gathered, the counter would notice
 
 
 def test_full_fine_tuning_has_the_unsharded_values(results):
     _, ranks = results
     for rank in ranks:
-        # gradients are reduced over two ranks in another order
+        # The gradients of two ranks are added up in another order.
         assert rank["full"]["error"] < 1e-6
         assert rank["full"]["distances"][0] == pytest.approx(rank["full"]["distances"][1], rel=1e-4)
         assert max(rank["full"]["of_distance"]) <= 2

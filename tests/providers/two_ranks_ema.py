@@ -1,4 +1,4 @@
-"""Run by test_ema_sharded.py on two ranks: syncs of `fully_shard`ed models, with every collective counted."""
+"""test_ema_sharded.py runs this on two ranks: `fully_shard`ed models are moved, and every collective is counted."""
 
 import copy
 from pathlib import Path
@@ -21,7 +21,7 @@ IDS = torch.arange(3, 23)[None]
 
 
 class Collectives(TorchDispatchMode):
-    """The number of elements of everything that is communicated."""
+    """Collects the number of elements of everything that is sent between ranks."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +42,7 @@ def sharded(model):
 
 
 def provider_of(policy, config=None, place=None, options=None):
-    """A provider in the order of a trainer: pinned, its reference placed (and here the policy sharded), set up."""
+    """Make a provider as a trainer does: pin it, place its reference (and shard the policy), and set it up."""
     provider = EmaProvider(options or EmaOptions(alpha=0.3, sync_steps=1))
     context = SimpleNamespace(
         policy=policy,
@@ -61,7 +61,7 @@ def provider_of(policy, config=None, place=None, options=None):
 
 
 def step(policy, seed):
-    """The same step of every copy of the policy, through the optimiser, forward and backward of FSDP."""
+    """Make the same step with every copy of the policy, through the optimizer, forward and backward of FSDP."""
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.5)
     torch.manual_seed(seed)
     policy(input_ids=IDS, labels=IDS).loss.backward()
@@ -120,7 +120,7 @@ def full_fine_tuning(out):
 
 
 def bias_corrected(out):
-    """The average is kept in bfloat16's masters, so that all that is saved differs from the reference."""
+    """The models are bfloat16 and the average float32, so that nothing that is saved equals the reference."""
     options = EmaOptions(average="bema", update_freq=1, ref_model_update_freq=2)
     whole_policy = tiny.model("llama", tie_word_embeddings=True).bfloat16()
     policy = copy.deepcopy(whole_policy)
@@ -158,7 +158,7 @@ def bias_corrected(out):
 
 @torch.no_grad()
 def copy_step(policy, whole_policy, seed):
-    """The same step of the sharded policy and of the whole one, to the bit."""
+    """Make the same step with the sharded policy and with the whole one, to the bit."""
     generator = torch.Generator().manual_seed(seed)
     theirs = dict(policy.named_parameters())
     for name, parameter in whole_policy.named_parameters():

@@ -1,4 +1,4 @@
-"""`ema` with `average="bema"`: the reference that TRL's `BEMACallback` makes, in checkpoints too."""
+"""With `average="bema"`, `ema` makes the reference that TRL's `BEMACallback` makes, and keeps it in checkpoints."""
 
 import pytest
 import torch
@@ -79,11 +79,11 @@ class TestEqualsTrl:
         self.compare(tmp_path, tiny.saved(tmp_path, tie_word_embeddings=True), SCHEDULES["every second"])
 
     def test_passed_reference(self, tmp_path):
-        """It is the reference until it becomes the average of the policy."""
+        """A model that is passed is the reference until the reference becomes the average of the policy."""
         self.compare(tmp_path, tiny.saved(tmp_path), SCHEDULES["moves later"], ref_model=tiny.model(seed=1))
 
     def test_defaults(self):
-        """An average with no options is that of a callback with no arguments."""
+        """Without options, the average is that of a callback without arguments."""
         from trl_refplug.providers.options import EmaOptions
 
         callback, options = BEMACallback(), EmaOptions(average="bema")
@@ -94,7 +94,7 @@ class TestEqualsTrl:
 
 @pytest.mark.parametrize("kind", [*ONLINE, "kto"])
 def test_other_trainers(kind, tmp_path):
-    """Their policy's average is the same thing."""
+    """The average does not depend on the trainer."""
     averages = {}
     for power in (0.0, 0.5):
         run = train(
@@ -128,7 +128,7 @@ def test_bfloat16_is_averaged_in_float32(tmp_path):
         expected = (ema[name] + alpha * (seen[-1][name] - seen[0][name])).float()
         assert reference.dtype == torch.bfloat16
         difference = (reference.float() - expected).abs()
-        assert bool((difference <= expected.abs() * 2**-8 + 1e-7).all())  # a rounding, and no more
+        assert bool((difference <= expected.abs() * 2**-8 + 1e-7).all())  # the difference is one rounding
 
 
 class TestCheckpoints:
@@ -150,7 +150,7 @@ class TestCheckpoints:
 
     @pytest.mark.parametrize("lost", ["start", "ema", "corrected"])
     def test_every_part_of_the_state_is_needed(self, lost, tmp_path, monkeypatch):
-        """What the test above would not see if one of the three tensors played no part."""
+        """The test above would fail if one of the three tensors were not loaded."""
         from trl_refplug.providers.ema import bias_corrected
 
         path, out = tiny.saved(tmp_path), tmp_path / "out"

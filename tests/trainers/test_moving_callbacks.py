@@ -64,7 +64,7 @@ def test_the_options_in_the_message_do_the_same(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_trainer(kind, late, tmp_path):
     class Own(BEMACallback):
-        """A user's subclass is one, too."""
+        """A subclass of the user's is recognized, too."""
 
     callback = Own(update_ref_model=True, device="meta")
     trainer = build(kind, tmp_path, tiny.saved(tmp_path), callbacks=[] if late else [callback])

@@ -43,12 +43,13 @@ _STATE = "ema.json"
 
 class EmaProvider(ReferenceProvider):
     """
-    Scores with a moving average of the policy (TR-DPO, arXiv 2404.09656): in full fine-tuning a copy held in the
-    trainer's process, with a LoRA policy a second adapter of it.
+    Scores with a moving average of the policy (TR-DPO, arXiv 2404.09656; BEMA, arXiv 2508.00180). In full fine-tuning
+    it is a second model in the trainer's process, and with a LoRA policy a second adapter of the policy.
 
     Args:
         options ([`EmaOptions`]): How the reference moves.
-        model (`nn.Module`, *optional*): Where it starts; by default at the policy as it was passed in.
+        model (`nn.Module`, *optional*): The model that the reference is at the start. By default this is the policy as
+            it was passed in.
     """
 
     Options = EmaOptions
@@ -79,7 +80,7 @@ class EmaProvider(ReferenceProvider):
 
     @property
     def reference_adapter(self) -> str | None:
-        """Name of the policy's adapter that is the reference, for PEFT."""
+        """With PEFT, the name of the policy's adapter that is the reference."""
         return REFERENCE_ADAPTER if self._is_peft else None
 
     def pin(self, context: ReferenceContext) -> nn.Module | None:
@@ -164,7 +165,7 @@ class EmaProvider(ReferenceProvider):
         return ReferenceIdentity("ema", digest, {"start": self._start[:12], **schedule})
 
     def _schedule(self) -> dict[str, Any]:
-        """The options that decide where the reference is after so many steps."""
+        """Return the options that decide where the reference is after a number of steps."""
         options = asdict(self.options)
         if self.options.average == "bema":
             of_bema = [option.name for option in fields(self.options) if "bema" in option.metadata.get("averages", ())]
@@ -178,7 +179,7 @@ class EmaProvider(ReferenceProvider):
     def weights(self) -> Iterable[tuple[str, Tensor]]:
         if self._context is None or not self._is_peft:
             return []
-        return canonical_tensors(peft_model_of(self._context.policy), None)  # the base, under the adapter that moves
+        return canonical_tensors(peft_model_of(self._context.policy), None)  # the base model, which must not move
 
     def log_probs(self, batch: ReferenceBatch) -> Tensor:
         assert self._context is not None, "log_probs() before setup()"
@@ -195,7 +196,7 @@ class EmaProvider(ReferenceProvider):
 
     def _score(self, model: nn.Module, mode: Literal["exact", "packed"], batch: ReferenceBatch) -> Tensor:
         assert self._context is not None
-        if (model, mode) not in self._scorers:  # FSDP and DeepSpeed put another policy in its place as training starts
+        if (model, mode) not in self._scorers:  # FSDP and DeepSpeed replace the policy as training starts
             self._scorers[model, mode] = trainer_scorer(model, self._context, mode)
         return self._scorers[model, mode].log_probs(batch)
 
@@ -217,7 +218,7 @@ class EmaProvider(ReferenceProvider):
         return counters
 
     def _log_ratio(self, policy: nn.Module, batch: ReferenceBatch, reference: Tensor) -> float:
-        """Mean over the scored tokens of this rank's last batch of `log policy - log reference`, in nats."""
+        """Return the mean of `log policy - log reference` over the scored tokens of a batch, in nats."""
         log_probs = self._score(policy, "exact", batch)
         scored = batch.labels[:, 1:] != -100
         return float((log_probs - reference)[scored].mean()) if scored.any() else 0.0
@@ -254,7 +255,7 @@ class EmaProvider(ReferenceProvider):
         self._syncs = state["syncs"]
 
     def close(self) -> None:
-        # The trainer's objects may outlive training; the copy must not.
+        # The trainer's objects may outlive training, and must not keep the reference in memory.
         self._module = None
         self._given = None
         self._kept_moving = None
@@ -275,10 +276,10 @@ def _refuse_fsdp1(accelerator: Any) -> None:
 
 def read_state(directory: Path) -> dict[str, Any]:
     """
-    What a checkpoint says about its moving reference, tensors aside.
+    Return what a checkpoint says about its moving reference, without the tensors.
 
     Raises:
-        ReferenceMismatchError: There is none.
+        ReferenceMismatchError: The checkpoint has no moving reference, or what it says cannot be read.
     """
     try:
         state: dict[str, Any] = json.loads((directory / _STATE).read_text(encoding="utf-8"))
