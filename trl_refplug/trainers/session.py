@@ -22,6 +22,7 @@ from trl_refplug.runtime.ranks import all_ranks
 from trl_refplug.trainers import policy as policies
 from trl_refplug.trainers.checkpoint import compare_with_checkpoint
 from trl_refplug.trainers.context import Run, TrainerContext
+from trl_refplug.trainers.moving_callbacks import refuse_moving_callbacks
 from trl_refplug.trainers.placement import place
 from trl_refplug.trainers.prefetch import Prefetcher
 from trl_refplug.trainers.rank_check import compare_ranks
@@ -228,6 +229,8 @@ class ReferenceSession:
         Surround one call of `train()`. If training goes on from `checkpoint`, the reference has to be the one that the
         checkpoint was trained with.
         """
+        trainer = self.run.trainer
+        refuse_moving_callbacks(trainer.callback_handler.callbacks, trainer.ref_model, trainer.args)
         before = self.run.resumed, self.run.policy_moved
         self._began = False
         try:
