@@ -17,7 +17,7 @@ from trl_refplug.models.adapters import is_peft
 from trl_refplug.models.tolerances import AUTOCAST_DTYPES, rounds_float32, tolerance_for
 from trl_refplug.models.traits import traits_of
 from trl_refplug.provider import ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider, SampleCheck
-from trl_refplug.providers.cached.filling import Filler
+from trl_refplug.providers.cached.filler import Filler
 from trl_refplug.providers.cached.missing_rows import check_known_ahead
 from trl_refplug.providers.cached.policy_source import PolicySource
 from trl_refplug.providers.cached.row_keys import RowKeys
@@ -121,7 +121,7 @@ class CachedProvider(ReferenceProvider):
         if self.options.fill != "lazy" and not self.fills_as_training_begins:
             self._prepare()
         if self.options.fill == "lazy":
-            self._filler.compare_probe(self._store)
+            self._filler.probe.compare_with(self._store)
         if self.options.fill == "lazy" and context.online:
             logger.warning(
                 "ref_provider='cached' with a trainer that generates its completions: they are new in every step, so "
