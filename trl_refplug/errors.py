@@ -18,7 +18,7 @@ RefPlugError
 │   ├── MissingRowError                  a row is not in the store, and nothing may score it now
 │   ├── StoreVersionError                it holds shards written by a newer release
 │   └── StoreWriteError                  no space, no permission, no such place; what was published before is kept
-└── demo.model.DemoModelError            the demo's model can neither be found nor fetched
+└── compare.demo_model.DemoModelError    the demo's model can neither be found nor fetched
 
 RefPlugWarning (UserWarning)             something is wrong that does not concern the reference in use
 ├── store.StoreWarning                   part of a store cannot be used: its rows are scored again

@@ -1,4 +1,4 @@
-"""`trl-refplug check`: a provider against the plain reference model, on the user's own data."""
+"""`trl-refplug check`, which compares a provider with the plain reference model on the user's own data."""
 
 import json
 import sys
@@ -27,8 +27,8 @@ def data(tmp_path):
     return str(path)
 
 
-def checked(*arguments):
-    """Exit code and verdict."""
+def check(*arguments):
+    """Run the command. Returns its exit code and its verdict."""
     outcome = CliRunner().invoke(app, ["check", *arguments, "--json"])
     if isinstance(outcome.exception, RefPlugError):
         raise outcome.exception
@@ -48,7 +48,7 @@ def checked(*arguments):
 )
 def test_the_built_in_providers_give_the_policys_log_probs(provider, model, data, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    code, verdict = checked("--model", model, "--data", data, *provider)
+    code, verdict = check("--model", model, "--data", data, *provider)
     assert code == 0
     assert verdict["ok"]
     assert verdict["largest"] < 1e-4
@@ -59,32 +59,32 @@ def test_the_built_in_providers_give_the_policys_log_probs(provider, model, data
 
 
 def test_rows(model, data):
-    assert len(checked("--model", model, "--data", data, "--rows", "5")[1]["rows"]) == 10
+    assert len(check("--model", model, "--data", data, "--rows", "5")[1]["rows"]) == 10
 
 
-def test_another_model_is_told(model, data, tmp_path):
+def test_another_model_is_reported(model, data, tmp_path):
     other = AutoModelForCausalLM.from_pretrained(model)
     with torch.no_grad():
         other.get_input_embeddings().weight[10:].mul_(1.05)
     other.save_pretrained(tmp_path / "other")
     named = ["--provider", "frozen", "--kwargs", json.dumps({"model": str(tmp_path / "other")})]
-    code, verdict = checked("--model", model, "--data", data, *named)
+    code, verdict = check("--model", model, "--data", data, *named)
     assert code == 1
     assert not verdict["ok"]
     for row in verdict["rows"]:
         assert row["largest"] <= row["total"]
         assert abs(row["provider"] - row["reference"]) <= row["total"] + 1e-4
-    # Declared, it is right
-    code, verdict = checked("--model", model, "--data", data, *named, "--reference", str(tmp_path / "other"))
+    # If that model is declared to be the reference, the same log-probs are right.
+    code, verdict = check("--model", model, "--data", data, *named, "--reference", str(tmp_path / "other"))
     assert code == 0
     assert verdict["largest"] < 1e-4
 
 
 def test_low_precision_has_its_own_tolerance(model, data):
-    code, verdict = checked("--model", model, "--data", data, "--dtype", "bfloat16")
+    code, verdict = check("--model", model, "--data", data, "--dtype", "bfloat16")
     assert code == 0
     assert 1e-3 < verdict["largest"] < verdict["tolerance"]["largest"] == 1.0
-    code, verdict = checked("--model", model, "--data", data, "--dtype", "bfloat16", "--tolerance", "0.0001")
+    code, verdict = check("--model", model, "--data", data, "--dtype", "bfloat16", "--tolerance", "0.0001")
     assert code == 1
 
 
@@ -102,7 +102,7 @@ def test_table(model, data):
 
 
 def test_a_plugins_provider_that_is_not_what_it_says(model, data, site: FakeSite):
-    """In a process of its own, with nothing but JSON on stdout, whatever the plugin prints."""
+    """The command runs in a process of its own. Whatever the plugin prints, its standard output is only JSON."""
     source = """
         from trl_refplug import Capabilities, ReferenceIdentity, ReferenceProvider, hookimpl
 
@@ -152,7 +152,7 @@ def test_a_plugins_provider_that_is_not_what_it_says(model, data, site: FakeSite
 )
 def test_what_cannot_be_checked_is_an_error(arguments, message, model, data):
     with pytest.raises(RefPlugError, match=message):
-        checked("--model", model, "--data", data, *arguments)
+        check("--model", model, "--data", data, *arguments)
 
 
 def test_a_wrong_dtype_is_an_error(data):
@@ -167,7 +167,7 @@ def test_a_wrong_dtype_is_an_error(data):
 def test_data_must_be_preference_pairs(text, message, model, tmp_path):
     (tmp_path / "data.jsonl").write_text(text)
     with pytest.raises(ConfigurationError, match=message):
-        checked("--model", model, "--data", str(tmp_path / "data.jsonl"))
+        check("--model", model, "--data", str(tmp_path / "data.jsonl"))
 
 
 def test_errors_end_with_2(data):

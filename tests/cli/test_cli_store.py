@@ -1,3 +1,5 @@
+"""`trl-refplug store info` and `store verify`, without a training command."""
+
 from __future__ import annotations
 
 import json
@@ -45,7 +47,7 @@ def test_info(path: Path) -> None:
     assert [manifest["rows"] for manifest in values["manifests"]] == [10, 5]
 
 
-def test_info_names_what_is_of_no_use(path: Path) -> None:
+def test_info_names_damaged_and_unfinished_files(path: Path) -> None:
     first, second = sorted(path.glob("*.json"))
     first.write_text("{}")
     second.unlink()

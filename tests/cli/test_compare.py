@@ -1,8 +1,7 @@
-"""`trl-refplug compare`, from the command to what it leaves behind."""
+"""`trl-refplug compare`, from the command to the files that it writes."""
 
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -16,13 +15,13 @@ import pytest
 from typer.testing import CliRunner
 
 from tests import tiny
-from tests.cli.processes import ROOT, run_here
+from tests.cli.processes import run_here, running
 from trl_refplug.cli.main import app
 from trl_refplug.errors import RefPlugError
 
 
 EMA = 'ema={"sync_steps": 2}'
-REFUSED = 'cached={"fill": "never"}'  # an empty store, found when the run sets it up
+REFUSED = 'cached={"fill": "never"}'  # the store is empty, which the run finds when it sets up the provider
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def run_compare(output: Path, model: str, *providers: str) -> "subprocess.Comple
 
 @pytest.fixture(scope="module")
 def compared(model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """Three that finish and one that cannot."""
+    """A comparison of three providers that finish and one that cannot."""
     output = tmp_path_factory.mktemp("compared") / "out"
     return output, run_compare(output, model, "adapter", REFUSED, "cached", EMA)
 
@@ -46,7 +45,7 @@ def results(output: Path) -> Any:
     return json.loads((output / "results.json").read_text(encoding="utf-8"))
 
 
-def test_one_that_fails_is_named_and_the_others_are_compared(compared: tuple[Path, Any]) -> None:
+def test_a_provider_that_fails_is_named_and_the_others_are_compared(compared: tuple[Path, Any]) -> None:
     output, completed = compared
     assert completed.returncode == 1
     assert completed.stderr == ""
@@ -90,10 +89,10 @@ def test_what_is_measured(compared: tuple[Path, Any]) -> None:
     store = output / "runs" / "cached" / "store"
     assert cached["disk_bytes"] == sum(path.stat().st_size for path in store.iterdir()) > 0
     assert adapter["disk_bytes"] is None
-    # Stored values were scored in other batches: they agree, though not in every bit.
+    # Stored values were scored in other batches, so they agree, though not in every bit.
     assert 0 < cached["agreement"]["log_probs"] < 1e-3
     assert cached["agreement"]["loss"] < 1e-3
-    # The moving reference is the fixed one until the first sync, in the first two of the batches compared.
+    # Until its first sync, in the first two of the batches compared, the moving reference equals the fixed one.
     assert ema["moving"]
     assert not adapter["moving"]
     assert [step["loss"] for step in ema["steps"][:2]] == [step["loss"] for step in adapter["steps"][:2]]
@@ -101,7 +100,7 @@ def test_what_is_measured(compared: tuple[Path, Any]) -> None:
     assert ema["agreement"]["loss"] > 1e-3
 
 
-def test_what_has_finished_is_kept(compared: tuple[Path, Any], model: str, tmp_path: Path) -> None:
+def test_finished_runs_are_kept(compared: tuple[Path, Any], model: str, tmp_path: Path) -> None:
     output = shutil.copytree(compared[0], tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/*")}
     completed = run_compare(output, model, "cached", "adapter")
@@ -138,28 +137,16 @@ def test_unknown_model(tmp_path: Path) -> None:
 
 @pytest.fixture
 def endless(model: str, tmp_path: Path) -> Any:
-    """A comparison of one that trains by now and would for hours, and the process that does."""
+    """A comparison with a run that is training and would last for hours, and the child process that trains."""
     pairs = tmp_path / "pairs.jsonl"
     row = {"prompt": "the cat", "chosen": " sat on a mat", "rejected": " sang to nobody"}
     pairs.write_text(f"{json.dumps(row)}\n" * 4)
     flags = ["--provider", "adapter", "--steps", "1000000", "--output-dir", str(tmp_path / "out")]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "trl_refplug", "compare", "--model", model, "--data", str(pairs), *flags],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        deadline = time.monotonic() + 600
-        while not (tmp_path / "out" / "runs" / "adapter" / "log.txt").exists():
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.1)
-        time.sleep(1)  # into loading or training
+    command = ["compare", "--model", model, "--data", str(pairs), *flags]
+    began = (tmp_path / "out" / "runs" / "adapter" / "log.txt").exists
+    with running("-m", "trl_refplug", *command, until=began, COLUMNS="120") as process:
+        time.sleep(1)  # by then it is loading or training
         yield process, psutil.Process(process.pid).children(recursive=True)
-    finally:
-        process.kill()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
@@ -168,11 +155,13 @@ def test_interrupted(endless: Any, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Interrupted. What has finished is kept in" in stdout
+    assert "Interrupted. Finished runs are kept in" in stdout
     assert "Traceback" not in stderr
     assert workers
     _, alive = psutil.wait_procs(workers, timeout=10)
-    assert all(worker.status() == psutil.STATUS_ZOMBIE for worker in alive)  # ended, if nobody has asked how
+    assert all(
+        worker.status() == psutil.STATUS_ZOMBIE for worker in alive
+    )  # zombies have ended too, but nobody has asked for their exit status
     assert not list(tmp_path.glob("out/runs/*/run.json"))
 
 

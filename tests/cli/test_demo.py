@@ -1,8 +1,7 @@
-"""`trl-refplug demo`, from the command to what it leaves behind."""
+"""`trl-refplug demo`, from the command to the files that it writes."""
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests import tiny
-from tests.cli.processes import ROOT, run_here
+from tests.cli.processes import run_here, running
 from trl_refplug.cli.main import app
 from trl_refplug.errors import RefPlugError
 
@@ -39,7 +38,7 @@ def test_everything_it_promises(model: str, tmp_path: Path) -> None:
     assert completed.stderr == ""
     for shown in ("loss", "reward margin", "held-out accuracy", "step time", "reference's share", "peak memory"):
         assert shown in completed.stdout
-    assert "provider 'adapter'" in completed.stdout  # what `auto` means for LoRA
+    assert "provider 'adapter'" in completed.stdout  # `auto` selects it for LoRA
     assert "8/8" in completed.stdout
     assert str(tmp_path / "out") in completed.stdout
     assert len(completed.stdout.splitlines()) < 30
@@ -55,7 +54,7 @@ def test_everything_it_promises(model: str, tmp_path: Path) -> None:
     assert 1e8 < found["peak_memory"] < 1e11
     assert any(sample["before"] != sample["after"] for sample in found["samples"])
 
-    # The prompts are answered together, each as if it were alone.
+    # The prompts are answered together, and each answer is the same as if its prompt were alone.
     policy, tokenizer = tiny.model(), tiny.tokenizer()
     for sample in found["samples"]:
         chat = [{"role": "user", "content": sample["prompt"]}]
@@ -74,7 +73,7 @@ def test_everything_it_promises(model: str, tmp_path: Path) -> None:
 
 
 def test_providers_agree(model: str, tmp_path: Path) -> None:
-    """The same run with either copy of the reference; what was there from an earlier run is replaced."""
+    """The same run gives the same losses with either provider. The results of the earlier run are replaced."""
     first = run_demo(tmp_path, model, "--ref-provider", "adapter", "--seed", "3", steps=3)
     adapter = results(tmp_path)
     second = run_demo(
@@ -124,24 +123,11 @@ def test_unwritable_output(model: str, tmp_path: Path) -> None:
 def test_interrupted_run_leaves_the_earlier_results(model: str, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("earlier")
     arguments = ["--model", model, "--steps", "100000", "--output-dir", str(tmp_path)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "trl_refplug", "demo", *arguments],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        deadline = time.monotonic() + 600
-        while not list(tmp_path.glob(".unfinished-*")):
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.1)
-        time.sleep(2)  # into loading or training
+    began = lambda: list(tmp_path.glob(".unfinished-*"))  # noqa: E731
+    with running("-m", "trl_refplug", "demo", *arguments, until=began) as process:
+        time.sleep(2)  # by then it is loading or training
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=60)
-    finally:
-        process.kill()
     assert process.returncode == 130
     assert "Interrupted" in stdout
     assert "Traceback" not in stderr
@@ -151,7 +137,7 @@ def test_interrupted_run_leaves_the_earlier_results(model: str, tmp_path: Path) 
 
 @pytest.mark.realmodel
 def test_learns_to_be_concise(tmp_path: Path) -> None:
-    """The default run on SmolLM2, fetched if it is not in the user's cache."""
+    """The default run on SmolLM2, which is downloaded if it is not in the user's cache."""
     started = time.monotonic()
     completed = run_here("demo", "--output-dir", str(tmp_path))
     assert completed.returncode == 0, completed.stderr

@@ -1,4 +1,4 @@
-"""`trl-refplug ema export`: the reference of a checkpoint becomes a model or an adapter like any other."""
+"""`trl-refplug ema export`, which writes the reference of a checkpoint as an ordinary model or adapter."""
 
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def test_model(architecture, dtype, overrides, tmp_path):
     assert not torch.allclose(log_probs(policy, batch), expected, atol=0.2)
     assert len(AutoTokenizer.from_pretrained(out)) == len(tiny.tokenizer())
     assert not (out / "refplug").exists()
-    # It can be trained against as any other
+    # It can be used as a reference like any other model.
     args = {"ref_provider": "frozen", "ref_provider_kwargs": {"model": str(out)}}
     build("dpo", tmp_path, path, args=args)
 

@@ -1,4 +1,4 @@
-"""The example plugin, installed by pip into a fresh environment: its own tests, and training by flag alone."""
+"""pip installs the example plugin in a fresh environment. Its tests pass, and a flag alone selects it in training."""
 
 import json
 

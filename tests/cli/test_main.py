@@ -1,16 +1,15 @@
-"""What every command has in common: it starts fast, and an error is a message."""
+"""What all commands have in common: they start fast, and they show an error as a message."""
 
 import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 import trl_refplug
-from tests.cli.processes import run_here, run_python
+from tests.cli.processes import run_here, run_python, running
 
 
 COMMAND = """
@@ -26,7 +25,7 @@ main.main()
 
 
 def run_command(body: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """A command with that body, added to the application as others are."""
+    """Add a command with this body to the application, and run it."""
     return run_python(sys.executable, "-c", COMMAND.format(body=body), "fail", **environment)
 
 
@@ -41,7 +40,7 @@ def test_every_command_is_in_a_panel() -> None:
     panels = re.findall(r"─ (.+?) ─", run_here("--help").stdout)
     assert len(panels) == 5
     assert panels[:2] == ["Options", "Train"]
-    assert "Commands" not in panels  # where typer puts those without one
+    assert "Commands" not in panels  # typer puts commands without a panel in this one
 
 
 def test_mistyped_command() -> None:
@@ -51,9 +50,7 @@ def test_mistyped_command() -> None:
 
 
 def test_error_is_a_message() -> None:
-    message = (
-        "Found [red]7[/red]; expected 8. " + "Long messages are not torn apart, so that paths can be copied. " * 3
-    )
+    message = "Found [red]7[/red]; expected 8. " + "Long messages are not wrapped, so that paths can be copied. " * 3
     completed = run_command(f"raise OptionsError({message!r})")
     assert completed.returncode == 2
     assert completed.stdout == ""
@@ -104,20 +101,13 @@ def test_interrupted(tmp_path: Path) -> None:
     import pathlib, time
     pathlib.Path({str(tmp_path / "started")!r}).touch()
     while True:
-        time.sleep(0.1)  # short: a signal that comes just before a long sleep is only seen after it
+        time.sleep(0.1)  # a signal that comes just before a sleep is seen only after it, so each sleep is short
 """
-    process = subprocess.Popen([sys.executable, "-c", COMMAND.format(body=body), "fail"], stderr=subprocess.PIPE)
-    try:
-        deadline = time.monotonic() + 30
-        while not (tmp_path / "started").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+    with running("-c", COMMAND.format(body=body), "fail", until=(tmp_path / "started").exists) as process:
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=30)
-    finally:
-        process.kill()
     assert process.returncode == 130
-    assert b"Traceback" not in stderr
+    assert "Traceback" not in stderr
 
 
 def test_interrupted_while_a_c_extension_is_imported() -> None:

@@ -1,4 +1,4 @@
-"""`trl-refplug new-plugin`: what it writes is installed, tested and used as it is."""
+"""`trl-refplug new-plugin`, whose package can be installed, tested and used without changes."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ from trl_refplug.errors import ConfigurationError
 NAMES = {"tempered": ("refplug_tempered", "TemperedProvider"), "my-own_2": ("refplug_my_own_2", "MyOwn2Provider")}
 
 
-def written(name: str, directory: Path) -> Path:
+def write_plugin(name: str, directory: Path) -> Path:
     target = directory / f"refplug-{name}"
     outcome = CliRunner().invoke(app, ["new-plugin", name, "--directory", str(target)], catch_exceptions=False)
     assert outcome.exit_code == 0, outcome.output
@@ -24,8 +24,8 @@ def written(name: str, directory: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_everything_has_the_name(name: str, tmp_path: Path) -> None:
-    target = written(name, tmp_path)
+def test_every_file_has_the_new_names(name: str, tmp_path: Path) -> None:
+    target = write_plugin(name, tmp_path)
     module, provider = NAMES[name]
     texts = {str(path.relative_to(target)): path.read_text() for path in target.rglob("*") if path.is_file()}
     files = {"pyproject.toml", "README.md", "tests/test_provider.py"}
@@ -52,7 +52,7 @@ def test_names_that_cannot_be_registered_are_refused(name: str, tmp_path: Path) 
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
-    target = written("tempered", tmp_path)
+    target = write_plugin("tempered", tmp_path)
     (target / "README.md").write_text("mine")
     outcome = CliRunner().invoke(app, ["new-plugin", "tempered", "--directory", str(target)])
     assert isinstance(outcome.exception, ConfigurationError)
@@ -60,8 +60,8 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert (target / "README.md").read_text() == "mine"
 
 
-def test_passes_its_own_tests_as_it_is(tmp_path: Path) -> None:
-    target = written("tempered", tmp_path)
+def test_passes_its_own_tests_without_changes(tmp_path: Path) -> None:
+    target = write_plugin("tempered", tmp_path)
     for check in (["check"], ["format", "--check"]):
         subprocess.run([sys.executable, "-m", "ruff", *check, "."], cwd=target, check=True, timeout=60)
     python = environment_with(target, directory=tmp_path / "environment")
@@ -75,7 +75,7 @@ def test_passes_its_own_tests_as_it_is(tmp_path: Path) -> None:
 
 
 def test_help_is_fast() -> None:
-    """Timed without the start of Python: nothing heavy may be imported."""
+    """Nothing slow may be imported. Importing it is not timed, because the time depends on the machine."""
     outcome = run_here("new-plugin", "--help")
     assert "NAME" in outcome.stdout
     code = "import sys\nfrom trl_refplug.cli.main import app\nprint({'torch', 'trl', 'rich.table'} & set(sys.modules))"

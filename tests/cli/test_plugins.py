@@ -1,4 +1,4 @@
-"""The command line, and what it shows of plugins that pip installed into a fresh environment."""
+"""`trl-refplug plugins`, with plugins that pip installed in a fresh environment."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests import tiny
 from tests.cli.processes import ROOT, environment_with, run_python
 from tests.conftest import FakeSite
 
@@ -18,12 +19,12 @@ PACKAGES = ROOT / "tests" / "packages"
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Interpreter of a fresh environment with our dependencies and, installed by pip, what is in `tests/packages`."""
+    """The interpreter of a fresh environment in which pip has installed the packages in `tests/packages`."""
     return environment_with(*sorted(PACKAGES.iterdir()), directory=tmp_path_factory.mktemp("environment"))
 
 
 def listed(python: Path | str, **environment: str) -> dict[str, dict[str, Any]]:
-    """The plugins and the providers of `plugins --json`, by name."""
+    """Run `plugins --json`. Returns the plugins and the providers by name."""
     completed = run_python(python, "-m", "trl_refplug", "plugins", "--json", **environment)
     assert completed.returncode == 0, completed.stderr
     listing = json.loads(completed.stdout)
@@ -80,7 +81,7 @@ def test_duplicates_are_listed_with_the_choice(python: Path) -> None:
 def test_table_at_80_columns(python: Path) -> None:
     completed = run_python(python, "-m", "trl_refplug", "plugins", TRL_REFPLUG_LOAD="uniform,broken,future")
     assert completed.returncode == 0
-    assert completed.stderr == ""  # it lists what is broken and does not warn about it
+    assert completed.stderr == ""  # broken plugins are listed, and there is no warning about them
     lines = completed.stdout.splitlines()
     assert max(map(len, lines)) <= 80
     assert "\x1b" not in completed.stdout
@@ -96,7 +97,7 @@ def test_table_at_80_columns(python: Path) -> None:
         "uniform uniform temperature scale: float = 1.0 offline",
     ):
         assert part in flat
-    # Raised in the plugin's own code: where, once, and not how it was reached
+    # The traceback is shown once. It has the place in the plugin's own code, and not the way in which it was reached.
     assert completed.stdout.count("Traceback") == 1
     assert completed.stdout.count("import a_package_nobody_has") == 1
     assert "importlib" not in completed.stdout
@@ -113,7 +114,7 @@ def test_provider_that_cannot_be_imported_is_listed_with_its_reason(site: FakeSi
     """
     site.install("acme-refs", plugins={"acme": "acme_mod"}, modules={"acme_mod": source})
     path = os.pathsep.join([str(site.path), str(ROOT)])
-    provider = listed(sys.executable, PYTHONPATH=path)["providers"]["lazy"]  # what the plugin prints is not in the way
+    provider = listed(sys.executable, PYTHONPATH=path)["providers"]["lazy"]  # what the plugin prints is left out
     assert provider["capabilities"] == {}
     assert "ModuleNotFoundError: No module named 'nowhere'" in provider["error"]
 
@@ -139,9 +140,28 @@ def test_pip_installed_provider_trains_by_flag_alone(python: Path, tmp_path: Pat
     completed = run_python(python, "-c", TRAIN, str(tmp_path), TRL_REFPLUG_BLOCK="twin", HF_HUB_OFFLINE="1")
     assert completed.returncode == 0, completed.stderr
     assert completed.stdout.splitlines()[-1] == "UniformProvider 2.0 1"
-    for broken in ("broken", "future"):  # not selected: a warning each
+    for broken in ("broken", "future"):  # these are not selected, so each causes one warning
         assert completed.stderr.count(f"RefPlugWarning: The plugin '{broken}'") == 1
-    assert "'twin'" not in completed.stderr  # blocked: not even that
+    assert "'twin'" not in completed.stderr  # a blocked plugin causes no warning
+
+
+def test_pip_installed_provider_trains_on_the_command_line(python: Path, tmp_path: Path) -> None:
+    data = tmp_path / "pairs.jsonl"
+    tiny.preference_data().to_json(data)
+    arguments = ["--model_name_or_path", tiny.saved(tmp_path), "--dataset_name", str(data)]
+    arguments += ["--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--use_cpu", "--bf16", "False"]
+    arguments += ["--per_device_train_batch_size", "2", "--report_to", "none", "--save_strategy", "steps"]
+    reference = ["--ref_provider", "uniform", "--ref_provider_kwargs", '{"scale": 2.0}']
+    done = run_python(python, "-m", "trl_refplug", "dpo", *arguments, *reference, TRL_REFPLUG_BLOCK="refplug-twin")
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((tmp_path / "out" / "checkpoint-2" / "refplug" / "reference.json").read_text())
+    assert record["provider"] == "uniform"
+
+    # For the broken plugin, its own traceback is shown before anything is loaded.
+    broken = run_python(python, "-m", "trl_refplug", "dpo", *arguments, "--ref_provider", "broken")
+    assert broken.returncode == 2
+    assert "import a_package_nobody_has" in broken.stderr
+    assert "ModuleNotFoundError" in broken.stderr
 
 
 def test_selected_broken_plugin_shows_its_own_traceback(python: Path) -> None:

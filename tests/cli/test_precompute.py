@@ -1,4 +1,4 @@
-"""`trl-refplug precompute`: a training command that scores and does not train."""
+"""`trl-refplug precompute`, a training command that scores and does not train."""
 
 import json
 import os
@@ -17,6 +17,9 @@ from trl_refplug.store import summarize, verify
 from trl_refplug.testing.ranks import launch
 
 
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
+
+
 def flags(tmp_path: Path, *more: str) -> list[str]:
     data = tmp_path / "data.jsonl"
     if not data.exists():
@@ -29,19 +32,13 @@ def flags(tmp_path: Path, *more: str) -> list[str]:
     ]
 
 
-@pytest.fixture(autouse=True)
-def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-
-
 def test_fills_and_does_not_train(tmp_path: Path) -> None:
     done = run_here("precompute", "dpo", *flags(tmp_path))
     assert done.returncode == 0, done.stderr
     assert f"All rows of this run are in {tmp_path / 'store'}." in done.stdout
     assert summarize(tmp_path / "store").rows == 24
     assert not list((tmp_path / "out").glob("**/*.safetensors"))
-    # The training command finds every row, whatever only reduces or adapts.
+    # The training command finds every row, also with settings that do not change the reference, such as LoRA.
     options = json.dumps({"path": str(tmp_path / "store"), "fill": "never"})
     training = [*flags(tmp_path, "--ref_provider", "cached", "--use_peft"), "--ref_provider_kwargs", options]
     launched.train("dpo", training)
@@ -58,12 +55,12 @@ def test_again_scores_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def check_shared(store: Path) -> None:
     report = verify(store)
-    assert (report.rows, report.duplicates) == (300, 0)  # each rank its part
+    assert (report.rows, report.duplicates) == (300, 0)  # each rank has scored its own part
 
 
 def test_two_processes_of_one_launch(tmp_path: Path) -> None:
-    """Started by torchrun, as `accelerate launch` starts only one process on a machine without accelerators."""
-    tiny.preference_data(150).to_json(tmp_path / "data.jsonl")  # ranks share a data set in blocks of 64 of its rows
+    """torchrun starts them, because `accelerate launch` starts only one process on a machine without accelerators."""
+    tiny.preference_data(150).to_json(tmp_path / "data.jsonl")  # ranks divide a data set in blocks of 64 rows
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d"]
     command += ["--rdzv-endpoint=localhost:0", launched.__file__, Precompute().encode(), "dpo"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -75,7 +72,7 @@ def test_two_processes_of_one_launch(tmp_path: Path) -> None:
 
 
 def test_a_policy_sharded_over_two_processes(tmp_path: Path) -> None:
-    """What two ranks with half the weights each have scored, a run with all of them finds."""
+    """Two ranks with half of the weights each score the rows. A run that has all weights then finds them."""
     tiny.preference_data(150).to_json(tmp_path / "data.jsonl")
     settings = tmp_path / "fsdp.json"
     settings.write_text(json.dumps(two_ranks.FSDP["fsdp_config"]))
@@ -97,7 +94,7 @@ def test_a_policy_sharded_over_two_processes(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_filled(arguments: list[str], message: str) -> None:
+def test_mistakes_are_refused(arguments: list[str], message: str) -> None:
     done = run_here("precompute", *arguments)
     assert done.returncode == 2
     assert message in done.stderr

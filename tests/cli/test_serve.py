@@ -1,4 +1,4 @@
-"""`trl-refplug serve`: a line when it serves, and a clear word when it cannot."""
+"""`trl-refplug serve`: it prints a line when it serves, and a clear message if it cannot."""
 
 import socket
 import subprocess
@@ -38,7 +38,7 @@ def test_help_imports_nothing_heavy():
 
 def test_serves_a_base_and_its_adapter(tmp_path):
     path = str(tmp_path / "base")
-    tiny.model().save_pretrained(path)  # without a tokenizer
+    tiny.model().save_pretrained(path)  # there is no tokenizer beside it
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(path), LoraConfig(r=2, target_modules="all-linear"))
     model.save_pretrained(tmp_path)
     flags = ("--adapter", str(tmp_path), "--port", "0", "--scoring", "exact", "--api-key-env", "THE_KEY")

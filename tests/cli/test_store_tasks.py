@@ -18,6 +18,9 @@ from trl_refplug.store import LogProbStore
 from trl_refplug.trainers.reference_columns import reference_columns
 
 
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
+
+
 def flags(tmp_path: Path, kind: str = "dpo", rows: int = 12) -> list[str]:
     data = tmp_path / f"{kind}-{rows}.jsonl"
     if not data.exists():
@@ -36,14 +39,8 @@ def fill(tmp_path: Path, kind: str = "dpo", rows: int = 12) -> str:
     return store
 
 
-@pytest.fixture(autouse=True)
-def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-
-
 def wrong_copy(store: str, path: Path) -> str:
-    """A store in perfect order that holds wrong values."""
+    """Make a store that is intact but holds wrong values."""
     import pyarrow as pa
 
     with LogProbStore(path, mode="a") as wrong:
@@ -94,7 +91,7 @@ class TestVerify:
 class TestExport:
     @pytest.mark.parametrize("ld_alpha", [None, 0.5])
     def test_columns_of_trl(self, ld_alpha: float | None, tmp_path: Path) -> None:
-        """The very table that TRL's own `precompute_ref_log_probs` makes."""
+        """The table is the same that TRL's own `precompute_ref_log_probs` makes."""
         output = tmp_path / "table"
         arguments = flags(tmp_path) if ld_alpha is None else [*flags(tmp_path), "--ld_alpha", str(ld_alpha)]
         launched.train("dpo", arguments, Export(fill(tmp_path), str(output), "train"))

@@ -1,4 +1,4 @@
-"""`trl-refplug dpo|kto|grpo|rloo`: TRL's scripts, with the reference from a provider."""
+"""`trl-refplug dpo|kto|grpo|rloo`, which run TRL's scripts with the reference from a provider."""
 
 import json
 from dataclasses import fields
@@ -18,6 +18,7 @@ from trl_refplug.cli.main import app
 from trl_refplug.errors import RefPlugError, SeamError
 
 
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 METHODS = ["dpo", "kto", "grpo", "rloo"]
 DATA = {
     "dpo": tiny.preference_data,
@@ -31,12 +32,6 @@ ONLINE = ["--beta", "0.1", "--num_generations", "2", "--max_completion_length", 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny.saved(tmp_path_factory.mktemp("models"), "qwen2")
-
-
-@pytest.fixture(autouse=True)
-def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
 
 
 def write(data: Dataset, path: Path) -> Path:
@@ -54,13 +49,13 @@ def flags(model: str, data: Path | str, output: Path) -> list[str]:
 
 
 def logged(output: Path) -> list[dict[str, Any]]:
-    """The training logs, of steps alone."""
+    """The training logs of the steps, without the summary."""
     history = json.loads((output / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     return [entry for entry in history if "loss" in entry]
 
 
 def trained_with(output: Path) -> str:
-    """The provider that the checkpoint names: what TRL's own trainer does not write."""
+    """The provider that the checkpoint names. TRL's own trainer does not write it."""
     [saved] = (output / "checkpoint-2" / "refplug").glob("*.json")
     return str(json.loads(saved.read_text())["identity"]["provider"])
 
@@ -73,7 +68,7 @@ def test_trains_with_the_provider(method: str, model: str, tmp_path: Path, monke
         (tmp_path / "brevity.py").write_text(
             "def reward(completions, **_):\n    return [-len(c) for c in completions]\n"
         )
-        monkeypatch.chdir(tmp_path)  # where TRL's scripts look for reward functions
+        monkeypatch.chdir(tmp_path)  # TRL's scripts look for reward functions in the working directory
         arguments += [*ONLINE, "--reward_funcs", "brevity.reward"]
     launched.train(method, [*arguments, "--ref_provider", "frozen", "--use_peft", "--lora_r", "4"])
     assert trained_with(tmp_path / "out") == "frozen"
@@ -120,7 +115,7 @@ def test_streamed_file(model: str, tmp_path: Path) -> None:
 
 
 def test_launched_from_the_command_line(model: str, tmp_path: Path) -> None:
-    """A YAML file with flags of all three kinds: TRL's, the reference's and accelerate's."""
+    """The YAML file has flags of all three kinds: TRL's, reference flags, and accelerate's."""
     data = write(tiny.preference_data(), tmp_path / "data.jsonl")
     (tmp_path / "config.yaml").write_text(
         "ref_provider: frozen\nref_provider_kwargs:\n  dtype: float32\nnum_processes: 1\nlearning_rate: 1.0e-3\n"
@@ -141,10 +136,10 @@ def test_launched_from_the_command_line(model: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("asked", ["0", "1"])
 def test_failure_of_the_launched_process(model: str, tmp_path: Path, asked: str) -> None:
-    """It says itself what went wrong, with a traceback if asked; the launcher adds none of its own."""
+    """The process shows its error, with a traceback if the user asked for it. The launcher adds no traceback."""
     data = write(tiny.preference_data(), tmp_path / "data.jsonl")
     arguments = flags(model, data, tmp_path / "out")
-    arguments += ["--ref_provider", "adapter"]  # the policy has none
+    arguments += ["--ref_provider", "adapter"]  # the policy has no adapter
     completed = run_here("dpo", *arguments, TRL_REFPLUG_TRACEBACK=asked)
     assert completed.returncode == 2, completed.stderr
     assert completed.stderr.count("Error:") == 1 + int(asked)  # a traceback ends with the error, too
@@ -159,7 +154,7 @@ def refusal(*arguments: str) -> str:
     return str(outcome.exception)
 
 
-# A model and data that do not exist: what complains of them has come too far.
+# This model and these data do not exist. A check that complains of them would come too late.
 NOWHERE = ["--model_name_or_path", "no/model", "--dataset_name", "no/data", "--use_cpu"]
 
 
@@ -201,7 +196,7 @@ def test_model_and_data_must_be_named(arguments: list[str], message: str) -> Non
     assert message in refusal("dpo", "--use_cpu", *arguments)
 
 
-def test_misspelt_files_are_no_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_misspelled_files_are_not_taken_for_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tiny.preference_data(), tmp_path / "pairs.jsonl")
     monkeypatch.chdir(tmp_path)
     message = refusal("dpo", "--use_cpu", "--model_name_or_path", "no/model", "--dataset_name", "pairs.jsnl")
@@ -255,7 +250,7 @@ def test_trl_keeps_its_classes() -> None:
 
 
 def test_changed_trl_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A script that takes its trainer from elsewhere would train without the provider."""
+    """If a script took its trainer from elsewhere, it would train without the provider."""
     import trl.scripts.dpo
 
     def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:

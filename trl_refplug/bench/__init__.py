@@ -1,8 +1,7 @@
 """
-TRL's way to score rows against the packed one: `trl-refplug bench score`.
+Times TRL's way to score rows against packed scoring: `trl-refplug bench score`.
 
 - `workloads`: the rows to score
-- `measure`: both ways, in turns
-- `runs`: finished runs in a file, to go on from
-- `report`: the results as a table and as a plot
+- `measure`: times both ways in turns
+- `report`: the results as a table, as a plot and as JSON
 """

@@ -1,5 +1,7 @@
 """
-TRL's way to score rows against the packed one: same model, same rows, one process, each way first in turn.
+Times TRL's way to score rows against packed scoring: the same model and rows, in one process.
+
+The two ways take turns in being the first.
 """
 
 from __future__ import annotations
@@ -30,24 +32,19 @@ from trl_refplug.scoring.operations import count_operations
 from trl_refplug.scoring.scorer import Scorer
 
 
-MEASUREMENT = 2
-"""Changes whenever figures of a run are no longer to be compared with those of runs before."""
-
-
 @dataclass(frozen=True)
 class Run:
     """
-    One pass over the rows each way.
+    One pass over the rows with TRL's way, and one with packed scoring.
 
     Args:
-        trl_seconds, seconds (`float`): Time of TRL's pass and of the packed one.
-        trl_memory, memory (`int`): Peak bytes of these passes, above what was in use before.
-        unique_tokens, scored_tokens (`int`): What packing computes.
-        operations (`float`): Counted operations of the packed pass.
-        difference (`float`): Largest difference of a row's sum, in nats; the sums are made in float64.
-        matmul_rate (`float`): Operations a second of a large matrix product, measured after the passes.
-        fallback (`str` or `None`): Why some rows of the packed pass were scored exactly. Their operations are not
-            counted.
+        trl_seconds, seconds (`float`): Time of TRL's pass and of the packed pass.
+        trl_memory, memory (`int`): Peak bytes of these passes, above what was in use before each.
+        unique_tokens, scored_tokens (`int`): Tokens that the packed pass puts through the model and the LM head.
+        operations (`float`): Counted operations of the packed pass, without those of rows that were not packed.
+        difference (`float`): Largest difference between the two sums of a row, in nats. Sums are computed in float64.
+        matmul_rate (`float`): Operations per second of a large matrix product, measured after the passes.
+        fallback (`str`, *optional*): Why some rows of the packed pass were not packed but scored exactly.
     """
 
     trl_seconds: float
@@ -71,13 +68,14 @@ class Run:
 @dataclass(frozen=True)
 class Result:
     """
-    One workload and its runs. Seconds and rates are medians.
+    A workload and its runs. Seconds and rates are medians over the runs.
 
     Args:
-        rows (`int`): Rows of a pass.
-        trl_tokens (`int`): Tokens in TRL's padded batches; it projects each of them through the LM head.
+        shape (`str`): The shape of the workload.
+        rows (`int`): Number of rows.
+        trl_tokens (`int`): Number of tokens in TRL's padded batches. TRL puts all of them through the LM head.
         trl_operations (`float`): Counted operations of TRL's pass.
-        runs (`list[Run]`): At least one.
+        runs (`list[Run]`): The runs so far. The medians need at least one.
     """
 
     shape: str
@@ -87,8 +85,8 @@ class Result:
     runs: list[Run]
 
     @classmethod
-    def of(cls, model: Any, workload: Workload, runs: list[Run]) -> Result:
-        """The result of runs of a workload; what TRL's way computes is known without a run."""
+    def from_runs(cls, model: Any, workload: Workload, runs: list[Run]) -> Result:
+        """Make the result of a workload from its runs."""
         cost = count_operations(causal_lm(model))
         sizes = [(len(batch), max(len(workload.rows[index]) for index in batch)) for batch in workload.batches]
         return cls(
@@ -113,48 +111,51 @@ class Result:
 
     @property
     def ratio(self) -> float:
-        """How many times faster than TRL's way."""
+        """How many times faster packed scoring is than TRL's way."""
         return self.trl_seconds / self.seconds
 
     @property
     def fallback(self) -> str | None:
-        """Why some rows of packed passes were scored exactly."""
+        """Why some rows were not packed but scored exactly. `None` if all rows were packed."""
         return next((run.fallback for run in self.runs if run.fallback), None)
 
     @property
     def counted_ratio(self) -> float | None:
-        """TRL's counted operations by ours: the speed-up at equal efficiency. `None` if not all rows were packed."""
+        """
+        TRL's counted operations divided by those of packed scoring.
+
+        This would be the speed-up if both had the same efficiency. It is `None` if not all rows were packed.
+        """
         return None if self.fallback else self.trl_operations / self.runs[-1].operations
 
     @property
     def efficiency(self) -> float | None:
-        """Useful operations a second, as a share of the machine's matmul rate. `None` if not all rows were packed."""
+        """Counted operations per second as a share of the matmul rate. `None` if not all rows were packed."""
         return None if self.fallback else self.runs[-1].operations / self.seconds / self.matmul_rate
 
 
-def measure(model: Any, workload: Workload, token_budget: int | None, repeats: int, done: int = 0) -> Iterator[Run]:
+def measure(model: Any, workload: Workload, token_budget: int | None, repeats: int) -> Iterator[Run]:
     """
-    Time a workload both ways, after a few rows to warm up. Every other run begins with the packed way.
+    Time both ways to score a workload, after a short pass to warm up. Every other run begins with packed scoring.
 
     Args:
-        token_budget (`int`, *optional*): As in [`Scorer`].
-        repeats (`int`): How many runs there shall be.
-        done (`int`): How many of them there are already.
+        model (`PreTrainedModel` or `PeftModel`): The model, in evaluation mode.
+        workload (`Workload`): The rows to score.
+        token_budget (`int`, *optional*): The packed scorer's token budget, as in [`Scorer`].
+        repeats (`int`): Number of runs.
 
     Yields:
-        `Run`: The runs that are missing, each as soon as it is finished.
+        `Run`: Each run, as soon as it is finished.
 
     Raises:
         ConfigurationError: Rows cannot be packed with this model.
     """
-    if done >= repeats:
-        return
     scorer = Scorer(model, mode="packed", token_budget=token_budget)
     scored = [row for row in workload.rows if len(row.scored)]
-    list(scorer.score_rows([min(scored, key=len)]))  # also the verification, both ways
+    list(scorer.score_rows([min(scored, key=len)]))  # this also verifies packed scoring, outside the time
     if not scorer.stats.operations:
         raise ConfigurationError(
-            f"Nothing of shape {workload.shape!r} can be packed, because of {scorer.stats.fallback}; so there is "
+            f"Nothing of shape {workload.shape!r} can be packed, because of {scorer.stats.fallback}, so there is "
             "nothing to compare with TRL's way. Use another --model."
         )
     device = causal_lm(model).get_input_embeddings().weight.device
@@ -162,13 +163,13 @@ def measure(model: Any, workload: Workload, token_budget: int | None, repeats: i
         "TRL's way": lambda bar: score_like_trl(model, workload, device, bar),
         "packed": lambda bar: _score_packed(scorer, workload.rows, bar),
     }
-    for number in range(done + 1, repeats + 1):
+    for number in range(1, repeats + 1):
         scorer.stats.clear()
         passes = {}
         for way in ways if number % 2 else reversed(ways):
-            what = f"{workload.shape}, run {number} of {repeats}, {way}"
-            with tqdm(total=len(workload.rows), desc=what, unit="row", leave=False) as bar:
-                passes[way] = measured(partial(ways[way], bar), device)
+            title = f"{workload.shape}, run {number} of {repeats}, {way}"
+            with tqdm(total=len(workload.rows), desc=title, unit="row", leave=False) as bar:
+                passes[way] = measure_pass(partial(ways[way], bar), device)
         trl, ours = passes["TRL's way"], passes["packed"]
         yield Run(
             trl_seconds=trl.seconds,
@@ -185,7 +186,11 @@ def measure(model: Any, workload: Workload, token_budget: int | None, repeats: i
 
 
 def score_like_trl(model: Any, workload: Workload, device: torch.device, bar: tqdm) -> Tensor:
-    """TRL's precompute: batches in the order of the data set, padded on the right. Sums, one a row."""
+    """
+    Score as TRL's precompute does: in batches in the order of the data set, padded on the right.
+
+    Returns the sum of each row's log-probs.
+    """
     sums = torch.zeros(len(workload.rows), dtype=torch.float64)
     for indices in workload.batches:
         batch = PaddedRows.flush_left([workload.rows[index] for index in indices]).batch(device)
@@ -199,12 +204,12 @@ def _score_packed(scorer: Scorer, rows: Sequence[Row], bar: tqdm) -> Tensor:
     for answers in scorer.score_passes(rows):
         for index, log_probs in answers:
             sums[index] = log_probs.double().sum()
-        bar.update(len(answers))  # once a forward pass: what it costs is not seen in the time
+        bar.update(len(answers))  # once for each forward pass, so its cost is negligible
     return sums
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a square matrix product, the median over half a second."""
+    """Operations per second of a square matrix product. This is the median over half a second of products."""
     size = 2048 if device.type == "cpu" else 8192
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     rates: list[float] = []
@@ -217,15 +222,22 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class Measured:
-    """A row's sum each, float64 `[rows]`, the seconds they took and the peak bytes above what was in use before."""
+    """
+    A measured pass over the rows.
+
+    Args:
+        sums (`Tensor`): The sum of each row's log-probs, float64 `[rows]`.
+        seconds (`float`): The time that the pass took.
+        memory (`int`): Peak bytes, above what was in use before the pass.
+    """
 
     sums: Tensor
     seconds: float
     memory: int
 
 
-def measured(work: Callable[[], Tensor], device: torch.device) -> Measured:
-    """Do some work."""
+def measure_pass(work: Callable[[], Tensor], device: torch.device) -> Measured:
+    """Do the work of one pass, and measure the time and the memory that it takes."""
     before = _reset_peak(device)
     sums, seconds = _timed(work, device)
     return Measured(sums, seconds, _peak(device) - before)
@@ -242,15 +254,17 @@ def _timed(work: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, fl
 
 
 def _reset_peak(device: torch.device) -> int:
+    """Set the peak memory to what is in use now. Returns the bytes in use."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     if sys.platform == "linux":
-        with suppress(AttributeError):  # not glibc
-            ctypes.CDLL(None).malloc_trim(0)  # what work before has freed would be memory for nothing
+        with suppress(AttributeError):  # other C libraries than glibc do not have it
+            # Memory that earlier work has freed would otherwise be reused, and would not count as used by this pass.
+            ctypes.CDLL(None).malloc_trim(0)
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the peak to what is in use
+        Path("/proc/self/clear_refs").write_text("5")  # on Linux, this sets the peak to what is in use
     return _peak(device)
 
 

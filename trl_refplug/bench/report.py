@@ -1,10 +1,12 @@
-"""Results of the scoring benchmark as a table and as a plot."""
+"""Results of the scoring benchmark as a table, as a plot and as JSON."""
 
 from __future__ import annotations
 
+import json
 import platform
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from trl_refplug.bench.measure import Result
 
 
 def as_markdown(results: Sequence[Result], model_name: str, dtype: torch.dtype) -> str:
-    """A table of results, headed by what they were measured on."""
+    """A table of the results, for `score.md`. Its first lines say what they were measured on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     most = max((len(result.runs) for result in results), default=0)
     lines = [
@@ -44,24 +46,34 @@ def as_markdown(results: Sequence[Result], model_name: str, dtype: torch.dtype) 
     return "\n".join(lines) + "\n"
 
 
+def as_json(results: Sequence[Result]) -> str:
+    """Every figure of every run, for `score.json`."""
+    return json.dumps([asdict(result) for result in results], indent=1) + "\n"
+
+
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Rows a second, every run a dot, as a PNG."""
+    """Draw the rows per second as a PNG, with a bar for each median and a dot for each run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.6 + 1.8 * len(results), 3.6), layout="constrained")
     axes = figure.subplots()
-    for place, result in enumerate(results):
+    for position, result in enumerate(results):
         ways = (
             ("TRL", [run.trl_seconds for run in result.runs], "0.6"),
             ("packed", [run.seconds for run in result.runs], "tab:blue"),
         )
-        for offset, (label, seconds, colour) in zip((-0.2, 0.2), ways, strict=True):
+        for offset, (label, seconds, color) in zip((-0.2, 0.2), ways, strict=True):
             rates = [result.rows / value for value in seconds]
             axes.bar(
-                place + offset, statistics.median(rates), 0.36, color=colour, label=None if place else label, zorder=1
+                position + offset,
+                statistics.median(rates),
+                0.36,
+                color=color,
+                label=None if position else label,
+                zorder=1,
             )
-            axes.scatter([place + offset] * len(rates), rates, 8, color="black", zorder=2)
-        highest = (place + 0.2, max(result.rows / run.seconds for run in result.runs))
+            axes.scatter([position + offset] * len(rates), rates, 8, color="black", zorder=2)
+        highest = (position + 0.2, max(result.rows / run.seconds for run in result.runs))
         axes.annotate(f"{result.ratio:.1f}x", highest, (0, 4), textcoords="offset points", ha="center", va="bottom")
     axes.set_xticks(range(len(results)), [result.shape for result in results])
     axes.set_ylabel("rows per second")

@@ -1,6 +1,4 @@
-"""
-Rows to time scoring with: from a preference data set, or from nothing.
-"""
+"""Rows to time scoring with. They are made from a preference data set, or from random tokens."""
 
 from __future__ import annotations
 
@@ -15,12 +13,12 @@ from trl_refplug.rows import Ints, Row
 
 
 TRL_BATCH = 8
-"""Pairs (or, where there are none, rows) in a batch of TRL's precompute by default."""
+"""Pairs in a batch of TRL's precompute by default. Shapes that have no pairs take this number of rows."""
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Token ids of a prompt and its two completions: int64, one-dimensional."""
+    """Token ids of a prompt and of its two completions, each a one-dimensional int64 array."""
 
     prompt: Ints
     chosen: Ints
@@ -30,10 +28,12 @@ class Pair:
 @dataclass(frozen=True, eq=False)
 class Workload:
     """
+    The rows of one shape.
+
     Args:
         shape (`str`): One of [`SHAPES`].
-        rows (`list[Row]`): In the order of the data set.
-        batches (`list[list[int]]`): The rows of each of TRL's batches.
+        rows (`list[Row]`): The rows, in the order of the data set.
+        batches (`list[list[int]]`): For each of TRL's batches, the indices of its rows.
     """
 
     shape: str
@@ -42,7 +42,17 @@ class Workload:
 
 
 def workload(shape: str, pairs: Sequence[Pair], max_length: int) -> Workload:
-    """Lay pairs out in one of the [`SHAPES`]; rows are cut to `max_length` tokens."""
+    """
+    Make the rows of a shape from pairs.
+
+    Args:
+        shape (`str`): One of [`SHAPES`].
+        pairs (`Sequence[Pair]`): The pairs to take tokens from.
+        max_length (`int`): Rows are cut to this many tokens.
+
+    Raises:
+        ConfigurationError: There is no such shape, or nothing to score is left of the rows.
+    """
     if shape not in SHAPES:
         raise ConfigurationError(
             f"Found shape {shape!r}, expected one of {', '.join(SHAPES)}.{did_you_mean(shape, SHAPES)}"
@@ -57,23 +67,23 @@ def workload(shape: str, pairs: Sequence[Pair], max_length: int) -> Workload:
     return Workload(shape, rows, batches)
 
 
-Laid = tuple[list[Row], list[list[int]]]
+RowsAndBatches = tuple[list[Row], list[list[int]]]
 
 
-def _pairs(pairs: Sequence[Pair]) -> Laid:
-    """As they are, in TRL's layout: a batch's chosen rows, then its rejected ones."""
+def _pairs(pairs: Sequence[Pair]) -> RowsAndBatches:
+    """The pairs as they are. As in TRL, the chosen rows of a batch come before its rejected rows."""
     rows: list[Row] = []
     batches: list[list[int]] = []
     for start in range(0, len(pairs), TRL_BATCH):
-        some = pairs[start : start + TRL_BATCH]
-        batches.append(list(range(len(rows), len(rows) + 2 * len(some))))
-        rows += [Row.completion(pair.prompt, pair.chosen) for pair in some]
-        rows += [Row.completion(pair.prompt, pair.rejected) for pair in some]
+        batch = pairs[start : start + TRL_BATCH]
+        batches.append(list(range(len(rows), len(rows) + 2 * len(batch))))
+        rows += [Row.completion(pair.prompt, pair.chosen) for pair in batch]
+        rows += [Row.completion(pair.prompt, pair.rejected) for pair in batch]
     return rows, batches
 
 
-def _long_prompt(pairs: Sequence[Pair]) -> Laid:
-    """Prompts cut to a third of their length, completions to a third of that."""
+def _long_prompt(pairs: Sequence[Pair]) -> RowsAndBatches:
+    """The pairs with prompts cut to a third of their length, and completions to a third of the prompt's new length."""
 
     def cut(pair: Pair) -> Pair:
         prompt = pair.prompt[: max(1, len(pair.prompt) // 3)]
@@ -83,32 +93,35 @@ def _long_prompt(pairs: Sequence[Pair]) -> Laid:
     return _pairs([cut(pair) for pair in pairs])
 
 
-def _grpo(pairs: Sequence[Pair]) -> Laid:
-    """Groups of 8 completions of 64 tokens to prompts of 512, as many rows as there are in the pairs."""
+def _grpo(pairs: Sequence[Pair]) -> RowsAndBatches:
+    """Prompts of 512 tokens with 8 completions of 64 tokens each. There are as many rows as the pairs have."""
     tokens = _text(pairs)
     rows = []
     for _ in range(max(1, len(pairs) // 4)):
-        prompt = _take(tokens, 512)
-        rows += [Row.completion(prompt, _take(tokens, 64)) for _ in range(8)]
+        prompt = _next_tokens(tokens, 512)
+        rows += [Row.completion(prompt, _next_tokens(tokens, 64)) for _ in range(8)]
     return rows, _in_order(len(rows))
 
 
-def _unshared(pairs: Sequence[Pair]) -> Laid:
-    """Rows of 256 tokens without a common prefix, all of them scored."""
+def _unshared(pairs: Sequence[Pair]) -> RowsAndBatches:
+    """Rows of 256 tokens without a common prefix. All tokens are scored."""
     tokens = _text(pairs)
-    rows = [Row(ids, ids) for ids in (_take(tokens, 256) for _ in range(2 * len(pairs)))]
+    rows = [Row(ids, ids) for ids in (_next_tokens(tokens, 256) for _ in range(2 * len(pairs)))]
     return rows, _in_order(len(rows))
 
 
-def _long(pairs: Sequence[Pair]) -> Laid:
-    """One pair of 4,096 tokens, half of them the prompt, for every 16 pairs."""
+def _long(pairs: Sequence[Pair]) -> RowsAndBatches:
+    """For every 16 pairs, one pair with rows of 4,096 tokens, half of which are the prompt."""
     tokens = _text(pairs)
-    long = [Pair(_take(tokens, 2048), _take(tokens, 2048), _take(tokens, 2048)) for _ in range(0, len(pairs), 16)]
+    long = [
+        Pair(_next_tokens(tokens, 2048), _next_tokens(tokens, 2048), _next_tokens(tokens, 2048))
+        for _ in range(0, len(pairs), 16)
+    ]
     rows = [Row.completion(pair.prompt, answer) for pair in long for answer in (pair.chosen, pair.rejected)]
     return rows, [[index, index + 1] for index in range(0, len(rows), 2)]
 
 
-SHAPES: dict[str, Callable[[Sequence[Pair]], Laid]] = {
+SHAPES: dict[str, Callable[[Sequence[Pair]], RowsAndBatches]] = {
     "pairs": _pairs,
     "long-prompt": _long_prompt,
     "grpo": _grpo,
@@ -122,7 +135,11 @@ def _in_order(rows: int) -> list[list[int]]:
 
 
 def _text(pairs: Sequence[Pair]) -> Iterator[int]:
-    """All tokens one after the other, without end; after the first round in another order, so that nothing repeats."""
+    """
+    Yield all tokens of the pairs one after the other, without end.
+
+    After each round the tokens are shuffled, so that no text repeats.
+    """
     tokens = np.concatenate([part for pair in pairs for part in (pair.prompt, pair.chosen, pair.rejected)])
     rng = np.random.default_rng(0)
     while True:
@@ -130,12 +147,12 @@ def _text(pairs: Sequence[Pair]) -> Iterator[int]:
         tokens = rng.permutation(tokens)
 
 
-def _take(tokens: Iterator[int], count: int) -> Ints:
+def _next_tokens(tokens: Iterator[int], count: int) -> Ints:
     return np.fromiter((next(tokens) for _ in range(count)), np.int64, count)
 
 
 def synthetic_pairs(count: int, vocabulary: int) -> list[Pair]:
-    """Pairs of random tokens, with lengths spread as in real preference data (prompts vary most)."""
+    """Pairs of random tokens. Their lengths are distributed as in real preference data, where prompts vary most."""
     rng = np.random.default_rng(0)
 
     def tokens(median: float, spread: float) -> Ints:
@@ -145,7 +162,7 @@ def synthetic_pairs(count: int, vocabulary: int) -> list[Pair]:
 
 
 def tokenize_pairs(pairs: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[Pair]:
-    """Pairs in TRL's preference format, of texts or of messages, tokenised as TRL does."""
+    """Tokenize pairs in TRL's preference format as TRL does. They may be texts or messages."""
     tokenized = []
     for pair in pairs:
         prompt = _tokenize(tokenizer, pair["prompt"], "")

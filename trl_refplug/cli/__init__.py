@@ -1,1 +1,1 @@
-"""The command line, one module a command. Modules here import what is slow inside their functions."""
+"""The command line, with one module for each command. What is slow to import is imported inside the functions."""

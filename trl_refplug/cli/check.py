@@ -1,4 +1,4 @@
-"""`trl-refplug check`: does a provider give the declared reference's log-probs on your own data?"""
+"""`trl-refplug check`: tells whether a provider gives the declared reference's log-probs on your own data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trl_refplug.cli.dtypes import Dtype
+from trl_refplug.cli.common import Dtype, torch_dtype
 from trl_refplug.errors import ConfigurationError
 from trl_refplug.preference_files import read_pairs
 
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
     from trl_refplug.provider import ReferenceBatch
 
 
-_BATCH = 4  # pairs
-_SHOWN = 20
+_PAIRS_PER_BATCH = 4
+_ROWS_SHOWN = 20
 
 
 @dataclass(frozen=True)
-class RowResult:
+class RowComparison:
     """
-    One completion, scored twice.
+    One completion, scored by the provider and by the plain reference model.
 
     Args:
-        line (`int`): Its line in the data file, from 1.
+        line (`int`): Its line in the data file, counted from 1.
         completion (`str`): `"chosen"` or `"rejected"`.
-        tokens (`int`): How many are scored.
-        provider, reference (`float`): Sums of log-probs in nats.
-        largest (`float`): Largest difference of any token, in nats.
-        total (`float`): Sum of the differences of all tokens, without sign, in nats.
+        tokens (`int`): Number of scored tokens.
+        provider, reference (`float`): Sum of the log-probs that each of them gives, in nats.
+        largest (`float`): Largest absolute difference of any token, in nats.
+        total (`float`): Sum of the absolute differences of all tokens, in nats.
     """
 
     line: int
@@ -53,10 +53,10 @@ class RowResult:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All rows, and whether the largest and the mean difference per token are within `tolerance`."""
+    """All rows. The verdict is `ok` if the largest and the mean difference per token are within `tolerance`."""
 
     identity: str
-    rows: list[RowResult]
+    rows: list[RowComparison]
     tolerance: Tolerance
 
     @property
@@ -78,43 +78,47 @@ def check(
         Path,
         typer.Option(exists=True, dir_okay=False, help="JSON lines in TRL's format: prompt, chosen, rejected."),
     ],
-    provider: Annotated[str, typer.Option(help="The reference provider, as in ref_provider.")] = "auto",
+    provider: Annotated[str, typer.Option(help="Name of the reference provider, as in ref_provider.")] = "auto",
     kwargs: Annotated[
         str | None,
-        typer.Option(metavar="JSON", help="""Its options, as in ref_provider_kwargs: '{"scoring": "packed"}'."""),
+        typer.Option(
+            metavar="JSON", help="""Options of the provider, as in ref_provider_kwargs: '{"scoring": "packed"}'."""
+        ),
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(help="Directory or hub id of the model that the reference is declared to be. Default: --model."),
+        typer.Option(help="Directory or hub id of the model that should be the reference. Default: --model."),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Pairs to score, from the start of the file.")] = 16,
+    rows: Annotated[int, typer.Option(min=1, help="Number of pairs to score, from the start of the file.")] = 16,
     max_length: Annotated[int, typer.Option(min=2, help="Rows are cut to this many tokens, as in training.")] = 1024,
     dtype: Annotated[
-        Dtype, typer.Option(help="What the policy is loaded in: float32, bfloat16, float16.")
-    ] = Dtype.float32,
+        Dtype, typer.Option(help="Precision in which the policy is loaded: float32, bfloat16, float16.")
+    ] = "float32",
     lora: Annotated[
         bool, typer.Option("--lora", help="Put a new LoRA adapter on the policy, as `--use_peft` does.")
     ] = False,
     tolerance: Annotated[
         float | None,
-        typer.Option(min=0, help="Largest difference per token, in nats, that is rounding. Default: by --dtype."),
+        typer.Option(
+            min=0, help="Largest difference per token, in nats, that counts as rounding. Default: depends on --dtype."
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all rows as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison of all rows as JSON.")] = False,
 ) -> None:
     """
     Compare a provider's log-probs with those of the plain reference model, row by row.
 
-    The data goes through the real trainer's own pipeline; the plain model is loaded in float32 and called as TRL calls
-    its reference. Exits with 0 if they agree, with 1 if they differ, and with 2 if the check cannot be made.
+    The data goes through the pipeline of the real trainer. The plain model is loaded in float32 and called as TRL
+    calls its reference. The exit code is 0 if they agree, 1 if they differ, and 2 if the check cannot be made.
     """
     from trl_refplug.models.tolerances import Tolerance, tolerance_for
 
-    allowed = tolerance_for("no", dtype.of_torch(), "cpu")
+    allowed = tolerance_for("no", torch_dtype(dtype), "cpu")
     if tolerance is not None:
         allowed = Tolerance(largest=tolerance, mean=tolerance)
     pairs = read_pairs(data, rows)
-    with contextlib.redirect_stdout(sys.stderr):  # what is printed on the way is no part of the verdict
-        identity, batches, answers = _score(model, pairs, provider, kwargs, max_length, dtype.value, lora)
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the verdict only
+        identity, batches, answers = _score(model, pairs, provider, kwargs, max_length, dtype, lora)
         plain = _score_plainly(reference or model, batches)
     verdict = Verdict(identity, _compare(batches, answers, plain), allowed)
     if as_json:
@@ -132,7 +136,11 @@ def check(
 def _score(
     model: str, pairs: list[dict[str, Any]], provider: str, kwargs: str | None, max_length: int, dtype: str, lora: bool
 ) -> tuple[str, list[ReferenceBatch], list[Tensor]]:
-    """What the provider answers, in a trainer that has been built and does not train: identity, batches, log-probs."""
+    """
+    Ask the provider, in a trainer that is built but does not train.
+
+    Returns the identity of the reference, the batches, and the log-probs that the provider gave for each of them.
+    """
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -145,7 +153,7 @@ def _score(
             output_dir=directory,
             ref_provider=provider,
             ref_provider_kwargs=kwargs,
-            ref_check="off",  # the verdict says what it would, of every row
+            ref_check="off",  # this command makes the same check, for every row
             max_length=max_length,
             model_init_kwargs={"dtype": dtype},
             bf16=False,
@@ -159,7 +167,7 @@ def _score(
                 train_dataset=Dataset.from_list(pairs),
                 peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
             )
-        except OSError as error:  # what transformers raises for a model that is not there
+        except OSError as error:  # transformers raises it if there is no such model
             raise ConfigurationError(f"--model {model}: {error}") from error
         if len(trainer.train_dataset) != len(pairs):
             raise ConfigurationError(
@@ -168,8 +176,8 @@ def _score(
             )
         trainer.model.train()
         batches, answers = [], []
-        for start in range(0, len(pairs), _BATCH):
-            columns = [trainer.train_dataset[row] for row in range(start, min(start + _BATCH, len(pairs)))]
+        for start in range(0, len(pairs), _PAIRS_PER_BATCH):
+            columns = [trainer.train_dataset[row] for row in range(start, min(start + _PAIRS_PER_BATCH, len(pairs)))]
             [batch] = preference_requests(trainer.data_collator(columns))
             batch = batch.to(trainer.args.device)
             answer = trainer.ref_model(
@@ -183,7 +191,7 @@ def _score(
 
 
 def _score_plainly(reference: str, batches: list[ReferenceBatch]) -> list[Tensor]:
-    """The same batches, through the reference model alone: float32, in TRL's own call."""
+    """Score the same batches with the plain reference model, in float32 and with TRL's own call."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -198,7 +206,7 @@ def _score_plainly(reference: str, batches: list[ReferenceBatch]) -> list[Tensor
     return [exact_log_probs(model, batch.to(device)).cpu() for batch in batches]
 
 
-def _compare(batches: list[ReferenceBatch], answers: list[Tensor], plain: list[Tensor]) -> list[RowResult]:
+def _compare(batches: list[ReferenceBatch], answers: list[Tensor], plain: list[Tensor]) -> list[RowComparison]:
     results, first = [], 1
     for batch, ours, theirs in zip(batches, answers, plain, strict=True):
         pairs = len(batch.input_ids) // 2
@@ -206,7 +214,7 @@ def _compare(batches: list[ReferenceBatch], answers: list[Tensor], plain: list[T
             mine, plainly = ours[index][mask].double(), theirs[index][mask].double()
             off = (mine - plainly).abs()
             results.append(
-                RowResult(
+                RowComparison(
                     line=first + index % pairs,
                     completion="chosen" if index < pairs else "rejected",
                     tokens=int(mask.sum()),
@@ -225,8 +233,10 @@ def _print(verdict: Verdict, reference: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    worst = sorted(verdict.rows, key=lambda row: row.largest, reverse=True)[:_SHOWN]
-    title = "Log-probs in nats" + (f", the {_SHOWN} rows that differ most" if len(verdict.rows) > _SHOWN else "")
+    worst = sorted(verdict.rows, key=lambda row: row.largest, reverse=True)[:_ROWS_SHOWN]
+    title = "Log-probs in nats" + (
+        f", the {_ROWS_SHOWN} rows that differ most" if len(verdict.rows) > _ROWS_SHOWN else ""
+    )
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for name in ("Line", "Completion", "Tokens", "Provider", "Reference", "Largest difference"):
         table.add_column(name, justify="left" if name == "Completion" else "right")
@@ -253,6 +263,6 @@ def _print(verdict: Verdict, reference: str) -> None:
     )
     if not verdict.ok:
         console.print(
-            "Likely causes: another revision, precision or quantisation of the model; another tokenizer or chat "
+            "Likely causes: another revision, precision or quantization of the model; another tokenizer or chat "
             "template; a reference that is not this model on purpose (then name it with --reference)."
         )

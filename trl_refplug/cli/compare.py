@@ -1,23 +1,22 @@
-"""`trl-refplug compare`: the same training job under several reference providers, side by side."""
+"""`trl-refplug compare`: the same training job with several reference providers, side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trl_refplug.errors import ConfigurationError, require_extra
+from trl_refplug.cli.common import exit_on_interrupt, make_output_directory
+from trl_refplug.cli.training_runs import ModelOption, SeedOption, StepsOption, resolve_model, step_progress
+from trl_refplug.compare.job import Job, Run, Step
+from trl_refplug.compare.provider_choice import DEFAULT_PROVIDERS, ProviderChoice, parse_choices
+from trl_refplug.errors import require_extra
 
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
-
-    from trl_refplug.compare.contenders import Contender
-    from trl_refplug.compare.run import Job, Run
-    from trl_refplug.demo.job import Step
 
 
 def compare(
@@ -25,85 +24,60 @@ def compare(
         list[str] | None,
         typer.Option(
             metavar="NAME[=JSON]",
-            help="A provider, with its options as a JSON object if it needs any. Repeat for each; the others are "
-            "compared with the first. Default: adapter, frozen, cached.",
+            help="A provider, with its options as a JSON object if it needs any. Repeat the option for each provider; "
+            "all others are compared with the first. Default: adapter, frozen, cached.",
         ),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Directory or hub id of a chat model. Default: SmolLM2-135M-Instruct, fetched if need be."),
-    ] = None,
+    model: ModelOption = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="JSON lines in TRL's preference format (prompt, chosen, rejected). Default: the demo's."),
+        typer.Option(
+            help="JSON lines in TRL's preference format (prompt, chosen, rejected). Default: the pairs of the demo."
+        ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps, of two preference pairs each.")] = 24,
+    steps: StepsOption = 24,
     max_length: Annotated[int, typer.Option(min=2, help="Rows are cut to this many tokens.")] = 256,
-    output_dir: Annotated[Path, typer.Option(help="Where table, pictures and figures go.")] = Path("refplug-compare"),
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    output_dir: Annotated[Path, typer.Option(help="Directory for the table, the pictures and the figures.")] = Path(
+        "refplug-compare"
+    ),
+    seed: SeedOption = 0,
 ) -> None:
     """
     Train with LoRA-DPO once for each reference provider, and see what each costs and whether they agree.
 
-    Runs that have finished are kept in the output directory: interrupted or repeated, the command goes on from them.
+    Finished runs are kept in the output directory. If the command is interrupted or repeated, it runs only the others.
     """
     from rich.console import Console
 
-    console = Console(highlight=False)
-    try:
-        _compare(console, provider, model, data, steps, max_length, output_dir, seed)
-    except KeyboardInterrupt:
-        console.print(
-            f"\nInterrupted. What has finished is kept in {output_dir}: the same command goes on from there."
-        )
-        raise typer.Exit(130) from None
-
-
-def _compare(
-    console: Console,
-    providers: list[str] | None,
-    model: str | None,
-    data: Path | None,
-    steps: int,
-    max_length: int,
-    output_dir: Path,
-    seed: int,
-) -> None:
     require_extra("The plot of the comparison", "demo", "matplotlib")
+    console = Console(highlight=False)
     with console.status("Loading PyTorch and TRL"):
-        from trl_refplug.compare import pictures, report
-        from trl_refplug.compare.contenders import DEFAULT, parse_contenders
-        from trl_refplug.compare.run import Job
-        from trl_refplug.demo.model import find_model
+        from trl_refplug.compare import comparison, pictures
 
-        contenders = parse_contenders(providers or list(DEFAULT))
+        choices = parse_choices(provider or list(DEFAULT_PROVIDERS))
         if data is not None:
-            Job("", str(data), steps, seed, max_length).pairs()  # a mistake in the file ends here
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        output_dir.joinpath("runs").mkdir(exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(f"--output-dir {output_dir} cannot be written to: {error}") from None
-    with console.status("Looking for the model"):
-        model = _checked(model) if model else find_model(console.print)
+            Job("", str(data), steps, seed, max_length).pairs()  # this raises if there is a mistake in the file
+    make_output_directory("--output-dir", output_dir)
+    model = resolve_model(console, model)
     job = Job(model, None if data is None else str(data), steps, seed, max_length)
 
-    folders = {contender.label: output_dir / "runs" / contender.folder for contender in contenders}
-    runs, failures = _run_all(console, job, contenders, folders)
+    folders = {choice.label: output_dir / "runs" / choice.folder for choice in choices}
+    with exit_on_interrupt(f"Finished runs are kept in {output_dir}: the same command continues from there."):
+        runs, failures = _run_all(console, job, choices, folders)
     if runs:
         first = runs[0]
         agreements = [
-            report.agreement(first, folders[first.contender.label], run, folders[run.contender.label])
+            comparison.compare_runs(first, folders[first.choice.label], run, folders[run.choice.label])
             for run in runs[1:]
         ]
-        (output_dir / "compare.md").write_text(report.as_markdown(runs, agreements), encoding="utf-8")
-        (output_dir / "results.json").write_text(report.as_json(runs, agreements), encoding="utf-8")
+        (output_dir / "compare.md").write_text(comparison.as_markdown(runs, agreements), encoding="utf-8")
+        (output_dir / "results.json").write_text(comparison.as_json(runs, agreements), encoding="utf-8")
         pictures.draw_curves(runs, output_dir / "curves.png")
         pictures.draw_costs(runs, output_dir / "costs.png")
         console.print()
-        for note in report.notes(runs):
+        for note in comparison.notes(runs):
             console.print(note, style="dim")
-        console.print(report.as_table(runs, agreements))
+        console.print(comparison.as_table(runs, agreements))
         console.print(
             f"\nWritten to {output_dir}: compare.md (this table), curves.png, costs.png, results.json (every figure), "
             "runs/",
@@ -116,53 +90,40 @@ def _compare(
 
 
 def _run_all(
-    console: Console, job: Job, contenders: list[Contender], folders: dict[str, Path]
+    console: Console, job: Job, choices: list[ProviderChoice], folders: dict[str, Path]
 ) -> tuple[list[Run], dict[str, str]]:
-    """The finished runs, and why others are none."""
-    from trl_refplug.cli.progress import step_progress
-    from trl_refplug.compare.apart import RunFailedError, finished_run, run_apart
+    """Run the job with each provider. Returns the finished runs and, by label, the errors of those that failed."""
+    from trl_refplug.compare.child_process import RunFailedError, finished_run
 
     facts = job.facts()
     runs: list[Run] = []
     failures: dict[str, str] = {}
     with step_progress(console) as progress:
-        tasks = [
-            progress.add_task(contender.label, total=job.steps, start=False, shown="") for contender in contenders
-        ]
-        for task, contender in zip(tasks, contenders, strict=True):
-            folder = folders[contender.label]
-            run = finished_run(facts, contender, folder)
+        tasks = [progress.add_task(choice.label, total=job.steps, start=False, status="") for choice in choices]
+        for task, choice in zip(tasks, choices, strict=True):
+            folder = folders[choice.label]
+            run = finished_run(facts, choice, folder)
             if run is not None:
-                progress.update(task, completed=job.steps, shown="kept from an earlier run")
+                progress.update(task, completed=job.steps, status="kept from an earlier run")
                 runs.append(run)
                 continue
             progress.start_task(task)
             try:
-                runs.append(run_apart(job, contender, folder, *_shown(progress, task)))
+                runs.append(_run(progress, task, job, choice, folder))
             except RunFailedError as error:
-                failures[contender.label] = str(error)
-                progress.update(task, shown="failed")
+                failures[choice.label] = str(error)
+                progress.update(task, status="failed")
             progress.stop_task(task)
     return runs, failures
 
 
-def _shown(progress: Progress, task: TaskID) -> tuple[Callable[[str], None], Callable[[Step], None]]:
-    from trl_refplug.cli.progress import told
+def _run(progress: Progress, task: TaskID, job: Job, choice: ProviderChoice, folder: Path) -> Run:
+    from trl_refplug.compare.child_process import run_in_child
 
     def on_phase(phase: str) -> None:
-        progress.update(task, shown=phase)
+        progress.update(task, status=phase)
 
     def on_step(step: Step) -> None:
-        progress.update(task, completed=step.step, shown=told(step))
+        progress.update(task, completed=step.step, status=str(step))
 
-    return on_phase, on_step
-
-
-def _checked(model: str) -> str:
-    from transformers import AutoConfig
-
-    try:
-        AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"--model {model} cannot be loaded: {error}") from None
-    return model
+    return run_in_child(job, choice, folder, on_phase, on_step)

@@ -10,85 +10,62 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trl_refplug.errors import ConfigurationError, require_extra
+from trl_refplug.cli.common import exit_on_interrupt, make_output_directory
+from trl_refplug.cli.training_runs import ModelOption, SeedOption, StepsOption, resolve_model, step_progress
+from trl_refplug.compare.job import Job, Step
+from trl_refplug.compare.provider_choice import ProviderChoice
+from trl_refplug.errors import require_extra
 
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from trl_refplug.demo.job import JobSettings
-    from trl_refplug.demo.run import DemoResult
+    from trl_refplug.compare.demo import DemoResult
 
 
 def demo(
     ref_provider: Annotated[
-        str, typer.Option(help="Where the reference's log-probs come from: any provider `trl-refplug plugins` lists.")
+        str,
+        typer.Option(help="Where the reference's log-probs come from: a provider that `trl-refplug plugins` lists."),
     ] = "auto",
     ref_provider_kwargs: Annotated[
         str | None, typer.Option(metavar="JSON", help="The provider's options as a JSON object.")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Directory or hub id of a chat model. Default: SmolLM2-135M-Instruct, fetched if need be."),
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps, of two preference pairs each.")] = 24,
-    output_dir: Annotated[Path, typer.Option(help="Where the picture, figures and adapter go.")] = Path(
-        "refplug-demo"
-    ),
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    model: ModelOption = None,
+    steps: StepsOption = 24,
+    output_dir: Annotated[
+        Path, typer.Option(help="Directory for the picture, the figures and the trained adapter.")
+    ] = Path("refplug-demo"),
+    seed: SeedOption = 0,
 ) -> None:
     """Train SmolLM2-135M with LoRA-DPO for a few minutes, on a CPU, and see what the reference costs."""
     from rich.console import Console
 
-    console = Console(highlight=False)
-    try:
-        _demo(console, ref_provider, ref_provider_kwargs, model, steps, output_dir, seed)
-    except KeyboardInterrupt:
-        console.print("\nInterrupted. Nothing was written.")
-        raise typer.Exit(130) from None
-
-
-def _demo(
-    console: Console,
-    ref_provider: str,
-    ref_provider_kwargs: str | None,
-    model: str | None,
-    steps: int,
-    output_dir: Path,
-    seed: int,
-) -> None:
     require_extra("The plot of the demo", "demo", "matplotlib")
+    console = Console(highlight=False)
     with console.status("Loading PyTorch and TRL"):
-        from trl_refplug.arguments import ReferenceArguments
-        from trl_refplug.demo import report
-        from trl_refplug.demo.job import JobSettings
-        from trl_refplug.demo.model import find_model
-        from trl_refplug.trainers.selection import check_reference
+        from trl_refplug.compare.demo import summary
+        from trl_refplug.compare.pictures import draw_demo_curves
 
-        flags = ReferenceArguments(ref_provider=ref_provider, ref_provider_kwargs=ref_provider_kwargs)
-        check_reference(flags, policy_is_peft=True, online=False)
-    with console.status("Looking for the model"):
-        model = model or find_model(console.print)
-    settings = JobSettings(model, ref_provider, ref_provider_kwargs, steps, seed)
-
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        scratch = TemporaryDirectory(dir=output_dir, prefix=".unfinished-", ignore_cleanup_errors=True)
-    except OSError as error:
-        raise ConfigurationError(f"--output-dir {output_dir} cannot be written to: {error}") from None
-    try:
-        with scratch:
-            result = _train(console, settings, Path(scratch.name))
-            report.write_json(result, Path(scratch.name, "results.json"))
-            report.draw(result, Path(scratch.name, "curves.png"))
-            for name in ("adapter", "results.json", "curves.png"):
-                _replace(Path(scratch.name, name), output_dir / name)
-    finally:
-        with contextlib.suppress(OSError):  # it holds something, now or since an earlier run
-            output_dir.rmdir()
+        choice = ProviderChoice(ref_provider, ref_provider_kwargs)
+        choice.check()
+    with exit_on_interrupt("Nothing was written."):
+        job = Job(resolve_model(console, model), None, steps, seed)
+        make_output_directory("--output-dir", output_dir)
+        try:
+            # The results replace those of an earlier run only when all of them are there.
+            with TemporaryDirectory(dir=output_dir, prefix=".unfinished-", ignore_cleanup_errors=True) as scratch:
+                result = _train(console, job, choice, Path(scratch))
+                Path(scratch, "results.json").write_text(result.to_json(), encoding="utf-8")
+                draw_demo_curves(result, Path(scratch, "curves.png"))
+                for name in ("adapter", "results.json", "curves.png"):
+                    _replace(Path(scratch, name), output_dir / name)
+        finally:
+            with contextlib.suppress(OSError):  # the directory is not empty, so it is kept
+                output_dir.rmdir()
 
     console.print()
-    console.print(report.summary(result))
+    console.print(summary(result))
     other = "adapter" if result.provider == "frozen" else "frozen"
     console.print(
         f"\nWritten to {output_dir}: curves.png, results.json (every figure), adapter/ (the trained LoRA)\n"
@@ -97,18 +74,16 @@ def _demo(
     )
 
 
-def _train(console: Console, settings: JobSettings, scratch: Path) -> DemoResult:
-    from trl_refplug.cli.progress import step_progress, told
-    from trl_refplug.demo.job import Step
-    from trl_refplug.demo.run import run
+def _train(console: Console, job: Job, choice: ProviderChoice, folder: Path) -> DemoResult:
+    from trl_refplug.compare.demo import run_demo
 
     with step_progress(console) as progress:
-        task = progress.add_task("", total=settings.steps, shown="")
+        task = progress.add_task("", total=job.steps, status="")
 
         def on_step(step: Step) -> None:
-            progress.update(task, completed=step.step, shown=told(step))
+            progress.update(task, completed=step.step, status=str(step))
 
-        return run(settings, scratch, lambda phase: progress.update(task, description=phase), on_step)
+        return run_demo(job, choice, folder, lambda phase: progress.update(task, description=phase), on_step)
 
 
 def _replace(source: Path, target: Path) -> None:

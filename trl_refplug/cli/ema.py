@@ -1,4 +1,4 @@
-"""`trl-refplug ema`: what a moving reference left in checkpoints."""
+"""`trl-refplug ema`: works with the moving references in checkpoints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 
-app = typer.Typer(help="Moving references (ref_provider='ema').", no_args_is_help=True)
+app = typer.Typer(help="Work with moving references (ref_provider='ema').", no_args_is_help=True)
 
 
 @app.callback()

@@ -1,8 +1,7 @@
-"""What a training command launches in every process: TRL's script, or a task in the place of its training."""
+"""The script that training commands launch in every process. It runs TRL's script, or a task instead of training."""
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -10,17 +9,18 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from trl_refplug.cli.common import traceback_wanted
 from trl_refplug.cli.tasks import Task, decode
 from trl_refplug.cli.trl_scripts import PREFIXES, load, make_parser, our_classes, use_file
 from trl_refplug.errors import RefPlugError
 
 
 class _DoneError(Exception):
-    """Ends TRL's script where it would train."""
+    """Is raised to end TRL's script where it would train."""
 
 
 def _stop_as_training_begins() -> Any:
-    """A callback that ends a `train()` when the policy is sharded and what fills a store has filled it."""
+    """Make a callback that ends `train()` as training begins. By then a sharded policy's store has been filled."""
     from transformers import TrainerCallback
 
     class Stop(TrainerCallback):  # type: ignore[misc]
@@ -32,6 +32,7 @@ def _stop_as_training_begins() -> Any:
 
 @contextmanager
 def _instead_of_training(method: str, task: Task) -> Iterator[None]:
+    """Inside this context, the `train()` of the method's trainer runs the task and ends TRL's script."""
     import trl
 
     def run(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
@@ -56,7 +57,14 @@ def _instead_of_training(method: str, task: Task) -> Iterator[None]:
 
 
 def train(method: str, arguments: Sequence[str], task: Task | None = None) -> None:
-    """TRL's script for `method`, with the flags that it understands, or with `task` where it would train."""
+    """
+    Run TRL's training script.
+
+    Args:
+        method (`str`): `dpo`, `kto`, `grpo` or `rloo`.
+        arguments (`Sequence[str]`): Flags that the script understands.
+        task (`Task`, *optional*): What to do instead of training.
+    """
     *parsed, _ = make_parser(method).parse_args_and_config(list(arguments), return_remaining_strings=True)
     script_args, training_args, model_args, mixture = parsed
     if script_args.dataset_name and not mixture.datasets and Path(script_args.dataset_name).is_file():
@@ -69,7 +77,8 @@ def train(method: str, arguments: Sequence[str], task: Task | None = None) -> No
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()  # its threads would now and then abort a process that ends with them
+        # If its threads are still running when the process ends, they sometimes abort the process.
+        distributed.destroy_process_group()
 
 
 def _main() -> None:
@@ -78,7 +87,7 @@ def _main() -> None:
     try:
         train(method, arguments, task)
     except RefPlugError as error:
-        if os.environ.get("TRL_REFPLUG_TRACEBACK", "0") not in ("", "0"):
+        if traceback_wanted():
             traceback.print_exc()
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -87,6 +96,6 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    # Python put this directory first on the path, where modules of these names do not belong.
+    # Python puts the directory of a script first on the path. Modules of other packages must not be looked up here.
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
     _main()

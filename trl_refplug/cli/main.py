@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 import traceback
 import warnings
@@ -13,12 +12,13 @@ import typer
 
 import trl_refplug
 from trl_refplug.cli import bench, check, compare, demo, ema, new_plugin, plugins, serve, store, train
+from trl_refplug.cli.common import traceback_wanted
 from trl_refplug.errors import PluginError, RefPlugError, RefPlugWarning
 
 
 _python_format = warnings.formatwarning
 
-# Panels of `--help`, in this order
+# The panels of `--help`, in the order in which it shows them
 _TRAIN = "Train"
 _REFERENCES = "Reference stores, models and servers"
 _MEASURE = "Measure and compare"
@@ -27,7 +27,7 @@ _PLUGINS = "Providers and plugins"
 app = typer.Typer(
     name="trl-refplug",
     help="Pluggable reference models for TRL.",
-    epilog="Errors are shown without traceback; TRL_REFPLUG_TRACEBACK=1 shows it.",
+    epilog="Errors are shown without a traceback, unless TRL_REFPLUG_TRACEBACK=1 is set.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -61,17 +61,21 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line. A [`RefPlugError`] ends it with a message and exit code 2, Ctrl-C with 130."""
+    """
+    Run the command line.
+
+    A [`RefPlugError`] is shown as a message and ends it with exit code 2. Ctrl-C ends it with exit code 130.
+    """
     warnings.formatwarning = _formatted_warning
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # an arrow that a terminal does not have ends no command
+            stream.reconfigure(errors="replace")  # a terminal that cannot show an arrow shows a question mark
     try:
         app(prog_name="trl-refplug")
     except KeyboardInterrupt:
         sys.exit(130)
     except RefPlugError as error:
-        if os.environ.get("TRL_REFPLUG_TRACEBACK", "0") not in ("", "0"):
+        if traceback_wanted():
             raise
         _print_error(error)
         sys.exit(2)
@@ -82,14 +86,14 @@ def main() -> None:
 
 
 def _was_interrupted(error: BaseException | None) -> bool:
-    """Ctrl-C while a C extension is imported comes out as an `ImportError` that it caused."""
+    """Whether Ctrl-C caused this error. While a C extension is imported, it comes out as an `ImportError`."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
 def _formatted_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
-    """Ours in one line: the place is in this package, and says nothing."""
+    """Format our own warnings as one line, without the place in the code, which would tell a user nothing."""
     if issubclass(category, RefPlugWarning):
         return f"Warning: {message}\n"
     return _python_format(message, category, *place, **more)
@@ -100,7 +104,7 @@ def _print_error(error: RefPlugError) -> None:
 
     console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     if isinstance(error, PluginError) and error.__cause__ is not None and error.__cause__.__traceback__ is not None:
-        # What a selected plugin raised is for its author to see, with the place
+        # The traceback shows the author of the selected plugin where it failed.
         cause = error.__cause__
         console.print("".join(traceback.format_exception(type(cause), cause, cause.__traceback__)))
     console.print(f"Error: {error}", style="red")

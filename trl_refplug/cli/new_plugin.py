@@ -1,4 +1,4 @@
-"""`trl-refplug new-plugin`: a complete plugin package to start from."""
+"""`trl-refplug new-plugin`: writes a complete plugin package for authors to start from."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from trl_refplug.errors import ConfigurationError
 
 
 _TEMPLATE = Path(__file__).with_name("plugin_template")
-_MODULE = "refplug_example"  # the names in the template, which is a package that works as it is
+_MODULE = "refplug_example"  # the template is a working package; these are its module's and its provider's names
 _NAME = "example"
 
 
 def new_plugin(
     name: Annotated[str, typer.Argument(help="Name of the provider, as in ref_provider=NAME.")],
     directory: Annotated[
-        Path | None, typer.Option(help="Where the package goes, which must not exist yet. Default: ./refplug-NAME.")
+        Path | None,
+        typer.Option(help="New directory for the package. It must not exist yet. Default: ./refplug-NAME."),
     ] = None,
 ) -> None:
     """Write a complete, installable plugin package with one provider, its tests and a README."""
@@ -42,9 +43,10 @@ def new_plugin(
 
 
 def _write(source: Path, target: Path, name: str) -> None:
+    """Copy a directory of the template, with the plugin's names in all files and file names."""
     target.mkdir(parents=True)
     for entry in source.iterdir():
-        if entry.name.startswith((".", "__pycache__")):  # what tools left there
+        if entry.name.startswith((".", "__pycache__")):  # these are files of other tools
             continue
         path = target / _renamed(entry.name, name)
         if entry.is_dir():

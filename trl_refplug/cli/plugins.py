@@ -1,4 +1,4 @@
-"""`trl-refplug plugins`: which plugins and providers are installed, from where, and in what state."""
+"""`trl-refplug plugins`: lists the installed plugins and providers, where they come from, and their state."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ STATUS_STYLES = {"ok": "green", "blocked": "yellow", "failed": "red", "incompati
 
 
 def plugins(
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything known, as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything that is known, as JSON.")] = False,
 ) -> None:
     """List the installed plugins and the reference providers they bring."""
-    with contextlib.redirect_stdout(sys.stderr):  # what a plugin prints when it is imported is no part of the listing
+    with contextlib.redirect_stdout(sys.stderr):  # a plugin may print something when it is imported
         listing = _listing()
     if as_json:
         typer.echo(json.dumps(listing, indent=2, default=str))
@@ -51,7 +51,7 @@ def _described_plugin(record: PluginRecord) -> dict[str, Any]:
 
 
 def _described_provider(provider: RegisteredProvider) -> dict[str, Any]:
-    """All about a provider; where it cannot be used, `error` says why."""
+    """Everything that is known of a provider. If it cannot be used, `error` says why."""
     described: dict[str, Any] = {
         "name": provider.name,
         "plugin": provider.plugin.name,
@@ -77,7 +77,7 @@ def _print_listing(listing: dict[str, list[dict[str, Any]]]) -> None:
     for plugin in listing["plugins"]:
         style = STATUS_STYLES[plugin["status"]]
         details = Text(f"{plugin['distribution']} {plugin['version']}\n")
-        details.append(_short(plugin["location"]), style="dim")
+        details.append(_shorten(plugin["location"]), style="dim")
         if plugin["reason"]:
             details.append(f"\n{plugin['reason']}", style=style)
         plugins.add_row(Text(plugin["name"], style="bold"), Text(plugin["status"], style=style), details)
@@ -94,7 +94,7 @@ def _print_listing(listing: dict[str, list[dict[str, Any]]]) -> None:
     console = Console(highlight=False)
     console.print(plugins, providers)
     for plugin in listing["plugins"]:
-        if plugin["traceback"]:  # raised in the plugin's own code, for its author to see
+        if plugin["traceback"]:  # the plugin's own code failed, and its author needs the traceback
             console.print(Text(f"{plugin['name']}: {plugin['traceback']}"))
 
 
@@ -109,7 +109,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _short(path: str) -> str:
-    """A path without `__init__.py`, and with `~` for the home directory."""
+def _shorten(path: str) -> str:
+    """Shorten a path: leave out `__init__.py`, and write `~` for the home directory."""
     path, home = path.removesuffix("/__init__.py"), str(Path.home())
     return f"~{path[len(home) :]}" if path.startswith(f"{home}/") else path

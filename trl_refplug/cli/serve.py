@@ -1,63 +1,60 @@
-"""`trl-refplug serve`: a reference model for trainers on other machines."""
+"""`trl-refplug serve`: serves a reference model to trainers on other machines."""
 
 from __future__ import annotations
 
+import logging
 import os
-from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
+from trl_refplug.cli.common import Dtype
 from trl_refplug.errors import ConfigurationError, require_extra
 from trl_refplug.serving.api_key import read_key
+from trl_refplug.serving.limits import Limits
 
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
-class Dtype(StrEnum):
-    """Precisions of the weights."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Scoring(StrEnum):
-    """Ways to lay rows out."""
-
-    packed = "packed"
-    exact = "exact"
-
-
 def serve(
     model: Annotated[str, typer.Argument(help="Hub id or path of a model, or of a PEFT adapter that names its base.")],
     adapter: Annotated[str | None, typer.Option(help="PEFT adapter to put on MODEL.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights; TRL's own default is float32.")] = Dtype.float32,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda:1, ... By default an accelerator.")] = None,
+    dtype: Annotated[
+        Literal["auto", Dtype],
+        typer.Option(help="Precision of the weights. auto: as they are stored. TRL's own default is float32."),
+    ] = "float32",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda:1, ... Default: an accelerator, if there is one.")
+    ] = None,
     scoring: Annotated[
-        Scoring, typer.Option(help="packed: rows of all clients merged. exact: every request as sent, bit for bit.")
-    ] = Scoring.packed,
-    token_budget: Annotated[int | None, typer.Option(min=1, help="Most tokens of a packed forward pass.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 is any free one.")] = 8321,
+        Literal["packed", "exact"],
+        typer.Option(
+            help="packed: score the rows of all clients together. exact: score each request as it was sent, "
+            "bit for bit."
+        ),
+    ] = "packed",
+    token_budget: Annotated[
+        int | None, typer.Option(min=1, help="Largest number of tokens in a packed forward pass.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on. 0.0.0.0 listens on all addresses.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on. 0 takes any free port.")] = 8321,
     api_key_env: Annotated[
-        str | None, typer.Option(help="Environment variable with the key that clients have to present.")
+        str | None, typer.Option(help="Name of the environment variable with the key that clients have to send.")
     ] = None,
     ssl_certfile: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Certificate chain (PEM), for https.")
     ] = None,
     ssl_keyfile: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Its private key (PEM).")
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Private key of the certificate (PEM).")
     ] = None,
 ) -> None:
     """
     Serve a reference model to any number of trainers (`ref_provider="remote"`).
 
-    Ctrl-C or SIGTERM ends it when the requests it has taken are answered.
+    After Ctrl-C or SIGTERM, it answers the requests it has accepted and then ends.
     """
     _check_directory(model)
     key = read_key(api_key_env, "--api-key-env") if api_key_env is not None else None
@@ -68,15 +65,12 @@ def serve(
     require_extra("`trl-refplug serve`", "serve", "msgspec", "starlette", "uvicorn", "zstandard")
 
     from trl_refplug.serving.http_server import Server, listen
-    from trl_refplug.serving.limits import Limits
 
     try:
-        listener = listen(host, port)  # before the model is loaded, so that a wrong address shows at once
+        listener = listen(host, port)  # a wrong address shows at once, before the model is loaded
     except OSError as error:
         raise ConfigurationError(f"Cannot listen on {host} port {port}: {error.strerror or error}.") from None
     with listener:
-        import logging
-
         from trl_refplug.serving.app import make_app
         from trl_refplug.serving.loading import load_engine
 
@@ -84,13 +78,13 @@ def serve(
         engine = load_engine(
             model,
             adapter=adapter,
-            dtype=dtype.value,
+            dtype=dtype,
             device=device,
-            scoring=scoring.value,
+            scoring=scoring,
             token_budget=token_budget,
         )
         facts, limits = engine.facts, Limits()
-        url = f"{'https' if ssl_certfile else 'http'}://{_shown(host)}:{listener.getsockname()[1]}"
+        url = f"{'https' if ssl_certfile else 'http'}://{_in_url(host)}:{listener.getsockname()[1]}"
 
         def ready() -> None:
             what = f"{facts.model} with {facts.adapter}" if facts.adapter else facts.model
@@ -103,38 +97,39 @@ def serve(
 
         ssl: dict[str, Any] = {"ssl_certfile": ssl_certfile, "ssl_keyfile": ssl_keyfile} if ssl_certfile else {}
 
-        class Ended(Server):
-            """The second Ctrl-C ends it at once, also where asyncio (Python 3.12) would wait for its connections."""
+        class ImmediateExitServer(Server):
+            """A server that the second Ctrl-C ends at once. In Python 3.12 asyncio would wait for its connections."""
 
             def handle_exit(self, sig: int, frame: FrameType | None) -> None:
                 super().handle_exit(sig, frame)
                 if self.force_exit:
-                    os._exit(130)  # an interpreter that ends while a thread of it is in a forward pass is aborted
+                    os._exit(130)  # an ordinary exit is aborted if a thread is in a forward pass
 
         app = make_app(engine, key=key, limits=limits)
-        Ended(app, limits=limits, ready=ready, lost=app.state.lost, **ssl).run(sockets=[listener])
+        ImmediateExitServer(app, limits=limits, ready=ready, lost=app.state.lost, **ssl).run(sockets=[listener])
         if app.state.lost():
-            raise typer.Exit(1)  # what was logged says why; whatever started it starts it anew
+            raise typer.Exit(1)  # the log says why; what started this process can restart it
 
 
 def _check_directory(model: str) -> None:
-    """Refuse a path that does not exist at once, not after torch is imported."""
+    """Refuse a path that does not exist, before torch is imported."""
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
         raise ConfigurationError(f"Cannot serve {model!r}: there is no such directory.")
 
 
 def _check_certificate(certfile: Path, keyfile: Path | None) -> None:
-    """Refuse files that are no certificate and its key at once, not after the model is loaded."""
+    """Refuse files that are not a certificate and its key, before the model is loaded."""
     import ssl
 
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile, password="")
-    except OSError as error:  # ssl's own errors, too
+    except OSError as error:  # the errors of ssl are OSErrors, too
         raise ConfigurationError(
             f"--ssl-certfile {certfile} and --ssl-keyfile {keyfile or certfile} are not a certificate chain and its "
             f"private key, as PEM and without a passphrase: {error.strerror or error}."
         ) from None
 
 
-def _shown(host: str) -> str:
+def _in_url(host: str) -> str:
+    """Write an address as a URL needs it: IPv6 addresses are in brackets there."""
     return f"[{host}]" if ":" in host else host

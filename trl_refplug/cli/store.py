@@ -1,4 +1,4 @@
-"""`trl-refplug store`: what a log-prob store holds, whether it is intact and right, and its rows as a table."""
+"""`trl-refplug store`: shows what a log-prob store holds, checks it, and exports its rows as a table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Location = Annotated[str, typer.Argument(help="Directory or fsspec URL of the st
 Command = Annotated[
     list[str],
     typer.Argument(
-        help="After `--`: a training command, `dpo --model_name_or_path ...`, whose model and rows are meant."
+        help="After `--`: a training command, `dpo --model_name_or_path ...`. Its model and its rows are used."
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -34,7 +34,7 @@ def main() -> None:
 
 @app.command()
 def info(location: Location, as_json: AsJson = False) -> None:
-    """Say what is in a store and where it comes from. Reads the manifests only."""
+    """Show what is in a store and where it comes from. This reads only the manifests."""
     from trl_refplug.store import summarize
 
     summary = summarize(location)
@@ -50,11 +50,13 @@ def info(location: Location, as_json: AsJson = False) -> None:
     for name, reason in summary.damaged.items():
         typer.echo(f"  damaged: {name}: {reason}")
     if summary.set_aside:
-        typer.echo(f"  {len(summary.set_aside)} files of damaged shards, set aside: {', '.join(summary.set_aside)}")
+        typer.echo(
+            f"  {len(summary.set_aside)} files of damaged shards, which were set aside: {', '.join(summary.set_aside)}"
+        )
     if summary.journals:
         typer.echo(
-            f"  {len(summary.journals)} journals of writers at work, or killed (the next one publishes their rows): "
-            f"{', '.join(summary.journals)}"
+            f"  {len(summary.journals)} journals of writers that are at work or were killed (the next writer "
+            f"publishes the rows of those): {', '.join(summary.journals)}"
         )
     if summary.leftovers:
         typer.echo(
@@ -67,17 +69,21 @@ def info(location: Location, as_json: AsJson = False) -> None:
 def verify(
     location: Location,
     command: Command = [],  # noqa: B006 (typer copies it)
-    sample: Annotated[int, typer.Option(help="How many rows the training command's model scores again.", min=1)] = 64,
+    sample: Annotated[
+        int, typer.Option(help="Number of rows that the training command's model scores again.", min=1)
+    ] = 64,
     tolerance: Annotated[
-        float, typer.Option(help="Largest difference between two scorings of a token, in nats, that is no conflict.")
+        float,
+        typer.Option(help="Two scorings of a token conflict if they differ by more than this, in nats."),
     ] = 0.02,
     as_json: AsJson = False,
 ) -> None:
     """
-    Read all of a store: check every checksum, compare rows that were scored twice. Exits with 1 on any finding.
+    Read a whole store, check every checksum, and compare rows that were scored twice.
 
-    A store has no tokens, so to score rows again takes the training command that asks for them:
-    `trl-refplug store verify ref-store -- dpo --model_name_or_path ...`. Exits with 2 if they differ.
+    The exit code is 1 if anything is wrong. With a training command, its model also scores a sample of the rows again:
+    `trl-refplug store verify ref-store -- dpo --model_name_or_path ...`. A store holds no tokens, so the tokens of
+    these rows come from the training command. The exit code is 2 if the new log-probs differ.
     """
     from trl_refplug.store import verify as verify_store
 
@@ -111,20 +117,21 @@ def export(
     split: Annotated[str, typer.Option(help="`train`, `eval`, or the name of an evaluation set.")] = "train",
 ) -> None:
     """
-    Write a training command's data set with the log-probs that a store has of its rows.
+    Write a training command's data set, together with the log-probs that a store holds for its rows.
 
-    `trl-refplug store export ref-store table.parquet -- dpo --model_name_or_path ...` writes the tokenised rows with
-    `ref_chosen_logps` and `ref_rejected_logps` (KTO: `ref_logps`, `ref_KL_logps`), reduced as the command's trainer
-    does. A row that is not in the store is an error: fill it with `trl-refplug precompute` first.
+    `trl-refplug store export ref-store table.parquet -- dpo --model_name_or_path ...` writes the tokenized rows with
+    `ref_chosen_logps` and `ref_rejected_logps` (KTO: `ref_logps`, `ref_KL_logps`), reduced as the command's
+    trainer reduces them. It is an error if a row is not in the store: fill the store with `trl-refplug precompute`
+    first.
     """
     from trl_refplug.store import summarize
 
-    summarize(location)  # refuses a place without a store before anything is loaded
+    summarize(location)  # this raises if there is no store, before anything is loaded
     launch_task(Export(location, output, split), command, usage="trl-refplug store export PATH OUTPUT --")
 
 
 def _sources(summary: StoreSummary) -> list[str]:
-    """One line for each provenance: how much comes from it, and when."""
+    """One line for each provenance, which says how many rows come from it and when they were written."""
     groups: dict[str, list[Manifest]] = {}
     for manifest in summary.manifests:
         shown = {name: value for name, value in manifest.provenance.items() if name != "probe"}

@@ -1,7 +1,8 @@
 """
-What a training command can do instead of training: the trainer it builds knows every row as training will ask for it.
+What a training command can do instead of training.
 
-A task travels as JSON text to the processes that `accelerate launch` starts.
+A task gets the trainer that the command builds, which knows every row exactly as training would ask for it. The task
+is passed as JSON text to the processes that `accelerate launch` starts.
 """
 
 from __future__ import annotations
@@ -17,17 +18,22 @@ from trl_refplug.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """Something to do with a trainer whose reference is `cached`."""
+    """Something to do with a trainer whose reference provider is `cached`."""
 
     name: ClassVar[str]
 
     def configure(self, training_args: Any) -> None:
-        """Give `training_args` the reference that the task needs."""
+        """
+        Set the reference provider and the options that the task needs.
+
+        Raises:
+            ConfigurationError: `training_args` select a provider other than `cached`.
+        """
         provider = training_args.ref_provider
         if provider not in ("auto", "cached"):
             raise ConfigurationError(
-                f"`trl-refplug {self.name}` is about the store of ref_provider='cached'; found --ref_provider "
-                f"{provider}. To store what it answers, make it the source: --ref_provider cached "
+                f"`trl-refplug {self.name}` needs the store of ref_provider='cached'; found --ref_provider "
+                f"{provider}. To store what this provider answers, make it the source: --ref_provider cached "
                 f'--ref_provider_kwargs \'{{"source": "{provider}"}}\'.'
             )
         training_args.ref_provider = "cached"
@@ -35,20 +41,20 @@ class Task(ABC):
 
     @abstractmethod
     def _options(self) -> dict[str, Any]:
-        """Options of `cached`."""
+        """The options of `cached` that the task sets."""
 
     @abstractmethod
     def run(self, trainer: Any) -> str:
-        """Do it, in every process. Returns what to print."""
+        """Do the task. This is called in every process, and returns the text to print."""
 
     def encode(self) -> str:
-        """One word of a command line."""
+        """The task as one argument of a command line. [`decode`] reads it."""
         return json.dumps({"task": self.name, **asdict(self)})
 
 
 @dataclass(frozen=True)
 class Precompute(Task):
-    """Score the rows that the store misses."""
+    """Score the rows of the run that are not in the store yet."""
 
     name = "precompute"
 
@@ -61,7 +67,7 @@ class Precompute(Task):
 
 @dataclass(frozen=True)
 class Verify(Task):
-    """Score a sample of the rows that a store has once more."""
+    """Score a sample of the rows that a store holds again, and compare."""
 
     name = "store verify"
     path: str
@@ -85,7 +91,7 @@ class Verify(Task):
 
 @dataclass(frozen=True)
 class Export(Task):
-    """Write the data set with the log-probs of its rows."""
+    """Write the data set together with the log-probs of its rows."""
 
     name = "store export"
     path: str
@@ -119,9 +125,9 @@ class Export(Task):
 _TASKS: dict[str, type[Task]] = {task.name: task for task in (Precompute, Verify, Export)}
 
 
-def decode(word: str) -> Task | None:
-    """The task that a word of a command line stands for, if it does."""
-    if not word.startswith("{"):
+def decode(argument: str) -> Task | None:
+    """The task that an argument of a command line stands for, or `None` if it is an ordinary argument."""
+    if not argument.startswith("{"):
         return None
-    values = json.loads(word)
+    values = json.loads(argument)
     return _TASKS[values.pop("task")](**values)

@@ -1,13 +1,14 @@
 """
-`trl-refplug dpo|kto|grpo|rloo`: TRL's own training scripts, with the reference from a provider.
+`trl-refplug dpo|kto|grpo|rloo`: runs TRL's own training scripts, with the reference from a provider.
 
-The commands check the flags, and launch `launched.py` in every process as `accelerate launch` does.
+The commands check the flags, and then launch `launched.py` in every process as `accelerate launch` does.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -16,14 +17,15 @@ from typing import Any
 
 import typer
 
+from trl_refplug.arguments import ReferenceArguments
 from trl_refplug.cli import launched
 from trl_refplug.cli.tasks import Precompute, Task
 from trl_refplug.cli.trl_scripts import LOADERS, PREFIXES, make_parser
 from trl_refplug.errors import ConfigurationError, RefPlugError, did_you_mean
 
 
-# Everything on the command line goes to TRL's parser as it is. Its `--help` has a thousand lines, and takes seconds to
-# import: ours shows what is added, and `--help-all` is TRL's.
+# Everything on the command line goes to TRL's parser unchanged. Its `--help` has a thousand lines and takes seconds to
+# import, so our `--help` shows only the reference flags, and `--help-all` shows TRL's.
 COMMAND_SETTINGS: dict[str, Any] = {
     "add_help_option": False,
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
@@ -31,22 +33,22 @@ COMMAND_SETTINGS: dict[str, Any] = {
 
 
 def dpo(context: typer.Context) -> None:
-    """Train with DPO: TRL's `trl dpo` and the reference flags (`--help-all` lists all)."""
+    """Train with DPO. This takes all flags of `trl dpo`, and the reference flags."""
     _launch("dpo", context.args)
 
 
 def kto(context: typer.Context) -> None:
-    """Train with KTO: TRL's `trl kto` and the reference flags (`--help-all` lists all)."""
+    """Train with KTO. This takes all flags of `trl kto`, and the reference flags."""
     _launch("kto", context.args)
 
 
 def grpo(context: typer.Context) -> None:
-    """Train with GRPO: TRL's `trl grpo` and the reference flags (`--help-all` lists all)."""
+    """Train with GRPO. This takes all flags of `trl grpo`, and the reference flags."""
     _launch("grpo", context.args)
 
 
 def rloo(context: typer.Context) -> None:
-    """Train with RLOO: TRL's `trl rloo` and the reference flags (`--help-all` lists all)."""
+    """Train with RLOO. This takes all flags of `trl rloo`, and the reference flags."""
     _launch("rloo", context.args)
 
 
@@ -54,19 +56,20 @@ def precompute(context: typer.Context) -> None:
     """
     Score the rows of a training run into its log-prob store, and do not train.
 
-    Takes a method and the training command's own arguments (`trl-refplug precompute dpo --model_name_or_path ...`),
-    so that the tokens are the same. Rows that are there are not scored again.
+    It takes a method and the arguments of the training command, so that the tokens are the same as in training:
+    `trl-refplug precompute dpo --model_name_or_path ...`. Rows that are in the store already are not scored again.
     """
     launch_task(Precompute(), context.args, usage="trl-refplug precompute")
 
 
 def launch_task(task: Task, command: Sequence[str], *, usage: str) -> None:
     """
-    Run a training command that does `task` and does not train.
+    Run a training command that does a task instead of training.
 
     Args:
+        task (`Task`): What to do.
         command (`Sequence[str]`): A method and its arguments.
-        usage (`str`): What is written before them, for messages.
+        usage (`str`): What a user writes before the method on the command line. Error messages show it.
     """
     method = command[0] if command else None
     if method not in PREFIXES:
@@ -78,7 +81,7 @@ def launch_task(task: Task, command: Sequence[str], *, usage: str) -> None:
 
 
 def _launch(method: str, arguments: Sequence[str], task: Task | None = None) -> None:
-    """Check what can be checked at once, then launch."""
+    """Check what can be checked without loading a model or data, then launch."""
     if arguments[:1] in (["--help"], ["-h"]):
         print(_help(method))
         return
@@ -92,32 +95,31 @@ def _launch(method: str, arguments: Sequence[str], task: Task | None = None) -> 
         task.configure(parsed[1])
     _check(method, *parsed)
 
-    # What TRL's parser does not know is for `accelerate launch`, or a mistake.
+    # Flags that TRL's parser does not know are meant for `accelerate launch`, or are mistakes.
     launch_parser = launch_command_parser()
     _check_launch_flags([*from_config, *from_cli], launch_parser, parser)
     try:
         launch_flags = resolve_accelerate_config_argument([*from_config, *from_cli])
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
-    what = [method] if task is None else [task.encode(), method]
-    launch_args = launch_parser.parse_args([*launch_flags, launched.__file__, *what, *_without(arguments, from_cli)])
+    script_args = [method] if task is None else [task.encode(), method]
+    script_args += _without(arguments, from_cli)
+    launch_args = launch_parser.parse_args([*launch_flags, launched.__file__, *script_args])
     if launch_args.training_script != launched.__file__:
-        raise ConfigurationError(f"Unexpected argument {launch_args.training_script!r}: it belongs to no flag.")
+        raise ConfigurationError(
+            f"Unexpected argument {launch_args.training_script!r}: it does not belong to any flag."
+        )
     _run(launch_command, launch_args)
 
 
 def _help(method: str) -> str:
-    """The reference flags, and where all others are."""
-    from argparse import ArgumentParser
-
-    from trl_refplug.arguments import ReferenceArguments
-
+    """The text of `--help`: the reference flags, and where to find all others."""
     command = f"trl-refplug {method}"
     parser = ArgumentParser(
         prog=command,
         usage=f"{command} [--config FILE.yaml] [TRL's flags] [reference flags] [flags of `accelerate launch`]",
         description=f"Trains as `trl {method}` does, with the reference's log-probs from the selected provider.",
-        epilog=f"All flags of TRL's own, with their defaults: {command} --help-all. Providers and their options: "
+        epilog=f"TRL's own flags with their defaults: {command} --help-all. Providers and their options: "
         "trl-refplug plugins.",
         add_help=False,
     )
@@ -129,22 +131,28 @@ def _help(method: str) -> str:
 
 
 def _parse(parser: Any, arguments: list[str]) -> tuple[Any, ...]:
+    """
+    Parse the arguments with TRL's parser.
+
+    Returns what TRL's parser returns: one object for each of its dataclasses, then the flags that it does not know
+    from the `--config` file, then those from the command line.
+    """
     from yaml import YAMLError  # type: ignore[import-untyped]
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the launched processes parse again, and show them
+            warnings.simplefilter("ignore")  # the launched processes parse again and show the warnings
             return parser.parse_args_and_config(  # type: ignore[no-any-return]
                 arguments, return_remaining_strings=True, separate_remaining_strings=True
             )
     except RefPlugError:
         raise
-    except (OSError, ValueError, YAMLError) as error:  # what TRL's configurations and `--config` files raise
+    except (OSError, ValueError, YAMLError) as error:  # TRL's configurations and `--config` files raise these
         raise ConfigurationError(str(error)) from error
 
 
 def _run(launch_command: Any, launch_args: Any) -> None:
-    """Failures were reported by the process that failed, so only the exit code is passed on."""
+    """Launch the processes. A process that fails reports its error itself, so only the exit code is passed on."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
@@ -158,36 +166,40 @@ def _run(launch_command: Any, launch_args: Any) -> None:
 
 def _check(method: str, script_args: Any, training_args: Any, model_args: Any, mixture: Any) -> None:
     """
-    What would otherwise fail after the launch, or after a model and data are loaded.
+    Check what would otherwise fail after the launch, or after a model and data are loaded.
 
     Raises:
-        RefPlugError: In the reference flags, or where the model or the data set is not named or does not exist.
+        RefPlugError: The reference flags cannot work, or the model or the data set is not named or does not exist.
     """
     from trl_refplug.trainers.selection import check_reference
 
     check_reference(training_args, policy_is_peft=model_args.use_peft, online=method in ("grpo", "rloo"))
     if model_args.model_name_or_path is None:
         raise ConfigurationError("No model: pass --model_name_or_path with a directory or hub id.")
-    _check_there_is("--model_name_or_path", model_args.model_name_or_path)
+    _check_exists("--model_name_or_path", model_args.model_name_or_path)
     name = script_args.dataset_name
     if mixture.datasets:
         return
     if name is None:
         raise ConfigurationError("No data: pass --dataset_name with a file, a directory or a hub id.")
     if not Path(name).is_file():
-        _check_there_is("--dataset_name", name)
+        _check_exists("--dataset_name", name)
         return
     if Path(name).suffix not in LOADERS:
         raise ConfigurationError(f"--dataset_name {name}: expected a file that ends in {', '.join(LOADERS)}.")
     if training_args.eval_strategy != "no":
         raise ConfigurationError(
-            f"--dataset_name {name} is a single file, which has no evaluation split. Pass a directory with one file a "
-            "split (train.jsonl and test.jsonl, say), or --eval_strategy no."
+            f"--dataset_name {name} is a single file, which has no evaluation split. Pass a directory with one file "
+            "for each split (train.jsonl and test.jsonl, say), or --eval_strategy no."
         )
 
 
-def _check_there_is(flag: str, name: str) -> None:
-    """A name that is no path here may be a hub id, unless it cannot be one or looks like a misspelt path."""
+def _check_exists(flag: str, name: str) -> None:
+    """
+    Check that a model or a data set exists.
+
+    A name that is not a path on this machine is taken for a hub id, unless it looks like a misspelled path.
+    """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -204,6 +216,7 @@ def _check_there_is(flag: str, name: str) -> None:
 
 
 def _check_launch_flags(arguments: list[str], launch_parser: Any, parser: Any) -> None:
+    """Refuse flags that neither TRL's parser nor `accelerate launch` knows."""
     known = {*launch_parser._option_string_actions, "--accelerate_config"}
     for argument in arguments:
         flag = argument.partition("=")[0]
@@ -214,7 +227,7 @@ def _check_launch_flags(arguments: list[str], launch_parser: Any, parser: Any) -
 
 
 def _without(arguments: list[str], removed: list[str]) -> list[str]:
-    """`arguments` less `removed`, an ordered subsequence of it."""
+    """Leave `removed` out of `arguments`. It must be a subsequence of `arguments`, in the same order."""
     kept, pending = [], list(removed)
     for argument in arguments:
         if pending and argument == pending[0]:

@@ -1,8 +1,8 @@
 """
-The training scripts of TRL, with our classes in the place of TRL's.
+TRL's own training scripts, with our classes in the place of TRL's.
 
-They import their classes from `trl` when their functions are called. Running those very functions keeps every flag of
-every TRL release, where a copy of the scripts would fall behind.
+The scripts import their classes from `trl` when their functions are called, so they use whatever these names stand for
+then. A copy of the scripts would miss the flags of later TRL releases; running TRL's own functions misses none.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any, NoReturn
 from trl_refplug.errors import SeamError
 
 
-PREFIXES = {"dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO"}  # of TRL's class names
+PREFIXES = {"dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO"}  # prefixes of TRL's class names
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 @contextmanager
 def our_classes(method: str) -> Iterator[None]:
-    """In `trl`, the names of the method's classes are ours."""
+    """Inside this context, the method's class names in `trl` stand for our classes."""
     import trl
 
     import trl_refplug
@@ -41,13 +41,13 @@ def our_classes(method: str) -> Iterator[None]:
 
 def load(method: str) -> Any:
     """
-    The module of the method's script.
+    Import the module of the method's script.
 
     Raises:
-        SeamError: It does not take its trainer from `trl` when it is called.
+        SeamError: The script does not import its trainer from `trl` inside its `main` function.
     """
     script = importlib.import_module(f"trl.scripts.{method}")
-    # A trainer imported any earlier would be TRL's own: the reference flags would be ignored silently.
+    # If it imported its trainer earlier, it would get TRL's own, which would silently ignore the reference flags.
     if f"{PREFIXES[method]}Trainer" not in script.main.__code__.co_varnames:
         _raise_unsupported(method)
     return script
@@ -55,10 +55,10 @@ def load(method: str) -> Any:
 
 def make_parser(method: str) -> Any:
     """
-    The script's parser, which knows the reference flags.
+    Make the script's parser, with the reference flags.
 
     Raises:
-        SeamError: It does not.
+        SeamError: The script's parser does not know the reference flags.
     """
     import trl_refplug
 
@@ -70,7 +70,11 @@ def make_parser(method: str) -> Any:
 
 
 def use_file(script_args: Any, mixture: Any) -> None:
-    """The scripts load directories and hub ids by name; a file they take as the one member of a mixture."""
+    """
+    Make the scripts load a single file.
+
+    They load only directories and hub ids by name. A file has to be given as the only member of a data set mixture.
+    """
     from trl.scripts.utils import DatasetConfig
 
     path = Path(script_args.dataset_name)

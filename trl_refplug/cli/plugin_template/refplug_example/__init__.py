@@ -1,11 +1,11 @@
-"""The plugin: what it registers. It imports no torch, so that listing plugins stays instant."""
+"""The plugin. It registers the provider, and does not import torch, so that plugins can be listed at once."""
 
 from trl_refplug import hookimpl
 from trl_refplug.hookspecs import Register
 
 from refplug_example.options import CAPABILITIES, ExampleOptions
 
-API_VERSION = 1  # the plugin interface this was written for
+API_VERSION = 1  # the version of the plugin interface that this plugin was written for
 
 
 @hookimpl

