@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from trl_refplug.cli.common import traceback_wanted
+from trl_refplug.cli.failures import CANNOT_BE_DONE, INTERRUPTED, report
 from trl_refplug.cli.tasks import Task, decode
 from trl_refplug.cli.trl_scripts import PREFIXES, load, make_parser, our_classes, use_file
-from trl_refplug.errors import RefPlugError
 
 
 class _DoneError(Exception):
@@ -86,13 +84,12 @@ def _main() -> None:
     method, *arguments = sys.argv[1:] if task is None else sys.argv[2:]
     try:
         train(method, arguments, task)
-    except RefPlugError as error:
-        if traceback_wanted():
-            traceback.print_exc()
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        error = task.explain(error) if task is not None else error
+        status = report(error)
+        sys.exit(task.status_of(error) if task is not None and status == CANNOT_BE_DONE else status)
 
 
 if __name__ == "__main__":

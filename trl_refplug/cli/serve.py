@@ -12,6 +12,7 @@ import typer
 
 from trl_refplug.cli.common import Dtype
 from trl_refplug.errors import ConfigurationError, require_extra
+from trl_refplug.runtime.names import check_name
 from trl_refplug.serving.api_key import read_key
 from trl_refplug.serving.limits import Limits
 
@@ -56,7 +57,9 @@ def serve(
 
     After Ctrl-C or SIGTERM, it answers the requests it has accepted and then ends.
     """
-    _check_directory(model)
+    check_name("MODEL", model)
+    if adapter is not None:
+        check_name("--adapter", adapter)
     key = read_key(api_key_env, "--api-key-env") if api_key_env is not None else None
     if ssl_keyfile and not ssl_certfile:
         raise ConfigurationError("--ssl-keyfile needs --ssl-certfile.")
@@ -109,12 +112,6 @@ def serve(
         ImmediateExitServer(app, limits=limits, ready=ready, lost=app.state.lost, **ssl).run(sockets=[listener])
         if app.state.lost():
             raise typer.Exit(1)  # the log says why; what started this process can restart it
-
-
-def _check_directory(model: str) -> None:
-    """Refuse a path that does not exist, before torch is imported."""
-    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
-        raise ConfigurationError(f"Cannot serve {model!r}: there is no such directory.")
 
 
 def _check_certificate(certfile: Path, keyfile: Path | None) -> None:

@@ -13,12 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from trl_refplug.errors import ConfigurationError
+from trl_refplug.cli.failures import CANNOT_BE_DONE, DIFFERS
+from trl_refplug.errors import ConfigurationError, MissingRowError, ReferenceMismatchError
+from trl_refplug.plugins import plugin_manager
+from trl_refplug.runtime.aside import written_aside
 
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """Something to do with a trainer whose reference provider is `cached`."""
+    """Something to do with a trainer whose reference is stored."""
 
     name: ClassVar[str]
 
@@ -27,29 +30,50 @@ class Task(ABC):
         Set the reference provider and the options that the task needs.
 
         Raises:
-            ConfigurationError: `training_args` select a provider other than `cached`.
+            ConfigurationError: `training_args` select a provider that has no store.
         """
-        provider = training_args.ref_provider
-        if provider not in ("auto", "cached"):
+        name = training_args.ref_provider
+        stored = plugin_manager().able("stored")
+        if name not in ("auto", *stored):
             raise ConfigurationError(
-                f"`trl-refplug {self.name}` needs the store of ref_provider='cached'; found --ref_provider "
-                f"{provider}. To store what this provider answers, make it the source: --ref_provider cached "
-                f'--ref_provider_kwargs \'{{"source": "{provider}"}}\'.'
+                f"`trl-refplug {self.name}` needs the store of --ref_provider {' or '.join(stored)}; found "
+                f"--ref_provider {name}. To store what this provider answers, make it the source: --ref_provider "
+                f'{stored[0]} --ref_provider_kwargs \'{{"source": "{name}"}}\'.'
             )
-        training_args.ref_provider = "cached"
+        training_args.ref_provider = stored[0] if name == "auto" else name
         training_args.ref_provider_kwargs = {**(training_args.ref_provider_kwargs or {}), **self._options()}
 
     @abstractmethod
     def _options(self) -> dict[str, Any]:
-        """The options of `cached` that the task sets."""
+        """The options of the provider that the task sets."""
 
     @abstractmethod
     def run(self, trainer: Any) -> str:
         """Do the task. This is called in every process, and returns the text to print."""
 
+    def explain(self, error: Exception) -> Exception:
+        """The error that a user of this command should see in the place of `error`."""
+        return error
+
+    def status_of(self, error: Exception) -> int:
+        """The exit status of the command if it fails with this error."""
+        return CANNOT_BE_DONE
+
     def encode(self) -> str:
         """The task as one argument of a command line. [`decode`] reads it."""
         return json.dumps({"task": self.name, **asdict(self)})
+
+
+def _rows_are_missing(error: Exception, path: str) -> Exception:
+    """A missing row, as a command that reads a store should tell of it."""
+    if not isinstance(error, MissingRowError):
+        return error
+    found = str(error).partition(";")[0].partition(". ")[0]
+    return MissingRowError(
+        f"{found}. Either the store was filled for another model, other data or another precision, or it is not "
+        f"complete: `trl-refplug precompute` with the same training command and --ref_provider_kwargs "
+        f"'{json.dumps({'path': path})}' scores what is missing."
+    )
 
 
 @dataclass(frozen=True)
@@ -75,6 +99,12 @@ class Verify(Task):
 
     def _options(self) -> dict[str, Any]:
         return {"path": self.path, "fill": "never", "verify": self.sample}
+
+    def explain(self, error: Exception) -> Exception:
+        return _rows_are_missing(error, self.path)
+
+    def status_of(self, error: Exception) -> int:
+        return DIFFERS if isinstance(error, ReferenceMismatchError) else CANNOT_BE_DONE
 
     def run(self, trainer: Any) -> str:
         check = trainer.ref_model.provider.sample_check
@@ -111,13 +141,17 @@ class Export(Task):
     def _options(self) -> dict[str, Any]:
         return {"path": self.path, "fill": "never"}
 
+    def explain(self, error: Exception) -> Exception:
+        return _rows_are_missing(error, self.path)
+
     def run(self, trainer: Any) -> str:
         from trl_refplug.trainers.reference_columns import reference_columns
 
         if not trainer.is_world_process_zero():
             return ""
         table = reference_columns(trainer, self.split)
-        getattr(table, self.WRITERS.get(Path(self.output).suffix, "save_to_disk"))(self.output)
+        with written_aside(Path(self.output)) as path:
+            getattr(table, self.WRITERS.get(path.suffix, "save_to_disk"))(str(path))
         columns = [name for name in table.column_names if name.startswith("ref_")]
         return f"{len(table):,} rows with {' and '.join(columns)} in {self.output}"
 
