@@ -12,7 +12,7 @@ import typer
 from trl_refplug.cli.checks import check_writable
 from trl_refplug.cli.common import Dtype, exit_on_interrupt, make_output_directory, torch_dtype
 from trl_refplug.data_files import read_pairs
-from trl_refplug.errors import require_extra
+from trl_refplug.errors import ConfigurationError, did_you_mean, require_extra
 from trl_refplug.runtime.names import check_name
 
 
@@ -71,6 +71,13 @@ def score(
     """
     require_extra("The plot of the benchmark", "demo", "matplotlib")
     started = time.monotonic()
+    from trl_refplug.bench.workloads import SHAPES
+
+    for name in shape or ():
+        if name not in SHAPES:
+            raise ConfigurationError(
+                f"--shape {name}: expected one of {', '.join(SHAPES)}.{did_you_mean(name, SHAPES)}"
+            )
     check_name("--model", model)
     file_pairs = None if data is None else read_pairs(data, None if sample else rows)
     check_writable("--output", output)

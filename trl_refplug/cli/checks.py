@@ -122,3 +122,18 @@ def check_writable(option: str, path: Path) -> None:
         raise ConfigurationError(f"{option} {path} cannot be written to: {there} is a file.")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ConfigurationError(f"{option} {path} cannot be written to: no permission to write in {there}.")
+
+
+def check_output(option: str, path: Path) -> None:
+    """
+    Check that a file or a directory can be written. Nothing is created.
+
+    Raises:
+        ConfigurationError: It cannot, or it is a directory with something in it.
+    """
+    check_writable(option, path.absolute().parent)
+    if path.is_dir() and any(path.iterdir()):
+        raise ConfigurationError(
+            f"{option} {path} is a directory with something in it, which would be mixed with what is written. Name a "
+            "new one."
+        )

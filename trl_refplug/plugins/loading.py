@@ -22,7 +22,13 @@ import pluggy
 import trl_refplug
 from trl_refplug import hookspecs, providers
 from trl_refplug.errors import PluginError
-from trl_refplug.plugins.checks import class_problems, hook_problems, incompatibility, registration_problem
+from trl_refplug.plugins.checks import (
+    class_problems,
+    hook_problems,
+    incompatibility,
+    registration_problem,
+    target_problem,
+)
 from trl_refplug.plugins.failures import told_with_remedy
 from trl_refplug.plugins.installed import PluginRecord, canonical, canonical_names, installed
 from trl_refplug.provider import Capabilities, ReferenceProvider
@@ -68,6 +74,11 @@ class RegisteredProvider:
     def capabilities(self) -> Capabilities:
         """What the provider can do. Imports it where the plugin did not register that."""
         return self.light_capabilities or self.load().capabilities
+
+    def problem(self) -> str:
+        """Why it cannot be used, as far as that is known without importing it; an empty string if nothing is."""
+        found = target_problem(self.target) if isinstance(self.target, str) else ""
+        return f"Provider {self.name!r} ({self.target}) cannot be imported: {found}." if found else ""
 
     def load(self) -> type[ReferenceProvider]:
         """

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trl_refplug.errors import StoreError
 from trl_refplug.store.catalogue import Catalogue
 from trl_refplug.store.folder import DAMAGED_SUFFIX, TEMPORARY_PREFIX, open_existing, reading
-from trl_refplug.store.format import SHARD_SUFFIX, DamagedFileError, Manifest, files_of, published_names
+from trl_refplug.store.format import (
+    MANIFEST_SUFFIX,
+    SHARD_SUFFIX,
+    DamagedFileError,
+    Manifest,
+    files_of,
+    published_names,
+)
 from trl_refplug.store.journal import JOURNAL_SUFFIX
 
 
@@ -95,11 +104,31 @@ class VerifyReport:
         return not self.damaged and not self.conflicts
 
 
+def _require_store(location: object, names: Iterable[str]) -> None:
+    """
+    Check that a directory has files of a store.
+
+    Raises:
+        StoreError: It has none.
+    """
+    files = list(names)
+    shards = [Path(file).with_suffix(MANIFEST_SUFFIX).name for file in files if file.endswith(SHARD_SUFFIX)]
+    if not published_names([*files, *shards]) and not any(
+        file.endswith((JOURNAL_SUFFIX, DAMAGED_SUFFIX)) or file.startswith(TEMPORARY_PREFIX) for file in files
+    ):
+        found = f"found {', '.join(sorted(files)[:3])}{', ...' if len(files) > 3 else ''}" if files else "it is empty"
+        raise StoreError(
+            f"{str(location)!r} is no store: expected shards or journals, {found}. Check the path, or fill a store "
+            "there with `trl-refplug precompute`"
+        )
+
+
 def summarize(location: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None) -> StoreSummary:
     """Read the manifests of a store, and only them."""
     folder = open_existing(location, cache_dir)
     with reading(location):
         present = set(folder.names())
+        _require_store(location, present)
         names = published_names(present)
         folder.fetch([files_of(name)[0] for name in names])
     manifests, damaged = [], {}
@@ -139,8 +168,10 @@ def verify(
             Other batch shapes move bfloat16 log-probs by up to 6e-3, other devices by somewhat more.
         cache_dir (`str` or `os.PathLike`): Where copies of remote shards are kept.
     """
-    catalogue = Catalogue(open_existing(location, cache_dir))
+    folder = open_existing(location, cache_dir)
+    catalogue = Catalogue(folder)
     with reading(location):
+        _require_store(location, folder.names())
         damaged = catalogue.refresh()
     names = list(catalogue.manifests)
     conflicts = []

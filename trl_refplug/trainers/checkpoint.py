@@ -69,12 +69,31 @@ def compare_with_checkpoint(checkpoint: str, provider: ReferenceProvider) -> Any
     current = provider.identity()
     if saved.digest != current.digest:
         raise ReferenceMismatchError(
-            f"{checkpoint} was trained against the reference {saved}, and this run has {current}: another model, "
-            "revision, adapter or precision. Pass the policy as it was passed when training started (not the "
-            "checkpoint itself: `resume_from_checkpoint` loads that), and the same reference options."
+            f"{checkpoint} was trained against the reference {saved}, and this run has {current}: "
+            f"{_difference(saved, current)}"
         )
     provider.load_state(Path(checkpoint) / STATE_DIRECTORY)
     return record.get("probe")
+
+
+def _difference(saved: ReferenceIdentity, current: ReferenceIdentity) -> str:
+    """What to do about two identities that differ. What differs in the details for people is named."""
+    if saved.provider != current.provider:
+        return f"another provider. Use --ref_provider {saved.provider}, or start anew."
+    names = [
+        name for name in {**saved.details, **current.details} if saved.details.get(name) != current.details.get(name)
+    ]
+    if names:
+        was = ", ".join(f"{name}={saved.details.get(name)}" for name in names)
+        now = ", ".join(f"{name}={current.details.get(name)}" for name in names)
+        return (
+            f"it had {was}, and has {now} now. Pass the policy as it was passed when training started, and the same "
+            "reference options."
+        )
+    return (
+        "another model, revision, adapter or precision. Pass the policy as it was passed when training started (not "
+        "the checkpoint itself: `resume_from_checkpoint` loads that), and the same reference options."
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:
