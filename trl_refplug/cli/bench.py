@@ -71,13 +71,7 @@ def score(
     """
     require_extra("The plot of the benchmark", "demo", "matplotlib")
     started = time.monotonic()
-    from trl_refplug.bench.workloads import SHAPES
-
-    for name in shape or ():
-        if name not in SHAPES:
-            raise ConfigurationError(
-                f"--shape {name}: expected one of {', '.join(SHAPES)}.{did_you_mean(name, SHAPES)}"
-            )
+    _check_shapes(shape or [])
     check_name("--model", model)
     file_pairs = None if data is None else read_pairs(data, None if sample else rows)
     check_writable("--output", output)
@@ -117,6 +111,18 @@ def score(
             f"Scored {scored:,} rows in {tqdm.format_interval(time.monotonic() - started)}. "
             f"Written to {output}: score.md (this table), score.png, score.json (every run)"
         )
+
+
+def _check_shapes(names: list[str]) -> None:
+    """Refuse a shape that does not exist, before the model is loaded."""
+    if not names:
+        return
+    from trl_refplug.bench.workloads import SHAPES
+
+    for name in names:
+        if name not in SHAPES:
+            known = ", ".join(SHAPES)
+            raise ConfigurationError(f"--shape {name}: expected one of {known}.{did_you_mean(name, SHAPES)}")
 
 
 def _pairs(model: str, loaded: Any, pairs: list[dict[str, Any]] | None, rows: int, sample: bool) -> list[Pair]:

@@ -17,6 +17,15 @@ from trl_refplug.errors import ConfigurationError
 
 
 _REFERENCE_FLAGS = tuple(field.name for field in fields(ReferenceArguments))
+_TRAINING_FLAGS = (
+    "config",
+    "model_name_or_path",
+    "dataset_name",
+    "output_dir",
+    "resume_from_checkpoint",
+    "eval_strategy",
+    "reward_model_name_or_path",
+)
 
 
 @dataclass(frozen=True)
@@ -54,12 +63,10 @@ def read_flags(arguments: Sequence[str]) -> GivenFlags:
     """
     parser = ArgumentParser(add_help=False, argument_default=None)
     parser.error = refuse  # type: ignore[method-assign]
-    for name in (*_REFERENCE_FLAGS, "config", "model_name_or_path", "dataset_name", "output_dir"):
-        parser.add_argument(f"--{name}")
-    for name in ("resume_from_checkpoint", "eval_strategy", "reward_model_name_or_path"):
-        parser.add_argument(f"--{name}")
-    parser.add_argument("--reward_funcs", nargs="*")
-    parser.add_argument("--use_peft", nargs="?", const="true")
+    for name in (*_REFERENCE_FLAGS, *_TRAINING_FLAGS):
+        parser.add_argument(*_spellings(name))
+    parser.add_argument(*_spellings("reward_funcs"), nargs="*")
+    parser.add_argument(*_spellings("use_peft"), nargs="?", const="true")
     found, _ = parser.parse_known_args(list(arguments))
     values = _config_file(found.config) if found.config else {}
     values |= {name: value for name, value in vars(found).items() if value is not None}
@@ -85,6 +92,11 @@ def read_flags(arguments: Sequence[str]) -> GivenFlags:
 def refuse(message: str) -> NoReturn:
     """Takes the place of `ArgumentParser.error`, which would print a usage of many lines before the message."""
     raise ConfigurationError(f"{message[:1].upper()}{message[1:].rstrip('.')}.")
+
+
+def _spellings(name: str) -> list[str]:
+    """A flag with underscores and with dashes, as TRL's parser takes it."""
+    return sorted({f"--{name}", f"--{name.replace('_', '-')}"}, reverse=True)
 
 
 def _text(values: dict[str, Any], name: str) -> str | None:

@@ -69,8 +69,15 @@ def train(method: str, arguments: Sequence[str], task: Task | None = None) -> No
         use_file(script_args, mixture)
     if task is not None:
         task.configure(training_args)
-    with our_classes(method), nullcontext() if task is None else _instead_of_training(method, task):
-        load(method).main(script_args, training_args, model_args, mixture)
+    output_dir = Path(training_args.output_dir)
+    existed = output_dir.exists()
+    try:
+        with our_classes(method), nullcontext() if task is None else _instead_of_training(method, task):
+            load(method).main(script_args, training_args, model_args, mixture)
+    finally:
+        if not existed:
+            with suppress(OSError):  # it is not empty, so it is kept
+                output_dir.rmdir()
 
     from torch import distributed
 

@@ -57,9 +57,6 @@ def serve(
 
     After Ctrl-C or SIGTERM, it answers the requests it has accepted and then ends.
     """
-    check_name("MODEL", model)
-    if adapter is not None:
-        check_name("--adapter", adapter)
     key = read_key(api_key_env, "--api-key-env") if api_key_env is not None else None
     if ssl_keyfile and not ssl_certfile:
         raise ConfigurationError("--ssl-keyfile needs --ssl-certfile.")
@@ -74,6 +71,10 @@ def serve(
     except OSError as error:
         raise ConfigurationError(f"Cannot listen on {host} port {port}: {error.strerror or error}.") from None
     with listener:
+        check_name("MODEL", model)
+        if adapter is not None:
+            check_name("--adapter", adapter)
+
         from trl_refplug.serving.app import make_app
         from trl_refplug.serving.loading import load_engine
 
