@@ -33,12 +33,17 @@ from trl_refplug.errors import (
 )
 from trl_refplug.hookspecs import API_VERSION, hookimpl
 from trl_refplug.provider import (
+    BulkScorer,
     Capabilities,
+    ModelTraits,
     NoOptions,
     ReferenceBatch,
     ReferenceContext,
     ReferenceIdentity,
     ReferenceProvider,
+    SampleCheck,
+    ScoresInBulk,
+    VerifiesStoredRows,
 )
 
 
@@ -71,11 +76,13 @@ _IMPORTED_LATE = {
 
 __all__ = [
     "API_VERSION",
+    "BulkScorer",
     "Capabilities",
     "ConfigurationError",
     "ImpureReferenceError",
     "InvalidLogProbsError",
     "MissingRowError",
+    "ModelTraits",
     "NoOptions",
     "OptionsError",
     "PluginError",
@@ -96,12 +103,15 @@ __all__ = [
     "ReferenceMismatchError",
     "ReferenceProvider",
     "RemoteError",
+    "SampleCheck",
+    "ScoresInBulk",
     "SeamError",
     "StoreError",
     "StoreVersionError",
     "StoreWriteError",
     "UnknownProviderError",
     "UnsupportedInputError",
+    "VerifiesStoredRows",
     "__version__",
     "digest_model",
     "hookimpl",

@@ -157,6 +157,24 @@ class ScoresInBulk(Protocol):
 
 
 @dataclass(frozen=True)
+class SampleCheck:
+    """How far stored rows are from the same rows scored again: how many rows, and nats per token."""
+
+    rows: int
+    largest: float
+    mean: float
+
+
+@runtime_checkable
+class VerifiesStoredRows(Protocol):
+    """An optional ability of a provider that is `stored`: at the start it scores some of its rows again."""
+
+    @property
+    def sample_check(self) -> SampleCheck | None:
+        """What came of it; `None` if no row was scored again."""
+
+
+@dataclass(frozen=True)
 class ReferenceIdentity:
     """
     Which distribution a provider answers with. Two identities with the same digest give the same log-probs.

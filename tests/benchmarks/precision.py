@@ -62,7 +62,7 @@ def exact(model: torch.nn.Module, rows: list[Row], size: int) -> list[torch.Tens
     for start in range(0, len(rows), size):
         some = rows[start : start + size]
         padded = PaddedRows.flush_left(some)
-        answers += map(torch.from_numpy, padded.gather(exact_log_probs(model, padded.batch())))
+        answers += map(torch.from_numpy, padded.values_by_row(exact_log_probs(model, padded.to_batch())))
     return answers
 
 

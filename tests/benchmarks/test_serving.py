@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from trl_refplug.rows import PaddedRows, Row
 from trl_refplug.scoring import Scorer
-from trl_refplug.serving.client import RefPlugClient
+from trl_refplug.serving import RefPlugClient
 
 from ..serving.servers import ServerProcess, transport
 

@@ -322,7 +322,7 @@ def test_help_of_precompute_is_help() -> None:
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
-    from trl_refplug.runtime.aside import written_aside
+    from trl_refplug.runtime.files import written_aside
 
     (tmp_path / "table.csv").write_text("before")
 

@@ -122,6 +122,6 @@ def test_unloaded_weights_are_refused(model):
 
 
 def test_weights_on_the_first_rank_only(model):
-    """Under FSDP's memory-saving loading the other ranks have no weights yet, and still agree."""
+    """With FSDP's memory-saving loading, the other ranks have no weights yet, but the same digest."""
     digests = launch(two_ranks_digest.of_first_rank_only, "llama")
     assert set(digests.values()) == {digest_model(model)}

@@ -1,4 +1,4 @@
-"""Run by test_identity.py on two ranks: digests of models that no rank has whole."""
+"""Digests of models of which no rank has all weights. test_identity.py runs these functions on two ranks."""
 
 import os
 
@@ -21,7 +21,7 @@ def of_sharded(kind: str) -> str:
 
 
 def of_first_rank_only(kind: str) -> str:
-    """FSDP's memory-saving loading."""
+    """The digest after FSDP's memory-saving loading, in which only the first rank has weights."""
     os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
     torch.distributed.init_process_group("gloo")
     model = tiny.model(kind)

@@ -238,7 +238,10 @@ class TestFiles:
         for rank, (start, length) in enumerate([(0, 4), (4, 3)]):
             part = Part((7, 3), (start, 0), (length, 3))
             flat = Part((21,), (11 * rank,), (11 - rank,))
-            entries = [("w", part.of(whole), part, whole.dtype), ("z", flat.of(whole), flat, torch.bfloat16)]
+            entries = [
+                ("w", part.slice_of(whole), part, whole.dtype),
+                ("z", flat.slice_of(whole), flat, torch.bfloat16),
+            ]
             write_tensors(tmp_path, rank, entries)
         with TensorReader(tmp_path) as reader:
             assert torch.equal(reader.whole("w", (7, 3)), whole)

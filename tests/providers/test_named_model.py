@@ -145,8 +145,8 @@ class TestNeverStale:
         lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
         model = tiny.model().from_pretrained(named)
         get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
-        assert model_files.fingerprint(str(tmp_path / "adapter"), None, {}) is None
-        assert model_files.fingerprint(named, None, {}) is not None
+        assert model_files.fingerprint_files(str(tmp_path / "adapter"), None, {}) is None
+        assert model_files.fingerprint_files(named, None, {}) is not None
 
     def test_what_is_remembered_is_wrong(self, tmp_path, policy, use):
         """The model is compared with what was remembered of it before it scores anything."""
@@ -185,8 +185,8 @@ def remember_many(cache, seed):
     os.environ["XDG_CACHE_HOME"] = cache
     for number in range(300):
         key = str(number % 3)
-        model_files.remember(key, {"identity": key * 1000})
-        found = model_files.recall(key)
+        model_files.save_facts(key, {"identity": key * 1000})
+        found = model_files.load_facts(key)
         assert found == {"identity": key * 1000}, found
 
 
@@ -203,7 +203,7 @@ def test_many_processes_remember_at_once(tmp_path):
 
 def test_settled(named, monkeypatch):
     monkeypatch.setattr(model_files, "_SETTLED_SECONDS", 3600.0)
-    assert model_files.fingerprint(named, None, {}) is None
+    assert model_files.fingerprint_files(named, None, {}) is None
     monkeypatch.setattr(model_files, "_SETTLED_SECONDS", 0.1)
     time.sleep(0.2)
-    assert model_files.fingerprint(named, None, {}) is not None
+    assert model_files.fingerprint_files(named, None, {}) is not None

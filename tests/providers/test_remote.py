@@ -26,9 +26,7 @@ from trl_refplug import (
     UnsupportedInputError,
 )
 from trl_refplug.rows import PaddedRows
-from trl_refplug.serving.engine import Engine
-from trl_refplug.serving.limits import Limits
-from trl_refplug.serving.loading import load_engine
+from trl_refplug.serving import Engine, ServerLimits, load_engine
 
 from .. import tiny
 from ..serving.servers import LifespanOf, engine, free_port, serving
@@ -201,7 +199,7 @@ class TestAnswers:
     def test_a_fork_has_its_own_connections(self, tmp_path, exact):
         provider = used(tmp_path, exact)
         client = provider._client
-        asked = [PaddedRows.of(random_batch(seed)) for seed in range(2)]
+        asked = [PaddedRows.from_batch(random_batch(seed)) for seed in range(2)]
         expected = [client.score(rows, 1.0) for rows in asked]
 
         def undisturbed(number):
@@ -270,7 +268,7 @@ class TestWrongServer:
 
     def test_other_tokenizer(self, tmp_path):
         served = engine(seed=5)
-        served.facts = msgspec.structs.replace(served.facts, tokenizer="0123456789abcdef")
+        served.served_model = msgspec.structs.replace(served.served_model, tokenizer="0123456789abcdef")
         with serving(served) as url, pytest.raises(ReferenceMismatchError, match="ids stand for"):
             build("dpo", tmp_path, tiny.model(), args=remote(url, starts_as_policy=False))
 
@@ -308,10 +306,14 @@ class TestWrongServer:
             build("dpo", tmp_path, tiny.model(), args=remote(url))
 
     def test_a_batch_beyond_the_limits(self, tmp_path):
-        with serving(engine(), limits=Limits(rows=2)) as url:
+        some = random_batch(0)
+        batch = ReferenceBatch(
+            *(torch.cat([each, each]) for each in (some.input_ids, some.attention_mask, some.labels))
+        )
+        with serving(engine(), limits=ServerLimits(max_rows=4)) as url:
             provider = used(tmp_path, url)
-            with pytest.raises(RemoteError, match=r"too many rows: 3, at most 2.*per_device_train_batch_size"):
-                provider.log_probs(random_batch(0))
+            with pytest.raises(RemoteError, match=r"too many rows: 6, at most 4.*per_device_train_batch_size"):
+                provider.log_probs(batch)
 
     def test_nobody_there(self, tmp_path):
         url = f"http://127.0.0.1:{free_port()}"

@@ -164,8 +164,11 @@ def modules_outside_of_providers():
 
 # Commands are for people, who know providers by name: `ema export`, and what is compared where nothing is said.
 NAMED_FOR_PEOPLE = {
-    "cli/main.py": {"ema"},
-    "compare/contenders.py": {"adapter", "frozen", "cached"},
+    "cli/ema.py": {"adapter"},  # what kind of thing was written
+    "cli/main.py": {"ema"},  # `trl-refplug ema export`
+    "cli/demo.py": {"adapter", "frozen"},  # a directory of the demo's; which provider to try next
+    "compare/demo.py": {"adapter"},  # that directory
+    "compare/provider_choice.py": {"adapter", "frozen", "cached"},  # what is compared where nothing is said
 }
 
 

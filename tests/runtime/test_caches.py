@@ -1,4 +1,4 @@
-"""Where things are kept for later runs."""
+"""The cache directory follows the XDG specification."""
 
 from pathlib import Path
 

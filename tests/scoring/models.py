@@ -29,7 +29,7 @@ SEEING: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"text": {"rope_parameters": _THREE_POSITIONS}, "vision": _QWEN_SEES, **_QWEN_TOKENS},
     "qwen2_5_vl": {"text": {"rope_parameters": _THREE_POSITIONS}, "vision": _QWEN_SEES, **_QWEN_TOKENS},
 }
-"""Model type to what makes it tiny, for [`with_images`]."""
+"""Arguments of [`with_images`] that make a model of this type tiny, by model type."""
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {**_GROUPED},
@@ -54,7 +54,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 3.0,
     },
 }
-"""Model type to the configuration that makes it tiny."""
+"""Configuration that makes a model of this type tiny, by model type."""
 
 
 def tiny(kind: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
@@ -70,7 +70,7 @@ def tiny(kind: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
 
 
 def with_images(kind: str, text: dict[str, Any], vision: dict[str, Any], **options: Any) -> PreTrainedModel:
-    """A random model that also sees, with the text side of a tiny one."""
+    """A random model that takes images and text. Its text side is as small as that of the other tiny models."""
     torch.manual_seed(0)
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.25}
     config = CONFIG_MAPPING[kind](
@@ -84,7 +84,7 @@ def with_images(kind: str, text: dict[str, Any], vision: dict[str, Any], **optio
 def batch_of(
     prompts: list[list[int]], completions: list[list[int]], side: str = "right", spare_columns: int = 0
 ) -> ReferenceBatch:
-    """Prompts and their completions as a padded batch; the completions are scored. Pads are token 0."""
+    """A padded batch of prompts with their completions, which are scored. The padding is token 0."""
     rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     columns = max(map(len, rows)) + spare_columns
     input_ids = torch.zeros(len(rows), columns, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Attention along a tree, against the softmax over what each token sees."""
+"""Attention along a tree is compared with a softmax over the tokens that each token sees."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ MODEL = tiny("llama")
 
 
 def pack_of(sequences):
-    """All of them in one pass, every prefix of two tokens or more shared."""
+    """All sequences in one pack, in which every common prefix of at least two tokens is shared."""
     [pack] = plan([Row.completion(tokens, [0]) for tokens in sequences], None, Operations(1.0, 0.1, 0.0))
     return pack
 
@@ -38,7 +38,7 @@ def random_pack(seed, rows, longest):
 
 
 def seen_in(pack):
-    """Bool `[tokens, tokens]`: which keys a query sees."""
+    """Bool `[tokens, tokens]`: for each query, which keys it sees."""
     seen = torch.zeros(len(pack.tokens), len(pack.tokens), dtype=torch.bool)
     for node in pack.nodes:
         seen[node.start : node.end, node.start : node.stop] = True
@@ -58,7 +58,7 @@ def attended(pack, query, key, value, **options):
 
 
 def expected(pack, query, key, value, softcap=None):
-    """In float64, `[1, tokens, heads, dim]`."""
+    """What attention has to give, computed in float64 with a mask of all pairs: `[1, tokens, heads, dim]`."""
     groups = query.shape[1] // key.shape[1]
     query, key, value = query.double(), key.double().repeat_interleave(groups, 1), value.double()
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
@@ -95,7 +95,7 @@ def test_in_half_precision_rounding_does_not_add_up_over_ancestors(dtype, option
     assert len(flat.nodes) == 1
     assert len(deep.nodes) > 200
 
-    def error(pack):  # far down
+    def error(pack):  # of tokens that have many ancestors
         values = operands(pack, dtype, heads=16)
         differences = attended(pack, *values, **options).double() - expected(pack, *values, **options)
         return differences[0, pack.positions > 200].abs().mean()

@@ -1,4 +1,4 @@
-"""Models spread over two ranks: the same numbers, and as many forward passes on each."""
+"""Models that are spread over two ranks give the same numbers, and both ranks make equally many passes."""
 
 import os
 from datetime import timedelta
@@ -26,7 +26,7 @@ def on_two_ranks(check, *args):
 
 def _on_one_rank(check, args):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))  # ranks that wait for each other fail
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))  # ends a deadlock
     check(int(os.environ["RANK"]), *args)
     dist.barrier()
 
@@ -60,7 +60,7 @@ def check_one_sharded(rank, kind, mode, head_apart):
             expected = trl_log_probs(tiny(kind), batch)
             torch.testing.assert_close(scorer.log_probs(batch), expected, rtol=0, atol=TOLERANCE)
     assert scorer.stats.fallback is None
-    # A batch that only one rank can pack leaves both in step
+    # If only one rank can pack its batch, both ranks still make the same number of passes
     scorer = Scorer(model, mode=mode)
     holes = random_batch(seed=8)
     holes.attention_mask[0, 3] = 0
@@ -90,13 +90,13 @@ def check_replicated(rank):
         batch = random_batch(seed=10 * seed + rank, groups=1 + 4 * rank)
         expected = trl_log_probs(tiny("llama"), batch)
         torch.testing.assert_close(scorer.log_probs(batch), expected, rtol=0, atol=TOLERANCE)
-    assert scorer.stats.forwards == 3  # one a batch
+    assert scorer.stats.forwards == 3  # one per batch
     assert scorer.stats.fallback is None
     check_not_trusted(rank)
 
 
 def check_not_trusted(rank):
-    """A first batch without labels proves nothing."""
+    """A first batch without scored tokens does not make a scorer trust its packed answers."""
     model = tiny("llama")
     model.model.layers[0].__class__ = LeakyLayer
     scorer = Scorer(torch.nn.parallel.DistributedDataParallel(model), mode="packed")
@@ -111,7 +111,7 @@ def test_replicated_models():
 
 
 def check_tensor_parallel(rank, directory, kind, mode):
-    """Ranks have the same batches: one model answers them."""
+    """With tensor parallelism the ranks are one model, so that they score the same batches."""
     model = AutoModelForCausalLM.from_pretrained(directory, distributed_config=DistributedConfig(tp_size=2)).eval()
     weights = {name: parameter for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)}
     assert any("lm_head" in name or "embed_tokens" in name for name in weights)

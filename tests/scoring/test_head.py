@@ -1,4 +1,4 @@
-"""The LM head in tiles: the log-probs of the model's own logits, and never more of the logits at once than a tile."""
+"""The tiled LM head gives the log-probs of the model's own logits, and never holds more than a tile of logits."""
 
 import pytest
 import torch
@@ -27,13 +27,13 @@ SCALED = {
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Several tiles each way, the last of them smaller."""
+    """Make tiles so small that there are several in each direction, the last of which is smaller still."""
     monkeypatch.setattr(head_module, "TILE_ROWS", 3)
     monkeypatch.setattr(head_module, "TILE_COLUMNS", 7)
 
 
 class Sizes(TorchDispatchMode):
-    """Records the shape of every tensor that is made, unless it is a view of one of these."""
+    """Records the shape of every tensor that is made, unless it is a view of a known one."""
 
     def __init__(self, *known):
         super().__init__()
@@ -53,12 +53,12 @@ class Sizes(TorchDispatchMode):
 def test_a_head_in_tiles_gives_the_models_own_log_probs(small_tiles, kind, temperature):
     model = tiny(kind, **SCALED.get(kind, {}))
     tokens = torch.randint(3, VOCAB, (1, VOCAB), generator=torch.Generator().manual_seed(0))
-    targets = torch.arange(VOCAB)  # among them the first and the last of every tile
+    targets = torch.arange(VOCAB)  # includes the first and the last token of every tile
     lm_head = model.get_output_embeddings()
     with torch.no_grad():
         hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
         logits = model(input_ids=tokens, use_cache=False).logits[0].double()
-        head = Head.of(model, temperature=temperature, float32=False)
+        head = Head.from_model(model, temperature=temperature, float32=False)
         found = head.log_probs(hidden, targets, lm_head.weight, getattr(lm_head, "bias", None))
     expected = (logits / temperature).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
     assert found.dtype == torch.float32
@@ -67,10 +67,10 @@ def test_a_head_in_tiles_gives_the_models_own_log_probs(small_tiles, kind, tempe
 
 
 def test_a_scale_under_another_name():
-    """Muse Glimmer's, which is applied before the soft cap."""
+    """Muse Glimmer calls its scale `output_multiplier`, and applies it before the soft cap."""
     model = tiny("gemma2", final_logit_softcapping=2.0)
     model.config.output_multiplier = 0.3
-    head = Head.of(model, temperature=1.0, float32=False)
+    head = Head.from_model(model, temperature=1.0, float32=False)
     hidden, weight = torch.randn(5, 32), torch.randn(VOCAB, 32)
     expected = (2 * torch.tanh(0.3 * (hidden @ weight.t()) / 2)).log_softmax(-1)[:, 4]
     found = head.log_probs(hidden, torch.full((5,), 4), weight, None)
@@ -110,7 +110,7 @@ def test_no_more_than_a_tile_of_logits_is_ever_held(small_tiles):
         head.log_probs(hidden, torch.zeros(rows, dtype=torch.int64), weight, bias)
     tiles = [shape for shape in sizes.made if shape.numel() == 3 * 7]
     assert len(tiles) > (rows // 3) * (vocab // 7)
-    # Even a tile's height or width of all logits would be more than the hidden states
+    # No tensor may be larger than the hidden states. One row of tiles, or one column, would be larger
     assert max(shape.numel() for shape in sizes.made) <= rows * width < min(3 * vocab, rows * 7)
 
 

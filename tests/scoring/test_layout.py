@@ -1,10 +1,11 @@
+"""Every row is answered from exactly its own tokens, and no token is computed more often than it has to be."""
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_refplug.rows import IGNORED, Row
-from trl_refplug.rows.row import rows_of
+from trl_refplug.rows import IGNORED, Row, unpad
 from trl_refplug.scoring.layout import Pack, plan
 from trl_refplug.scoring.operations import Operations
 
@@ -16,7 +17,7 @@ tokens = st.lists(st.integers(0, 3), max_size=12)
 
 @st.composite
 def row_lists(draw):
-    """Rows that share prefixes of all lengths, with arbitrary tokens scored, among them duplicates and prefixes."""
+    """Rows that share prefixes of any length, in which any tokens are scored. Some are copies or prefixes."""
     stems = draw(st.lists(tokens, min_size=1, max_size=4))
     rows = []
     for _ in range(draw(st.integers(0, 10))):
@@ -27,7 +28,7 @@ def row_lists(draw):
 
 
 def visible(pack: Pack, query: int) -> list[int]:
-    """The tokens a token sees, in order: what the execution derives from the nodes."""
+    """The tokens that a token sees, in order, as attention derives them from the nodes."""
     return [
         key
         for node in pack.nodes
@@ -132,7 +133,7 @@ def test_nothing_scored_needs_no_pass():
 def test_rows_are_cut_out_of_their_padding(side):
     ids = np.array([[0, 5, 6], [7, 8, 9]] if side == "left" else [[5, 6, 0], [7, 8, 9]])
     mask = np.array([[0, 1, 1], [1, 1, 1]] if side == "left" else [[1, 1, 0], [1, 1, 1]])
-    rows, starts = rows_of(ids, mask, np.where(np.isin(ids, [6, 9]), ids, IGNORED))
+    rows, starts = unpad(ids, mask, np.where(np.isin(ids, [6, 9]), ids, IGNORED))
     assert [row.input_ids.tolist() for row in rows] == [[5, 6], [7, 8, 9]]
     assert starts.tolist() == ([1, 0] if side == "left" else [0, 0])
 
@@ -147,7 +148,7 @@ def test_rows_are_cut_out_of_their_padding(side):
 )
 def test_rows_that_depend_on_their_padding_are_refused(mask, labels, message):
     with pytest.raises(ValueError, match=message):
-        rows_of(np.array([[1, 2, 3]]), np.array([mask]), np.array([labels]))
+        unpad(np.array([[1, 2, 3]]), np.array([mask]), np.array([labels]))
 
 
 def test_a_row_has_a_label_per_token():

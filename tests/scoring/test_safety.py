@@ -1,4 +1,4 @@
-"""Models and batches that packing would get wrong are recognised, and scored exactly with a warning that says why."""
+"""Models and batches that packing would get wrong are recognized, and scored exactly, with a warning that says why."""
 
 import re
 import warnings
@@ -43,16 +43,16 @@ UNSAFE = {
         {"num_key_value_heads": 2, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
         "recurrent",
     ),
-    "gptj": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, "attention interface"),
+    "xglm": ({"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48}, "attention interface"),
     "llama": ({**DYNAMIC, "max_position_embeddings": 8}, "rotary embeddings that change"),
 }
 
 
 def stream(scorer, batch):
-    """The rows of a batch, without their padding, and the answers put back."""
-    padded = PaddedRows.of(batch)
+    """Score the rows of a batch as a stream, without padding, and put the answers back into the shape of the batch."""
+    padded = PaddedRows.from_batch(batch)
     answers = dict(scorer.score_rows(padded.rows))
-    return padded.place([answers[index].numpy() for index in range(len(padded))])
+    return padded.to_log_probs([answers[index].numpy() for index in range(len(padded))])
 
 
 @pytest.mark.parametrize("kind", UNSAFE)
@@ -68,7 +68,7 @@ def test_unsafe_models_are_scored_exactly(kind, streamed):
     assert reason in scorer.stats.fallback
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        scorer.log_probs(batch)  # said once
+        scorer.log_probs(batch)  # which is an error if it warns once more
 
 
 def test_a_sliding_window_longer_than_the_rows_is_packed():
@@ -123,7 +123,7 @@ def test_left_padding_of_queries_scaled_by_position_is_scored_exactly():
 
 
 class Placed(LlamaModel):
-    """Learns where a token is from its position alone, and no configuration tells."""
+    """Has absolute positions, although its configuration does not say so."""
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, inputs_embeds=None, **kwargs):
         if position_ids is None:
@@ -191,7 +191,7 @@ def test_virtual_tokens_are_scored_exactly(config):
 
 
 class LeakyLayer(LlamaDecoderLayer):
-    """Mixes each token with the one before it in the input, outside attention: no configuration tells."""
+    """Mixes each token with the one before it in the input, outside of attention. No configuration tells."""
 
     def forward(self, hidden_states, *args, **kwargs):
         mixed = hidden_states + 0.1 * torch.nn.functional.pad(hidden_states, (0, 0, 1, -1))
@@ -199,7 +199,7 @@ class LeakyLayer(LlamaDecoderLayer):
 
 
 class ReadsItsPrompt(LlamaDecoderLayer):
-    """Lets the first tokens of its input know all of each other, as a prefix language model does."""
+    """Lets the first tokens of its input see each other both ways, as a prefix language model does."""
 
     def forward(self, hidden_states, *args, **kwargs):
         prompt = hidden_states[:, :8]
@@ -208,7 +208,7 @@ class ReadsItsPrompt(LlamaDecoderLayer):
 
 
 class Dropping(LlamaMLP):
-    """An expert that takes half of a batch's tokens, and of these the first."""
+    """Like an expert of limited capacity: it only takes the first half of a batch's tokens."""
 
     def forward(self, hidden_states):
         tokens = hidden_states.shape[0] * hidden_states.shape[1]
@@ -258,7 +258,7 @@ def test_a_model_that_cannot_take_the_packed_input_is_not_trusted():
 
 
 class ScarceMemory(LlamaDecoderLayer):
-    """Runs out of memory above a number of tokens."""
+    """Runs out of memory with more than 60 tokens."""
 
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
 
@@ -287,7 +287,7 @@ def test_out_of_memory_halves_the_budget_and_loses_nothing(mode, error, monkeypa
     model.model.layers[1].__class__ = ScarceMemory
     answers = [answer for answers in scorer.score_passes(rows) for answer in answers]
     assert sorted(index for index, _ in answers) == list(range(24))
-    assert 25 <= scorer._packed.budget <= 100  # halved as often as it had to be
+    assert 25 <= scorer._packed.budget <= 100  # halved until a pass fits, and not further
     for index, answer in answers:
         torch.testing.assert_close(answer, expected[index], rtol=0, atol=TOLERANCE)
 
@@ -317,7 +317,7 @@ def test_an_adapter_is_scored_as_it_is():
 
 
 def test_an_activated_adapter_is_scored_exactly():
-    """It begins at the last of its tokens in a row, and so nowhere but in the last row of a pack."""
+    """An aLoRA begins at the last place of its invocation tokens in the input, so in a pack only in the last row."""
     batch = random_batch()
     activated = batch.input_ids[0, 6:8].tolist()
     policy = tiny("llama")
@@ -329,7 +329,7 @@ def test_an_activated_adapter_is_scored_exactly():
     model = get_peft_model(policy, config)
     scorers = [scorer, Scorer(model, mode="packed")]
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # zero so far: no comparison would tell
+        if "lora_B" in name:  # these are zero after initialization, so that the adapter would change nothing
             torch.nn.init.normal_(parameter)
     for each in scorers:
         with pytest.warns(ExactFallbackWarning, match="aLoRA"):
@@ -338,14 +338,14 @@ def test_an_activated_adapter_is_scored_exactly():
 
 
 class Windowed(LlamaAttention):
-    """Has a sliding window that the configuration does not tell."""
+    """Has a sliding window that its configuration does not tell."""
 
     def forward(self, hidden_states, **kwargs):
         return super().forward(hidden_states, sliding_window=60, **kwargs)
 
 
 class FailsLater(LlamaDecoderLayer):
-    """A kernel that cannot be compiled for a shape that comes late."""
+    """Fails for long inputs, like a kernel that cannot be compiled for a shape that comes late."""
 
     def forward(self, hidden_states, *args, **kwargs):
         if self.self_attn.config._attn_implementation == "refplug_tree" and hidden_states.shape[1] > 70:
@@ -379,26 +379,18 @@ def test_what_fails_after_trust_was_earned_is_scored_exactly(spoil, reason, stre
     assert torch.equal(scorer.log_probs(short), expected[0])  # for good
 
 
-def test_of_a_stream_that_fails_nothing_is_scored_twice_or_against_choice():
+def test_no_row_of_a_stream_is_scored_twice_when_a_later_pass_fails():
     model = tiny("llama")
     fails_later(model)
     rows = [Row.completion([5 + index] * length, [8, 9]) for index, length in enumerate((10, 60, 80, 20, 90))]
     expected = dict(Scorer(model).score_rows(rows))
     scorer = Scorer(model, mode="packed", token_budget=64)
-    asked = []
-
-    def shortest_first(passes):
-        asked.append([index for indices in passes for index in indices])
-        return min(range(len(passes)), key=lambda number: max(len(rows[index]) for index in passes[number]))
-
     with pytest.warns(ExactFallbackWarning, match="out of resources"):
-        answers = [answer for answers in scorer.score_passes(rows, shortest_first) for answer in answers]
+        passes = list(scorer.score_passes(rows))
+    answers = [answer for answers in passes for answer in answers]
     assert sorted(index for index, _ in answers) == list(range(5))
-    assert 0 < len(asked[-1]) <= 2
     for index, answer in answers:
         torch.testing.assert_close(answer, expected[index], rtol=0, atol=TOLERANCE)
-    packed_only = Scorer(tiny("llama"), mode="packed", token_budget=64)
-    assert not list(packed_only.score_passes(rows, lambda passes: None))
 
 
 @pytest.mark.parametrize("label", [-1, VOCAB])
@@ -420,7 +412,7 @@ def encoder_decoder():
 
 
 class Prefixed(LlamaModel):
-    """Reads something of its own first."""
+    """Runs its backbone twice in one forward pass, the first time on other tokens."""
 
     def forward(self, input_ids, **kwargs):
         super().forward(input_ids[:, :1])
@@ -434,7 +426,7 @@ def prefixed():
 
 
 class PrefixLM(LlamaModel):
-    """A mask with which all tokens of the prompt see each other."""
+    """Adds a mask with which all tokens of the prompt see each other."""
 
     def forward(self, input_ids, attention_mask=None, **kwargs):
         seen = torch.ones(input_ids.shape[1], input_ids.shape[1], dtype=torch.bool).tril()

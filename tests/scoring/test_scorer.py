@@ -1,4 +1,4 @@
-"""Packed scoring against TRL's own call, over architectures, shapes and dtypes."""
+"""Packed scoring is compared with TRL's own call, over architectures, shapes and dtypes."""
 
 import copy
 import warnings
@@ -20,21 +20,21 @@ from trl_refplug.scoring.head import Head
 
 
 TOLERANCE = 2e-5
-"""Nats a token, in float32, for models whose logits are of order 1; see docs/scoring.md."""
+"""Nats per token in float32, for models whose logits are of order 1; see docs/scoring.md."""
 
 PADDED_LEFT = [kind for kind in ARCHITECTURES if kind != "gpt2"]
 
 
 @pytest.fixture(autouse=True)
 def _no_fallback():
-    """A fallback would compare the exact call with itself: make it an error where it is not expected."""
+    """Make a fallback an error where none is expected, as the exact call would be compared with itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", ExactFallbackWarning)
         yield
 
 
 def trl_log_probs(model, batch, temperature=1.0, cast=False):
-    """TRL's call on a copy, so that nothing the scorer does to the model is in it."""
+    """The answer of TRL's call. It is made on a copy, so that nothing the scorer does to the model changes it."""
     model = copy.deepcopy(model)
     model.__dict__.pop("forward", None)
     add_fused_lm_head(model, temperature=temperature, cast_lm_head_to_fp32=cast)
@@ -48,7 +48,7 @@ def trl_log_probs(model, batch, temperature=1.0, cast=False):
 
 
 def trusted(model, **options):
-    """A packed scorer past its verification."""
+    """A packed scorer that has verified its packed answers already."""
     scorer = Scorer(model, mode="packed", **options)
     scorer.log_probs(random_batch(seed=99))
     assert scorer.stats.fallback is None
@@ -92,7 +92,7 @@ def test_packed_agrees_with_attention_softcapping():
 @pytest.mark.slow  # compiles
 @pytest.mark.parametrize("options", [{}, {"attn_logit_softcapping": 2.0}])
 def test_flex_attention_agrees(monkeypatch, options):
-    """What CUDA runs, on CPU."""
+    """Run on the CPU what is otherwise run on CUDA."""
     monkeypatch.setattr(attention, "FLEX_DEVICES", {"cpu"})
     monkeypatch.delattr(attention, "_by_node")
     model = tiny("gemma2" if options else "llama", head_dim=16, **options)
@@ -118,7 +118,7 @@ def test_what_flex_attention_cannot_compute_is_packed_without_it(monkeypatch, he
 @pytest.mark.parametrize("kind", SEEING)
 def test_the_text_side_of_a_vision_language_model_is_packed(kind, side):
     model, batch = with_images(kind, **SEEING[kind]), random_batch(side=side)
-    batch.input_ids[batch.input_ids > 56] = 3  # what stands for images
+    batch.input_ids[batch.input_ids > 56] = 3  # tokens that stand for images
     batch.labels[batch.labels > 56] = 3
     expected = trl_log_probs(model, batch)
     scorer = Scorer(model, mode="packed")
@@ -156,7 +156,7 @@ def test_what_is_scored_is_the_label_and_not_the_token():
 
 
 class Outermost(torch.nn.Module):
-    """Like what accelerate or FSDP wrap a model in: what it does to a pass is done only by its own `forward`."""
+    """Like a wrapper of accelerate or FSDP: it only takes effect if its own `forward` is called."""
 
     def __init__(self, module):
         super().__init__()
@@ -174,12 +174,12 @@ def test_every_pass_goes_through_the_outermost_forward(mode):
     scorer = trusted(model) if mode == "packed" else Scorer(model)
     before = model.calls, scorer.stats.forwards
     scorer.log_probs(random_batch())
-    list(scorer.score_rows(PaddedRows.of(random_batch(seed=1)).rows))
+    list(scorer.score_rows(PaddedRows.from_batch(random_batch(seed=1)).rows))
     assert model.calls - before[0] == scorer.stats.forwards - before[1] == 2
 
 
 def test_the_fused_head_is_the_tiled_one():
-    """What projects on GPUs, by TRL's implementation without Triton."""
+    """The fused head that GPUs use, in TRL's implementation without Triton."""
     torch.manual_seed(0)
     hidden, weight, bias = torch.randn(40, 16), torch.randn(60, 16), torch.randn(60)
     targets = torch.randint(60, (40,))
@@ -197,7 +197,7 @@ budgets = st.sampled_from([4, 16, 2048])
 
 @st.composite
 def batches(draw):
-    """With rows that are there twice or are prefixes of others, and with labels here and there."""
+    """Batches in which some rows are copies or prefixes of others, and in which any tokens are scored."""
     prompts = draw(st.lists(lists.filter(len), min_size=1, max_size=3))
     pairs = draw(st.lists(st.tuples(st.sampled_from(prompts), lists), min_size=1, max_size=6))
     pairs += [(prompt, completion[: draw(st.integers(0, 9))]) for prompt, completion in pairs if draw(st.booleans())]
@@ -241,7 +241,7 @@ def test_in_half_precision_packed_agrees_on_any_batch(batch, budget):
 
 @st.composite
 def masked(draw):
-    """Masks with holes, rows that are masked whole, labels of masked tokens."""
+    """Batches with holes in their masks, completely masked rows, and masked tokens that are scored."""
     batch = draw(batches())
     size = batch.labels.numel()
     bits = st.lists(st.booleans(), min_size=size, max_size=size).map(torch.tensor)
@@ -252,7 +252,7 @@ def masked(draw):
 @settings(deadline=None, max_examples=60)
 @given(batch=masked(), kind=st.sampled_from(["llama", "gemma2"]))
 def test_packed_agrees_under_any_mask(batch, kind):
-    """Packed or not: most of these cannot be."""
+    """Most of these batches cannot be packed, and fall back to the exact call."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExactFallbackWarning)
         found = SCORERS[kind].log_probs(batch)
@@ -291,31 +291,6 @@ def test_a_stream_is_not_read_further_ahead_than_its_window():
     assert len(read) <= 32 * 16 // 4
 
 
-@pytest.mark.parametrize("mode", ["exact", "packed"])
-def test_passes_are_made_in_the_order_chosen_and_the_rest_left_out(mode):
-    rows = [Row.completion([5, index, 7], [index + 1] * (1 + index % 4)) for index in range(40)]
-    scorer = trusted(tiny("llama")) if mode == "packed" else Scorer(tiny("llama"))
-    scorer._packed.budget = 16
-    expected = dict(scorer.score_rows(rows))
-    asked, wanted = [], []
-
-    def last_but_half(passes):
-        assert all(passes)
-        asked.append(sorted(index for indices in passes for index in indices))
-        if len(passes) < 4:  # of every window
-            return None
-        wanted.append(list(passes[-1]))
-        return len(passes) - 1
-
-    made = list(scorer.score_passes(iter(rows), last_but_half))
-    assert asked[0] == sorted(expected)[: len(asked[0])]
-    assert [sorted(index for index, _ in answers) for answers in made] == [sorted(indices) for indices in wanted]
-    answers = {index: answer for answers in made for index, answer in answers}
-    assert 0 < len(answers) < len(rows)
-    for index, answer in answers.items():
-        torch.testing.assert_close(answer, expected[index], rtol=0, atol=TOLERANCE)
-
-
 def test_counts():
     scorer = trusted(tiny("llama"))
     before = copy.copy(scorer.stats)
@@ -346,7 +321,7 @@ def test_scoring_has_no_side_effects(mode):
     assert not first.requires_grad
     expected = first.clone()
     first.zero_()
-    assert torch.equal(scorer.log_probs(batch), expected)  # no dropout, and nothing of the caller's is kept
+    assert torch.equal(scorer.log_probs(batch), expected)  # no dropout, and the zeroed tensor is not used
     assert torch.equal(torch.get_rng_state(), state)
     assert before == ([module.training for module in model.modules()], [p.requires_grad for p in model.parameters()])
     assert torch.equal(batch.input_ids, inputs[0])

@@ -1,4 +1,4 @@
-"""Packed answers are trusted after both ways were compared on rows that share, whatever is asked for first."""
+"""Packed answers are trusted only after a comparison on rows that share prefixes, whatever is asked for first."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def test_the_rows_compared_share_on_two_levels(rows, tokens, limit):
     (pack,) = plan(made, None, count_operations(causal_lm(model)))
     shared = [node for node in pack.nodes if node.end > node.stop]
     assert any(inner.start >= outer.stop and inner.end <= outer.end for outer in shared for inner in shared)
-    assert any(node.start and pack.positions[node.start] == 0 for node in pack.nodes)  # and begin anew
+    assert any(node.start and pack.positions[node.start] == 0 for node in pack.nodes)  # and one row shares nothing
     assert sorted(pack.rows) == list(range(10))
 
 
@@ -58,7 +58,7 @@ def test_the_rows_compared_are_made_of_real_ones_and_fit_the_model():
 
 
 class Blind(LlamaModel):
-    """Takes the place in the input for the position, and does not say so."""
+    """Ignores the positions that it is given, and takes a token's place in the input for its position."""
 
     def forward(self, input_ids, position_ids=None, **kwargs):
         return super().forward(input_ids, **kwargs)
@@ -115,7 +115,7 @@ def test_it_happens_once_and_is_bounded(budget):
     scorer = Scorer(model, mode="packed", token_budget=budget)
     row = Row.completion([5], [6])
     assert [index for index, _ in scorer.score_rows([row, row])] == [0, 1]
-    assert len(sizes) == 4  # exactly, at other positions, packed, and the row
+    assert len(sizes) == 4  # the comparison makes an exact, a packed and a shifted pass; the fourth scores the rows
     assert max(sizes) <= (budget or 1024)
     list(scorer.score_rows([row]))
     scorer.log_probs(batch_of([[5, 6, 7]], [[8, 9]]))
@@ -143,7 +143,7 @@ def test_a_model_that_answers_nothing_finite_is_said_to():
 
 
 def test_a_token_that_is_never_predicted_does_not_cost_trust():
-    """Its log-prob is minus infinity, both ways."""
+    """Its log-prob is minus infinity in packed and in exact scoring."""
     model = tiny("phi")
     model.lm_head.bias.data[: VOCAB // 4] = -torch.inf
     batch = random_batch()

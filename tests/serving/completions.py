@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server with a tiny model that answers as vLLM does, and misbehaves as others do."""
+"""An OpenAI-compatible server with a tiny model. It answers like vLLM, or wrongly in the way of other servers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from starlette.routing import Route
 
 class Completions:
     """
-    The application; `wrong` names what is wrong with its answers.
+    The application. `wrong` says what is wrong with its answers.
 
-    `ignores`: no log-probs. `shifted`: one position off. `truncates`: prompts are cut. `not finite`: -9999.0 for one
-    token. `other tokens`: the log-probs of the most likely tokens only. `reordered`: choices in another order.
+    - `ignores`: there are no log-probs
+    - `shifted`: log-probs are one position off
+    - `truncates`: prompts are cut
+    - `not finite`: the log-prob of one token is -9999.0
+    - `other tokens`: log-probs are those of the most likely tokens
+    - `reordered`: choices are in another order
     """
 
     def __init__(

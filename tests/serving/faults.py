@@ -1,4 +1,4 @@
-"""Networks and servers that fail on command."""
+"""Networks and servers that fail when a test wants it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def proxied(url: str, change: Change) -> Iterator[str]:
 
 
 def read_message(connection: socket.socket) -> tuple[bytes, bytes]:
-    """Head and body of a request that announces its length."""
+    """Read the head and the body of a request that has a content length."""
 
     def part() -> bytes:
         received = connection.recv(1 << 16)
@@ -69,25 +69,25 @@ def read_message(connection: socket.socket) -> tuple[bytes, bytes]:
 
 
 def sometimes(probability: float, change: Change, seed: int = 0) -> Change:
-    """`change`, but only now and then."""
+    """Apply `change` only to some answers, at random."""
     generator = random.Random(seed)
     return lambda answer: change(answer) if generator.random() < probability else answer
 
 
 def cut_short(answer: bytes) -> bytes:
-    """Half of the body is missing."""
+    """Remove half of the body."""
     return answer[: -(len(answer) - answer.index(b"\r\n\r\n") - 4) // 2]
 
 
 def flipped(answer: bytes) -> bytes:
-    """One bit of the body is another."""
+    """Flip one bit of the body."""
     changed = bytearray(answer)
     changed[-len(answer) // 4] ^= 16
     return bytes(changed)
 
 
 def shortened(answer: bytes) -> bytes:
-    """The body is shorter, and the head says so: HTTP finds nothing wrong."""
+    """Shorten the body and the length in the head, so that HTTP finds nothing wrong."""
     head, body = answer.split(b"\r\n\r\n", 1)
     lines = [
         b"content-length: %d" % (len(body) - 9) if b"content-length" in line else line for line in head.split(b"\r\n")
@@ -96,7 +96,7 @@ def shortened(answer: bytes) -> bytes:
 
 
 class Failing:
-    """An application that answers a part of all scoring requests with a random 5xx."""
+    """An application that answers some of the scoring requests with a random status 5xx."""
 
     def __init__(self, app: Any, probability: float) -> None:
         self._app, self._probability, self._random = app, probability, random.Random(0)

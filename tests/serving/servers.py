@@ -1,4 +1,4 @@
-"""Servers on real sockets: of this process, for speed, and processes of their own, to be killed."""
+"""Servers on real sockets: in this process, because that is fast, or in another process, which can be killed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trl_refplug.serving.app import make_app
-from trl_refplug.serving.engine import Engine
-from trl_refplug.serving.http_server import Server, listen
-from trl_refplug.serving.limits import Limits
-from trl_refplug.serving.transport import Transport
+from trl_refplug.serving import Engine, ScoringServer, ServerLimits, Transport, listen, make_app
 
 from .. import tiny
 
@@ -39,17 +35,17 @@ def serving(
     served: Engine,
     *,
     key: str | None = None,
-    limits: Limits | None = None,
+    limits: ServerLimits | None = None,
     port: int = 0,
     around: Callable[[Any], Any] = lambda app: app,
     **ssl: Any,
 ) -> Iterator[str]:
-    """The URL at which an engine is served; `around` wraps the application."""
-    limits = limits or Limits()
+    """Serve an engine, and yield the URL. `around` can wrap the application."""
+    limits = limits or ServerLimits()
     ready = threading.Event()
     with listen("127.0.0.1", port) as listener:
         app = make_app(served, key=key, limits=limits)
-        server = Server(around(app), limits=limits, ready=ready.set, lost=app.state.lost, **ssl)
+        server = ScoringServer(around(app), limits=limits, ready=ready.set, device_lost=app.state.device_lost, **ssl)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         assert ready.wait(30)
@@ -63,7 +59,7 @@ def serving(
 
 @contextmanager
 def transport(*urls: str, **options: Any) -> Iterator[Transport]:
-    """A transport that is closed at the end, with timeouts for tests."""
+    """A transport with short timeouts, which is closed at the end of the block."""
     made = Transport(urls, **{"connect_timeout": 2.0, "read_timeout": 20.0, "deadline": 20.0, **options})
     try:
         yield made
@@ -72,7 +68,7 @@ def transport(*urls: str, **options: Any) -> Iterator[Transport]:
 
 
 class LifespanOf:
-    """`app` for requests, and the start and end of `ours`."""
+    """An application that passes requests to `app`, and startup and shutdown to `ours`."""
 
     def __init__(self, ours: Any, app: Any) -> None:
         self._ours, self._app = ours, app
@@ -85,9 +81,9 @@ _reserved: list[socket.socket] = []
 
 
 def free_port() -> int:
-    """A port that nothing listens on, and that nobody is given from now on; only who asks for it by number gets it."""
+    """A port that nothing listens on. It stays reserved: only a server that asks for its number can get it."""
     reserved = socket.socket()
-    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # so that a server that sets it, too, can bind it
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # so that the server can bind it, too
     reserved.bind(("127.0.0.1", 0))
     _reserved.append(reserved)
     port: int = reserved.getsockname()[1]
@@ -117,7 +113,7 @@ def watched(act: Callable[[str], None]) -> Iterator[None]:
 
 
 class ServerProcess:
-    """`trl-refplug serve` in a process of its own; `wait` until it serves."""
+    """A process that runs `trl-refplug serve`. Call `wait` until it serves."""
 
     def __init__(self, *arguments: str, **environment: str) -> None:
         self.process = subprocess.Popen(
@@ -129,7 +125,7 @@ class ServerProcess:
         )
 
     def wait(self) -> str:
-        """The URL, once the server says it."""
+        """Wait until the server has printed its URL, and return that."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         found = re.match(r"serving .* at (http\S+) identity [0-9a-f]{32}$", line)
@@ -137,16 +133,16 @@ class ServerProcess:
         return found[1]
 
     def end(self, how: signal.Signals = signal.SIGKILL) -> int:
-        """Send a signal and wait; the exit status."""
+        """Send a signal, wait for the end of the process, and return its exit status."""
         self.process.send_signal(how)
         return self.process.wait(30)
 
     @contextmanager
     def killed_mid_request(self, number: int, then: Callable[[], object] = lambda: None) -> Iterator[list[float]]:
         """
-        While this lasts, the request of that number, counted from 1 over all that this process sends, is taken by the
-        server's machine, and the server is killed before it can answer; `then` comes right after. Gives a list that
-        gets the time of death (`time.monotonic`).
+        Within this block, kill the server when it has received request `number` and before it can answer. Requests are
+        counted from 1 over all that this process sends. Then call `then`. The list that is yielded gets the time of
+        death (`time.monotonic`).
         """
         died: list[float] = []
         asked = 0

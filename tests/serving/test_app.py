@@ -1,4 +1,4 @@
-"""The server as any client meets it: on a socket, with whatever a client may send."""
+"""The server on a socket, with everything that clients may send."""
 
 import contextlib
 import http.client
@@ -19,9 +19,7 @@ from hypothesis import strategies as st
 
 from trl_refplug.rows import PaddedRows, Row
 from trl_refplug.scoring import Scorer
-from trl_refplug.serving import wire
-from trl_refplug.serving.client import RefPlugClient
-from trl_refplug.serving.limits import Limits
+from trl_refplug.serving import RefPlugClient, ServerLimits, wire
 
 from .. import tiny
 from .servers import LifespanOf, engine, serving, transport
@@ -60,14 +58,16 @@ def rows(count=3, seed=0, length=12):
 
 
 def body_of(served, wanted, **options):
-    return wire.encode_request(wire.ScoringRequest(PaddedRows.flush_left(wanted), served.facts.digest, **options))
+    return wire.encode_request(
+        wire.ScoringRequest(PaddedRows.flush_left(wanted), served.served_model.digest, **options)
+    )
 
 
 def expected(wanted, model=None, **options):
-    """What a scorer of its own says about rows, each alone and exactly."""
+    """The log-probs of rows by another scorer, exact and each row alone."""
     scorer = Scorer(model or tiny.model().eval(), **options)
     padded = [PaddedRows.flush_left([row]) for row in wanted]
-    return [next(one.gather(scorer.log_probs(one.batch()))) for one in padded]
+    return [next(one.values_by_row(scorer.log_probs(one.to_batch()))) for one in padded]
 
 
 def assert_near(found, wanted):
@@ -81,9 +81,9 @@ class TestScoring:
         body = body_of(served, wanted)
         status, _, answer = ask(url, body=body)
         assert status == 200
-        request = wire.ScoringRequest(PaddedRows.flush_left(wanted), served.facts.digest)
+        request = wire.ScoringRequest(PaddedRows.flush_left(wanted), served.served_model.digest)
         decoded = wire.decode_answer(answer, request, body)
-        assert served.facts.digest.startswith(decoded.identity)
+        assert served.served_model.digest.startswith(decoded.identity)
         assert_near(decoded.values, expected(wanted))
 
     def test_temperatures_do_not_mix(self, url):
@@ -97,7 +97,7 @@ class TestScoring:
                 assert_near(values, right[temperature])
 
     def test_64_clients_each_get_their_own_answers(self, url):
-        """Distinct and shared rows, many requests each, all at once."""
+        """Each client sends many requests, with rows of its own and rows that others send, all at once."""
         shared = rows(8, seed=99)
         right_shared = expected(shared)
         work = {client: rows(5, seed=client) for client in range(64)}
@@ -129,7 +129,7 @@ class TestScoring:
         body = body_of(served, wanted)
         status, _, answer = ask(url, body=body)
         assert status == 200
-        request = wire.ScoringRequest(PaddedRows.flush_left(wanted), served.facts.digest)
+        request = wire.ScoringRequest(PaddedRows.flush_left(wanted), served.served_model.digest)
         decoded = wire.decode_answer(answer, request, body)
         assert decoded.refused.keys() == {1, 3, 4}
         assert "400000 is not in" in decoded.refused[1]
@@ -153,7 +153,7 @@ class TestScoring:
         with serving(broken) as url:
             body = body_of(broken, wanted)
             status, _, answer = ask(url, body=body)
-        request = wire.ScoringRequest(PaddedRows.flush_left(wanted), broken.facts.digest)
+        request = wire.ScoringRequest(PaddedRows.flush_left(wanted), broken.served_model.digest)
         assert status == 200
         assert "not finite" in wire.decode_answer(answer, request, body).refused[0]
 
@@ -180,19 +180,19 @@ class TestScoring:
         def score(units):
             raise RuntimeError("CUDA error: device-side assert triggered")
 
-        lost.score, lost.works = score, lambda: False
+        lost.score, lost.device_works = score, lambda: False
         with serving(lost) as url:
             assert ask(url, path="/health", method="GET")[0] == 200
             assert ask(url, body=body_of(lost, rows()))[0] == 500
             wait_until(lambda: gone(url))
 
     def test_padding_beyond_the_positions_of_a_model_is_refused(self):
-        """Nothing is computed there: a GPU would not recover from it."""
+        """Such rows must not be computed, because a GPU would not recover from that."""
         served = engine("gpt2", scoring="exact")
-        limit = served.facts.max_length
+        limit = served.served_model.max_length
         short = Row.completion([5, 6], [7, 8])
         wide = PaddedRows([short, short], [0, limit], limit + 8)
-        request = wire.ScoringRequest(wide, served.facts.digest)
+        request = wire.ScoringRequest(wide, served.served_model.digest)
         with serving(served) as url:
             body = wire.encode_request(request)
             status, _, answer = ask(url, body=body)
@@ -211,7 +211,7 @@ def gone(url):
 
 class TestRefusals:
     def test_a_list_of_nothing_does_not_fill_the_memory(self, url):
-        """Sixteen million empty lists are a gigabyte."""
+        """Sixteen million empty lists take a gigabyte of memory."""
         payload = (
             b"\x9a\x00\xc4\x00\xca\0\0\0\0\x10\x00\x90\x90\xdd" + (1 << 23).to_bytes(4, "big") + b"\x90" * (1 << 23)
         )
@@ -230,7 +230,7 @@ class TestRefusals:
         request = wire.ScoringRequest(PaddedRows.flush_left(rows()), "ab" * 16)
         status, _, answer = ask(url, body=wire.encode_request(request))
         assert status == 409
-        assert served.facts.digest in json.loads(answer)["error"]
+        assert served.served_model.digest in json.loads(answer)["error"]
 
     def test_unknown_routes_and_methods(self, url):
         assert ask(url, "GET", "/")[0] == 404
@@ -241,17 +241,17 @@ class TestRefusals:
         assert ask(url, "GET", "/health")[0] == 200
         status, _, answer = ask(url, "GET", "/v1/identity")
         assert status == 200
-        assert json.loads(answer)["digest"] == served.facts.digest
+        assert json.loads(answer)["digest"] == served.served_model.digest
 
     def test_many_rows_or_tokens(self, served):
-        with serving(served, limits=Limits(rows=2, tokens=40)) as url:
+        with serving(served, limits=ServerLimits(max_rows=2, max_tokens=40)) as url:
             assert ask(url, body=body_of(served, rows(3)))[0] == 413
             assert ask(url, body=body_of(served, rows(2, length=30)))[0] == 413
             assert ask(url, body=body_of(served, rows(2)))[0] == 200
 
     @pytest.mark.parametrize("chunked", [False, True], ids=["announced", "chunked"])
     def test_large_bodies_are_not_read_to_the_end(self, served, chunked):
-        with serving(served, limits=Limits(body_bytes=10_000)) as url, connection_to(url) as raw:
+        with serving(served, limits=ServerLimits(max_body_bytes=10_000)) as url, connection_to(url) as raw:
             length = b"transfer-encoding: chunked" if chunked else b"content-length: 100000000000"
             raw.sendall(b"POST /v1/score HTTP/1.1\r\nhost: x\r\n" + length + b"\r\n\r\n")
             piece = (b"800\r\n" + b"x" * 0x800 + b"\r\n") if chunked else b"x" * 0x800
@@ -266,22 +266,22 @@ class TestRefusals:
             assert ask(url, body=body_of(served, rows()))[0] == 200
 
     def test_large_body_is_a_413(self, served):
-        with serving(served, limits=Limits(body_bytes=1000)) as url:
+        with serving(served, limits=ServerLimits(max_body_bytes=1000)) as url:
             assert ask(url, body=b"x" * 2000)[0] == 413
             assert ask(url, body=iter([b"x" * 600, b"x" * 600]), chunked=True)[0] == 413
 
     def test_a_slow_body_is_given_up(self, served):
-        with serving(served, limits=Limits(body_seconds=0.5)) as url, connection_to(url) as raw:
+        with serving(served, limits=ServerLimits(body_timeout=0.5)) as url, connection_to(url) as raw:
             raw.sendall(b"POST /v1/score HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n")
             assert drip(raw) == b"HTTP/1.1 408"
 
     def test_a_slow_head_is_given_up(self, served):
-        with serving(served, limits=Limits(head_seconds=0.5)) as url, connection_to(url) as raw:
+        with serving(served, limits=ServerLimits(head_timeout=0.5)) as url, connection_to(url) as raw:
             raw.sendall(b"POST /v1/score HTTP/1.1\r\nx-slow: ")
             assert drip(raw) == b""
 
     def test_silence_and_a_slow_second_head_are_given_up(self, served):
-        with serving(served, limits=Limits(head_seconds=0.5)) as url:
+        with serving(served, limits=ServerLimits(head_timeout=0.5)) as url:
             with connection_to(url) as silent:
                 assert silent.recv(100) == b""
             with connection_to(url) as raw:
@@ -296,7 +296,7 @@ class TestRefusals:
                 assert drip(raw) == b""
 
     def test_who_does_not_take_an_answer_is_given_up(self):
-        """It would take memory for ever, and the server would wait for it at its end."""
+        """Such a client would take memory without end, and the server would wait for it at shutdown."""
         size, given_up = 64 << 20, threading.Event()
 
         async def large(scope, receive, send):
@@ -308,7 +308,7 @@ class TestRefusals:
             given_up.set()
 
         around = lambda ours: LifespanOf(ours, large)  # noqa: E731
-        with serving(engine(), limits=Limits(body_seconds=0.5), around=around) as url, connection_to(url) as raw:
+        with serving(engine(), limits=ServerLimits(body_timeout=0.5), around=around) as url, connection_to(url) as raw:
             raw.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
             assert given_up.wait(30)
             received = 0
@@ -318,26 +318,26 @@ class TestRefusals:
         assert 0 < received < size
 
     def test_a_slow_answer_is_not_given_up(self):
-        """The deadlines are for what clients send, not for the time that scoring takes."""
+        """The deadlines limit the time that clients take, not the time that scoring takes."""
         slow = delayed(engine(), 1.0)
-        with serving(slow, limits=Limits(head_seconds=0.3, body_seconds=0.3)) as url:
+        with serving(slow, limits=ServerLimits(head_timeout=0.3, body_timeout=0.3)) as url:
             assert ask(url, body=body_of(slow, rows()))[0] == 200
 
     def test_full_queue(self):
         slow = delayed(engine(), 0.5)
-        with serving(slow, limits=Limits(queue_tokens=50)) as url, ThreadPoolExecutor(8) as pool:
+        with serving(slow, limits=ServerLimits(max_queued_tokens=50)) as url, ThreadPoolExecutor(8) as pool:
             bodies = [body_of(slow, rows(3, seed=n)) for n in range(8)]
             answers = list(pool.map(lambda body: ask(url, body=body), bodies))
             statuses = [status for status, _, _ in answers]
             assert set(statuses) == {200, 429}
             for status, headers, _ in answers:
                 assert (status == 429) == ("retry-after" in headers)
-            with transport(url, deadline=60) as to:  # a client comes back when it is told to
+            with transport(url, deadline=60) as to:  # the client tries again when it is told to
                 assert len(RefPlugClient(to).score(PaddedRows.flush_left(rows()), 1.0)) == 3
 
 
 def waiting(served, go):
-    """An engine that does not score before `go` is set."""
+    """An engine that waits for `go` before it scores."""
     score = served.score
 
     def when_told(units):
@@ -364,14 +364,14 @@ def connection_to(url):
 
 
 def drip(raw):
-    """Send a byte now and then; the beginning of what comes back in the end."""
+    """Send one byte after the other, slowly, and return the beginning of the answer."""
     started = time.monotonic()
     raw.settimeout(0.05)
     while time.monotonic() - started < 30:
         try:
             return raw.recv(12)
         except TimeoutError:
-            with contextlib.suppress(OSError):  # closed since: what came before that is read first
+            with contextlib.suppress(OSError):  # the connection may be closed; the answer can still be read
                 raw.send(b"x")
         except OSError:
             return b""
@@ -389,7 +389,7 @@ class TestKey:
     )
     @pytest.mark.parametrize("path", ["/v1/score", "/v1/identity", "/", "/v1/nothing"])
     def test_without_the_key_nothing_is_told(self, locked, given, path):
-        if given == "Bearer right-key ":  # HTTP drops white space around a value
+        if given == "Bearer right-key ":  # HTTP removes white space around a value
             given = "Bearer right-key x"
         headers = {} if given is None else {"authorization": given.encode("latin-1")}
         status, headers, answer = ask(locked, "POST", path, body=b"x", headers=headers)
@@ -429,7 +429,7 @@ class TestLeaving:
             staying.request("POST", "/v1/score", body_of(slow, [Row([70, 6], [70, 6])]))
             time.sleep(0.5)  # both are queued
             leaving.close()
-            time.sleep(0.5)  # and one is not any more
+            time.sleep(0.5)  # and now one is not
             go.set()
             assert occupying.getresponse().status == staying.getresponse().status == 200
         assert seen == [{50}, {70}]
@@ -459,7 +459,7 @@ def wait_until(condition):
     raise AssertionError("it does not come true")
 
 
-# Any request that HTTP allows, and some that it does not
+# Random requests that HTTP allows, and some that it does not allow
 
 
 def hostile_bodies(served):
@@ -472,7 +472,7 @@ def hostile_bodies(served):
     )
     fields = [
         st.integers(-5, 2**64 - 1),
-        st.just(bytes.fromhex(served.facts.digest)[:8]),
+        st.just(bytes.fromhex(served.served_model.digest)[:8]),
         st.floats(),
         st.integers(-2, 300),
         st.integers(-2, 2**33),
@@ -489,7 +489,7 @@ def hostile_bodies(served):
 
     @st.composite
     def plausible(draw):
-        """Consistent lengths with any ids: often scored, sometimes refused by index."""
+        """Requests with consistent lengths and any ids. Many of them are scored, and some rows are refused."""
         lengths = draw(st.lists(st.integers(0, 20), min_size=1, max_size=4))
         size = draw(st.sampled_from([2, 4]))
         ids = draw(st.lists(st.integers(0, 500), min_size=sum(lengths), max_size=sum(lengths)))
@@ -500,7 +500,7 @@ def hostile_bodies(served):
         return sealed(
             [
                 draw(st.integers(0, 3)),
-                bytes.fromhex(served.facts.digest)[:8],
+                bytes.fromhex(served.served_model.digest)[:8],
                 temperature,
                 width,
                 draw(st.integers(0, 2**32 - 1)),
@@ -555,7 +555,7 @@ def fuzz(served, url, examples):
 
     send()
     assert ask(url, body=body_of(served, rows()))[0] == 200
-    assert counts[200] > examples / 50, counts  # some of it gets as far as the model
+    assert counts[200] > examples / 50, counts  # some of the requests reach the model
     assert counts[400] > examples / 50, counts
     return counts
 

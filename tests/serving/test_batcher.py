@@ -1,4 +1,4 @@
-"""Merging, turns, bounds and cancellation, with a model that is slow on command."""
+"""Merging, taking turns, limits and cancellation, with a model that waits for the test."""
 
 import threading
 import time
@@ -10,12 +10,12 @@ import pytest
 
 from trl_refplug.rows import PaddedRows, Row
 from trl_refplug.serving.batcher import Batcher, ClosedError, QueueFullError
-from trl_refplug.serving.engine import Unit
+from trl_refplug.serving.engine import WorkUnit
 
 
-def unit(token, length=10, temperature=1.0, whole=False):
+def unit(token, length=10, temperature=1.0, as_sent=False):
     ids = np.full(length, token)
-    return Unit(PaddedRows.flush_left([Row(ids, ids)]), temperature, whole)
+    return WorkUnit(PaddedRows.flush_left([Row(ids, ids)]), temperature, as_sent)
 
 
 def request(*units):
@@ -23,7 +23,7 @@ def request(*units):
 
 
 class Model:
-    """Answers a row with its first token, keeps what it was given, and waits for `go` each time."""
+    """The log-probs of a row are its first token. It records each batch, and waits for `go` before it answers."""
 
     def __init__(self):
         self.batches = []
@@ -50,8 +50,8 @@ def model():
 
 @pytest.fixture
 def batcher(model):
-    made = Batcher(model.score, lambda: model.works, token_budget=80, queue_tokens=1000)
-    # The first unit keeps the thread busy, so that what a test submits next is there before the next batch is made
+    made = Batcher(model.score, lambda: model.works, token_budget=80, max_queued_tokens=1000)
+    # The first unit keeps the thread busy until the test has submitted the units that it is about
     made.submit(0, request(unit(0)))
     assert model.begun.acquire(timeout=10)
     yield made
@@ -73,7 +73,7 @@ def test_requests_are_merged_and_answers_find_their_way(batcher, model):
     futures = [batcher.submit(c, request(unit(10 * c + 1), unit(10 * c + 2))) for c in (1, 2, 3)]
     finish(model)
     assert [firsts(future.result(10)) for future in futures] == [{0: 10 * c + 1, 1: 10 * c + 2} for c in (1, 2, 3)]
-    assert len(model.batches) == 2  # of the budget's 80 tokens, the three take 60
+    assert len(model.batches) == 2  # the three requests have 60 tokens, and the budget is 80
 
 
 def test_clients_take_turns(batcher, model):
@@ -85,7 +85,7 @@ def test_clients_take_turns(batcher, model):
 
 
 def test_turns_go_on_from_batch_to_batch(batcher, model):
-    """Rows that fill a batch each."""
+    """Each row fills a batch."""
     futures = [batcher.submit(c, request(*(unit(10 * c + n, length=80) for n in range(2)))) for c in (1, 2, 3)]
     finish(model)
     for future in futures:
@@ -104,7 +104,7 @@ def test_identical_rows_in_flight_are_computed_once(batcher, model):
 
 def test_another_temperature_or_scored_position_is_another_row(batcher, model):
     ids = np.full(10, 5)
-    half = Unit(PaddedRows.flush_left([Row(ids, np.where(np.arange(10) < 5, -100, 5))]), 1.0)
+    half = WorkUnit(PaddedRows.flush_left([Row(ids, np.where(np.arange(10) < 5, -100, 5))]), 1.0)
     rows = (unit(5), unit(5, temperature=0.7), half)
     futures = [batcher.submit(client, request(row)) for client, row in enumerate(rows)]
     finish(model)
@@ -114,7 +114,7 @@ def test_another_temperature_or_scored_position_is_another_row(batcher, model):
 
 
 def test_whole_requests_are_not_merged(batcher, model):
-    futures = [batcher.submit(c, request(unit(c, whole=True))) for c in (1, 2, 3)]
+    futures = [batcher.submit(c, request(unit(c, as_sent=True))) for c in (1, 2, 3)]
     finish(model)
     for future in futures:
         future.result(10)
@@ -133,7 +133,7 @@ def test_a_unit_beyond_the_budget_is_computed_alone(batcher, model):
 def test_the_smallest_budgets(budget):
     model = Model()
     finish(model)
-    batcher = Batcher(model.score, lambda: True, token_budget=budget, queue_tokens=1000)
+    batcher = Batcher(model.score, lambda: True, token_budget=budget, max_queued_tokens=1000)
     assert firsts(batcher.submit(0, request(unit(1), unit(2))).result(timeout=10)) == {0: 1, 1: 2}
     batcher.close()
 
@@ -169,7 +169,7 @@ def test_the_queue_is_bounded_and_says_when_to_come_back(batcher, model):
 
 
 def test_a_request_beyond_the_bound_is_taken_by_an_empty_queue(model):
-    small = Batcher(model.score, lambda: model.works, token_budget=80, queue_tokens=10)
+    small = Batcher(model.score, lambda: model.works, token_budget=80, max_queued_tokens=10)
     taken = small.submit(1, request(unit(1, length=50)))
     with pytest.raises(QueueFullError):
         small.submit(2, request(unit(2)))
@@ -179,13 +179,13 @@ def test_a_request_beyond_the_bound_is_taken_by_an_empty_queue(model):
 
 
 def test_a_slow_model_has_a_short_queue(model):
-    """Not more than a minute's work, whatever the bound: clients would give up waiting, and ask again."""
-    slow = Batcher(model.score, lambda: model.works, token_budget=80, queue_tokens=1_000_000)
+    """The queue has at most a minute's work, whatever the limit, because clients would give up and ask again."""
+    slow = Batcher(model.score, lambda: model.works, token_budget=80, max_queued_tokens=1_000_000)
     first = slow.submit(1, request(unit(1)))
     time.sleep(0.2)
     finish(model, 1)
     first.result(10)  # 10 tokens in 0.2 s: 3000 in a minute
-    while not slow._speed:  # known a moment after the answer
+    while not slow._speed:  # it is measured a moment after the answer
         time.sleep(0.001)
     taken = slow.submit(1, request(*(unit(n, length=100) for n in range(2, 42))))
     with pytest.raises(QueueFullError) as full:
@@ -209,7 +209,7 @@ def test_a_row_that_fails_does_not_fail_the_others(batcher, model):
 
 
 def test_a_pass_that_fails_is_out_of_memory_before_its_rows_are_tried_one_by_one():
-    """What ran out of memory must not keep it."""
+    """A pass that ran out of memory must not keep what it had."""
 
     class Activations:
         pass
@@ -225,7 +225,7 @@ def test_a_pass_that_fails_is_out_of_memory_before_its_rows_are_tried_one_by_one
         yield 0, [np.zeros(9, np.float32)]
 
     kept = []
-    batcher = Batcher(score, lambda: True, token_budget=80, queue_tokens=1000)
+    batcher = Batcher(score, lambda: True, token_budget=80, max_queued_tokens=1000)
     assert firsts(batcher.submit(1, request(unit(1), unit(2))).result(10)) == {0: 0, 1: 0}
     assert kept == [None, None]
     batcher.close()
@@ -244,9 +244,9 @@ def test_closing_finishes_what_was_taken(batcher, model):
 
 
 def test_a_device_that_computes_no_more_ends_the_work(batcher, model):
-    """What waits fails as well, and is asked for elsewhere, instead of failing row by row."""
+    """Everything in the queue fails at once, so that clients can ask elsewhere, instead of failing row by row."""
     model.poison, model.works = 1, False
-    poisoned = batcher.submit(1, request(unit(1, whole=True)))
+    poisoned = batcher.submit(1, request(unit(1, as_sent=True)))
     waiting = batcher.submit(2, request(unit(2), unit(3)))
     finish(model)
     with pytest.raises(RuntimeError, match="poison"):

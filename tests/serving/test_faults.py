@@ -1,4 +1,4 @@
-"""Servers that die and networks that lie: every value is right, or the run ends with an error that says why."""
+"""Servers die and networks damage answers: every value is right, or the run ends with an error that says why."""
 
 import contextlib
 import os
@@ -20,9 +20,7 @@ from transformers import TrainerCallback
 
 from trl_refplug import ReferenceMismatchError, RemoteError
 from trl_refplug.rows import PaddedRows, Row
-from trl_refplug.serving import wire
-from trl_refplug.serving.background import in_background
-from trl_refplug.serving.client import RefPlugClient
+from trl_refplug.serving import RefPlugClient, in_background, wire
 
 from .. import tiny
 from ..trainers.runs import assert_same, build, finished, train
@@ -50,8 +48,12 @@ def frozen(directory, path):
     return train("dpo", directory, path, args={"ref_provider": "frozen"})
 
 
+SECOND_STEP = 3
+"""The number of the request for the second step: the first one is for the probe, as training begins."""
+
+
 class Hurry(TrainerCallback):
-    """From the end of the first step on, a request has three seconds."""
+    """After the first step, reduce the deadline of requests to three seconds."""
 
     def __init__(self, to):
         self._transport = to
@@ -61,14 +63,16 @@ class Hurry(TrainerCallback):
 
 
 class TestKilledMidRequest:
-    """Servers that are processes of their own, killed with a request of the second training step in their hands."""
+    """Server processes that are killed while they have a request of the second training step."""
 
     def test_and_restarted_training_goes_on(self, tmp_path, path, frozen, caplog):
         arguments = (path, "--scoring", "exact", "--port", str(free_port()))
         with ExitStack() as stack:
             server = stack.enter_context(ServerProcess(*arguments))
             trainer = build("dpo", tmp_path, path, args=remote(server.wait(), deadline=240))
-            with server.killed_mid_request(2, lambda: stack.enter_context(ServerProcess(*arguments))) as died:
+            with server.killed_mid_request(
+                SECOND_STEP, lambda: stack.enter_context(ServerProcess(*arguments))
+            ) as died:
                 trainer.train()
         assert died
         assert "the connection broke" in caplog.text
@@ -83,7 +87,7 @@ class TestKilledMidRequest:
             server = stack.enter_context(ServerProcess(path, *port))
             trainer = build("dpo", tmp_path, path, args=remote(server.wait(), deadline=240))
             with (
-                server.killed_mid_request(2, lambda: stack.enter_context(ServerProcess(other, *port))),
+                server.killed_mid_request(SECOND_STEP, lambda: stack.enter_context(ServerProcess(other, *port))),
                 pytest.raises(ReferenceMismatchError, match=r"restarted with other weights.*model of before"),
             ):
                 trainer.train()
@@ -92,15 +96,15 @@ class TestKilledMidRequest:
     def test_for_good_the_run_ends_within_the_deadline(self, tmp_path, path, caplog):
         with ServerProcess(path, "--scoring", "exact", "--port", "0") as server:
             url = server.wait()
-            # Without look-ahead the second request is made after the first step
+            # Without prefetching, the request for the second step is made after the first step
             trainer = build("dpo", tmp_path, path, args={**remote(url, deadline=240), "ref_prefetch": 0})
             trainer.add_callback(Hurry(trainer.ref_model.provider._client.transport))
             error = (
                 rf"within 3 s .option 'deadline'.; tried (?!1 )\d+ times at {url}\. .*, at {url}: it cannot be reached"
             )
-            with server.killed_mid_request(2) as died, pytest.raises(RemoteError, match=error):
+            with server.killed_mid_request(SECOND_STEP) as died, pytest.raises(RemoteError, match=error):
                 trainer.train()
-            assert time.monotonic() - died[0] < 60  # a machine may be busy
+            assert time.monotonic() - died[0] < 60  # this machine may be busy
         assert "the connection broke" in caplog.text
         assert trainer.state.global_step == 1
 
@@ -108,9 +112,9 @@ class TestKilledMidRequest:
         arguments = (path, "--scoring", "exact", "--port", "0")
         with ServerProcess(*arguments) as goes, ServerProcess(*arguments) as stays:
             urls = goes.wait(), stays.wait()
-            # Without look-ahead one request is in flight at a time, and the first of equal servers is asked
+            # Without prefetching, there is one request in flight at a time, and the first of equal servers is asked
             trainer = build("dpo", tmp_path, path, args={**remote(list(urls)), "ref_prefetch": 0})
-            with goes.killed_mid_request(2) as died:
+            with goes.killed_mid_request(SECOND_STEP) as died:
                 trainer.train()
             assert stays.process.poll() is None
         assert died
@@ -121,7 +125,7 @@ class TestKilledMidRequest:
 class TestProcesses:
     @contextlib.contextmanager
     def working(self, path, count):
-        """A server, a way to it, and the answer to `count` rows that it has begun to work for."""
+        """A server, a client, and the future answer to `count` rows that the server is already scoring."""
         wanted = [Row(ids, ids) for ids in np.random.default_rng(0).integers(6, 250, (count, 250))]
         patient = {"deadline": 240, "read_timeout": 240}
         with ServerProcess(path, "--port", "0") as server, transport(server.wait(), **patient) as to:
@@ -129,7 +133,7 @@ class TestProcesses:
             with watched(lambda event: sent.set() if event == SENT else None):
                 answer = in_background(lambda: client.score(PaddedRows.flush_left(wanted), 1.0))
                 assert sent.wait(30)
-            for _ in range(3):  # the server has seen the request when it has answered later ones
+            for _ in range(3):  # when the server has answered later requests, it has seen this one
                 to.send("GET", "/health", repr)
             assert not answer.done()
             yield server, to, answer
@@ -192,17 +196,17 @@ class TestReplicas:
         with serving(engine()) as there, transport(there, f"http://127.0.0.1:{port}", connect_timeout=0.5) as to:
             client = RefPlugClient(to)
             with serving(engine(), port=port) as late:
-                first, second = to._servers.all
+                first, second = to._pool.endpoints
                 assert (second.url, second.failures > 0) == (late, True)
-                first.not_before = time.monotonic() + 60  # as if it were in trouble
+                first.not_before = time.monotonic() + 60  # as if it had failed
                 client.score(PaddedRows.flush_left(rows()), 1.0)
                 assert second.failures == 0
 
     def test_one_that_stays_away_is_asked_rarely_while_another_answers(self):
         with serving(engine()) as there, transport(f"http://127.0.0.1:{free_port()}", there, deadline=300) as to:
             client = RefPlugClient(to)
-            away, _ = to._servers.all
-            away.failures, away.not_before = 20, 0.0  # as after some minutes
+            away, _ = to._pool.endpoints
+            away.failures, away.not_before = 20, 0.0  # as after some minutes of failures
             client.score(PaddedRows.flush_left(rows()), 1.0)
             assert 10 < away.not_before - time.monotonic() <= 60
 
@@ -223,12 +227,12 @@ class TestLoad:
         with ExitStack() as stack:
             urls = [stack.enter_context(serving(waiting(engine(), go))) for _ in range(3)]
             to, pool = stack.enter_context(transport(*urls)), stack.enter_context(ThreadPoolExecutor(6))
-            stack.callback(go.set)  # whatever happens, or the servers would wait
+            stack.callback(go.set)  # also after a failure, because the servers would wait
             client = RefPlugClient(to)
             asked = [rows(1, seed=n) for n in range(6)]
             answers = [pool.submit(client.score, PaddedRows.flush_left(each), 1.0) for each in asked]
-            wait_until(lambda: sum(server.in_flight for server in to._servers.all) == 6)
-            assert [server.in_flight for server in to._servers.all] == [2, 2, 2]
+            wait_until(lambda: sum(server.in_flight for server in to._pool.endpoints) == 6)
+            assert [server.in_flight for server in to._pool.endpoints] == [2, 2, 2]
             go.set()
             for each, answer in zip(asked, answers, strict=True):
                 assert_near(answer.result(30), expected(each))
@@ -254,7 +258,7 @@ class TestAnswers:
                 client.score(PaddedRows.flush_left(rows()), 1.0)
 
     def test_an_older_answer_is_not_taken_for_the_new_one(self):
-        """A proxy that answers from its cache."""
+        """A proxy answers from its cache."""
         first = []
 
         def cached(answer):
@@ -265,12 +269,12 @@ class TestAnswers:
             client = RefPlugClient(to)
             assert_near(client.score(PaddedRows.flush_left(rows()), 1.0), expected(rows()))
             to._deadline = 1
-            with pytest.raises(RemoteError, match=r"damaged|too slowly|in time"):  # which one: as above
+            with pytest.raises(RemoteError, match=r"damaged|too slowly|in time"):  # for the reason given above
                 client.score(PaddedRows.flush_left(rows(seed=1)), 1.0)
 
 
 def test_an_answer_of_another_reference_stops_the_run(path, tmp_path):
-    """Whole and undamaged, to this very request, but of other weights."""
+    """The answer is complete, undamaged and to the right request, but from other weights."""
 
     class Impostor:
         def __init__(self, app):
@@ -316,7 +320,7 @@ def test_a_third_of_all_requests_fails(tmp_path, path, frozen):
 
 
 def test_an_answer_that_trickles_in_ends_at_the_deadline():
-    """Each byte comes within the timeout to read."""
+    """Each byte arrives within the read timeout."""
 
     def trickle():
         connection, _ = listener.accept()
@@ -365,13 +369,13 @@ def test_clients_that_were_sent_away_do_not_all_come_back_at_once():
             started = time.monotonic()
             with transport(url, deadline=5) as to, pytest.raises(RemoteError, match="429"):
                 to.send("GET", "/health", repr)
-            pauses.append(to._servers.all[0].not_before - started)
+            pauses.append(to._pool.endpoints[0].not_before - started)
     assert min(pauses) >= 10
     assert max(pauses) - min(pauses) > 0.2
 
 
 def test_a_redirect_is_not_followed():
-    """It would take the key to wherever it leads."""
+    """Following it would send the key to another server."""
     reached = []
 
     async def elsewhere(scope, receive, send):
@@ -399,19 +403,19 @@ def test_a_proxy_that_asks_to_be_left_alone_for_an_hour_does_not_end_the_run():
         threading.Timer(1, to.close).start()
         with pytest.raises(RemoteError, match="closed"):  # it was still waiting
             to.send("GET", "/health", repr)
-        assert to._servers.all[0].not_before - time.monotonic() <= 72
+        assert to._pool.endpoints[0].not_before - time.monotonic() <= 72
 
 
 def test_closing_between_two_steps_of_an_attempt():
     with transport(f"http://127.0.0.1:{free_port()}") as to:
-        opened = to._open
+        opened = to._http_client
 
         def open_and_close():
             client = opened()
             to.close()
             return client
 
-        to._open = open_and_close
+        to._http_client = open_and_close
         with pytest.raises(RemoteError, match="closed"):
             to.send("GET", "/health", repr)
 
@@ -419,7 +423,7 @@ def test_closing_between_two_steps_of_an_attempt():
 def test_a_fork_does_not_wait_for_the_locks_of_threads_it_does_not_have():
     with serving(engine()) as url, transport(url) as to:
         client = RefPlugClient(to)
-        locks = to._lock, to._servers._lock, to.stats.lock, to._closing._cond
+        locks = to._lock, to._pool._lock, to._closing._cond
         for lock in locks:
             lock.acquire()
         child = os.fork()

@@ -1,4 +1,4 @@
-"""What goes in comes out, bit for bit, and nothing else is taken for it."""
+"""Requests and answers are restored bit for bit, and nothing else is accepted as one."""
 
 import msgspec
 import numpy as np
@@ -19,7 +19,7 @@ LIMITS = {"max_rows": 64, "max_tokens": 4096}
 
 @st.composite
 def batches(draw):
-    """Batches of any padding, any scored positions, ids of any size."""
+    """Batches with any padding, any scored positions and ids of any size."""
     count, width = draw(st.integers(1, 6)), draw(st.integers(1, 40))
     highest = draw(st.sampled_from([10, 49151, 65535, 65536, 2**31]))
     padding = draw(st.integers(0, highest))
@@ -38,8 +38,8 @@ def batches(draw):
 
 @st.composite
 def exchanges(draw):
-    """A request and an answer to it, with any bits that are finite numbers."""
-    rows = PaddedRows.of(draw(batches()))
+    """A request and its answer, with any finite numbers."""
+    rows = PaddedRows.from_batch(draw(batches()))
     request = wire.ScoringRequest(rows, DIGEST, draw(st.floats(0.01, 10)), draw(st.integers(0, 2**32 - 1)))
     refused = draw(st.dictionaries(st.integers(0, len(rows) - 1), st.text(max_size=20), max_size=2))
     number = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -54,10 +54,10 @@ def exchanges(draw):
 
 @given(batches())
 def test_request_restores_the_very_tensors(batch):
-    body = wire.encode_request(wire.ScoringRequest(PaddedRows.of(batch), DIGEST, 0.7, 5))
+    body = wire.encode_request(wire.ScoringRequest(PaddedRows.from_batch(batch), DIGEST, 0.7, 5))
     request = wire.decode_request(body, **LIMITS)
     assert (request.identity, request.temperature, request.client) == (DIGEST[:16], 0.7, 5)
-    again = request.rows.batch()
+    again = request.rows.to_batch()
     for name in ("input_ids", "attention_mask", "labels"):
         assert torch.equal(getattr(again, name), getattr(batch, name)), name
 
@@ -185,11 +185,11 @@ def test_ids_that_no_model_has_are_not_sent(ids):
 
 
 def test_six_bytes_a_token_at_most():
-    """Random ids and log-probs: nothing in them is easy to compress but what every log-prob has."""
+    """With random ids and log-probs, only the sign and exponent of log-probs can be compressed."""
     generator = np.random.default_rng(0)
     ids = generator.integers(0, 49152, (8, 200))
     request = wire.ScoringRequest(PaddedRows.flush_left([Row(row, row) for row in ids]), DIGEST)
     body = wire.encode_request(request)
     values = list(-generator.gamma(2.0, 3.0, (8, 199)).astype(np.float32))
     answer = wire.encode_answer(wire.ScoringAnswer(DIGEST, values, {}), body)
-    assert (len(body) + len(answer)) / ids.size < 5.6  # and HTTP's own lines
+    assert (len(body) + len(answer)) / ids.size < 5.6  # without the headers of HTTP

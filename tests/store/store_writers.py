@@ -1,4 +1,4 @@
-"""Rows that can be told right from wrong, and the processes that write them."""
+"""Rows whose values can be checked, and processes that write them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def key_of(number: int) -> bytes:
 
 
 def row_of(number: int) -> np.ndarray:
-    """The one right row for `number`, 0 to 40 log-probs."""
+    """The row that belongs to `number`. It has 0 to 40 log-probs."""
     return -np.random.default_rng(number).random(number % 41, dtype=np.float32)
 
 
@@ -27,7 +27,7 @@ def fill(store: LogProbStore, numbers: Sequence[int]) -> None:
 
 
 def right_rows(store: LogProbStore, numbers: Sequence[int]) -> set[int]:
-    """Which of `numbers` the store has. Fails if it has any of them wrong."""
+    """The `numbers` whose rows the store has. Fails if the values of a row are wrong."""
     answer = store.lookup([key_of(number) for number in numbers])
     found = {number: row for number, row in zip(numbers, answer, strict=True) if row is not None}
     for number, row in found.items():
@@ -40,7 +40,7 @@ def files_of(path: Path, suffix: str) -> list[Path]:
 
 
 def write_all(location: str, numbers: range, seed: int, options: dict[str, float]) -> None:
-    """Fill a store with `numbers`, in an order of its own, in micro-batches."""
+    """Fill a store with `numbers` in micro-batches, in a random order."""
     order = list(numbers)
     random.Random(seed).shuffle(order)
     with LogProbStore(location, mode="a", **options) as store:
@@ -49,7 +49,7 @@ def write_all(location: str, numbers: range, seed: int, options: dict[str, float
 
 
 def write_until_killed(location: str, first: int, acknowledgements: str) -> None:
-    """Put micro-batches of five for ever, two a shard; append the number of a row to a file once it is put."""
+    """Put micro-batches of five without end, two per shard. Append the numbers of the rows that were put to a file."""
     with LogProbStore(location, mode="a", publish_rows=10) as store, open(acknowledgements, "ab", buffering=0) as log:
         number = first
         while True:

@@ -1,4 +1,4 @@
-"""Files that are not what was published: noticed, named, set aside, never read."""
+"""Damaged files are noticed, named and set aside, and are never read."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def truncate(file: Path, chance: random.Random) -> None:
 
 
 def zero_the_end(file: Path, chance: random.Random) -> None:
-    """What a power cut leaves where a file was not synced: its size, and zeros."""
+    """What a power cut can leave of a file that was not synchronized: the right size, but zeros."""
     data = file.read_bytes()
     keep = chance.randrange(len(data) - 1)
     file.write_bytes(data[:keep] + bytes(len(data) - keep))
@@ -104,7 +104,7 @@ def test_damage_in_a_shard_published_later_is_noticed_by_refresh(path: Path) -> 
         with pytest.warns(StoreWarning, match=victim.stem):
             reader.refresh()
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # said once
+            warnings.simplefilter("error")  # there is no second warning
             reader.refresh()
         assert right_rows(reader, range(70)) == set(NUMBERS)
 
@@ -126,7 +126,7 @@ def test_a_newer_format_version_is_refused_by_name(path: Path) -> None:
     reader = LogProbStore(path)
     with LogProbStore(path, mode="a") as store:
         fill(store, range(60, 70))
-    # As a later release may write it: in the same envelope, fields that this one does not know.
+    # A later release may write fields that this one does not know, in the same envelope.
     newer = path / "20991231T235959.000000Z-0123456789abcdef.json"
     body = json.dumps({"chunks": [1, 2], "format_version": 2, "name": newer.stem})
     checksum = xxhash.xxh3_128_hexdigest(body.encode())
@@ -171,7 +171,7 @@ def test_verify_reports_rows_that_disagree_and_not_those_that_are_rounded(tmp_pa
         (key_of(2).hex(), (names[0], names[2])): float("inf"),
     }
     assert len(verify(path, tolerance=1e-4).conflicts) == 3
-    with LogProbStore(path) as store:  # the first one published wins
+    with LogProbStore(path) as store:  # the row that was published first is used
         rows = store.lookup([key_of(number) for number in range(4)])
         assert [row.tolist() for row in rows] == [[-1.0, -2.0]] * 4
 

@@ -1,4 +1,4 @@
-"""What is put and not published yet survives the process that put it."""
+"""Journals: rows that were put and not published survive if their process is killed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trl_refplug.store import LogProbStore, journal, summarize
 
 
 def left_behind(path: Path, journals: dict[str, bytes]) -> None:
-    """A store directory with the journals of writers that are gone."""
+    """A store directory with the journals of writers that have died."""
     path.mkdir()
     for name, data in journals.items():
         (path / name).write_bytes(data)
@@ -31,16 +31,16 @@ def written(tmp_path: Path) -> tuple[str, bytes]:
         return file.name, file.read_bytes()
 
 
-def test_whole(tmp_path: Path, written: tuple[str, bytes]) -> None:
+def test_the_next_writer_publishes_an_abandoned_journal(tmp_path: Path, written: tuple[str, bytes]) -> None:
     left_behind(tmp_path / "store", dict([written]))
     with LogProbStore(tmp_path / "store", mode="a") as store:
         assert right_rows(store, range(9)) == set(range(6))
-        assert summarize(tmp_path / "store").rows == 6  # published at once, for others to see
+        assert summarize(tmp_path / "store").rows == 6  # they are published at once, so that others see them
         assert not (tmp_path / "store" / written[0]).exists()
     assert not files_of(tmp_path / "store", ".journal")
 
 
-def test_cut_or_flipped_anywhere(tmp_path: Path, written: tuple[str, bytes]) -> None:
+def test_a_damaged_journal_gives_right_rows_or_none(tmp_path: Path, written: tuple[str, bytes]) -> None:
     name, data = written
     flipped = [data[:i] + bytes([data[i] ^ 64]) + data[i + 1 :] for i in range(23, len(data), 5)]
     for number, damaged in enumerate([*(data[:i] for i in range(0, len(data), 3)), *flipped]):
@@ -53,7 +53,7 @@ def test_cut_or_flipped_anywhere(tmp_path: Path, written: tuple[str, bytes]) -> 
             assert not (path / name).exists()
 
 
-def test_of_two_writers_with_rows_in_common(tmp_path: Path, written: tuple[str, bytes]) -> None:
+def test_journals_of_two_writers_with_rows_in_common(tmp_path: Path, written: tuple[str, bytes]) -> None:
     _, data = written
     left_behind(tmp_path / "store", {"a.journal": data, "b.journal": data})
     with LogProbStore(tmp_path / "store", mode="a") as store:
@@ -61,7 +61,7 @@ def test_of_two_writers_with_rows_in_common(tmp_path: Path, written: tuple[str, 
     assert summarize(tmp_path / "store").rows == 6
 
 
-def test_of_another_version(tmp_path: Path, written: tuple[str, bytes]) -> None:
+def test_a_journal_of_another_version_is_left_alone(tmp_path: Path, written: tuple[str, bytes]) -> None:
     name, data = written
     newer = data.replace(b"journal 1", b"journal 2")
     left_behind(tmp_path / "store", {name: newer})
@@ -70,12 +70,12 @@ def test_of_another_version(tmp_path: Path, written: tuple[str, bytes]) -> None:
     assert (tmp_path / "store" / name).read_bytes() == newer
 
 
-def test_of_a_writer_at_work(tmp_path: Path) -> None:
+def test_the_journal_of_a_writer_at_work(tmp_path: Path) -> None:
     path = tmp_path / "store"
     with LogProbStore(path, mode="a", publish_seconds=1e9) as writer:
         fill(writer, range(5))
         with LogProbStore(path, mode="a", publish_seconds=1e9) as other, LogProbStore(path) as reader:
-            assert right_rows(other, range(9)) == set(range(5))  # other writers need not score them
+            assert right_rows(other, range(9)) == set(range(5))  # so other writers need not score them
             assert len(other) == 5
             assert other.contains([key_of(number) for number in (1, 7)]).tolist() == [True, False]
             assert right_rows(reader, range(9)) == set(range(5))
@@ -86,7 +86,7 @@ def test_of_a_writer_at_work(tmp_path: Path) -> None:
             assert right_rows(other, range(9)) == set(range(8))
             assert len(other) == 8
             assert other.other_writers == [writer.writer]
-        assert summarize(path).rows == 1  # the other one left to the writer what it had put
+        assert summarize(path).rows == 1  # the other writer did not publish the rows that this writer has put
         assert len(summarize(path).journals) == 1
         writer.flush()
         fill(writer, range(8, 9))
@@ -96,7 +96,7 @@ def test_of_a_writer_at_work(tmp_path: Path) -> None:
 
 
 def test_a_writer_at_work_is_killed(tmp_path: Path, written: tuple[str, bytes]) -> None:
-    """What another one has seen in its journal, and therefore not scored, that one publishes when it is done."""
+    """If another writer has read rows in the journal and so has not scored them, it publishes them when it is done."""
     name, data = written
     with LogProbStore(tmp_path / "store", mode="a") as other:
         (tmp_path / "store" / name).write_bytes(data)
@@ -109,8 +109,8 @@ def test_a_writer_at_work_is_killed(tmp_path: Path, written: tuple[str, bytes]) 
         assert right_rows(other, range(9)) == set(range(9))
 
 
-def test_seen_while_it_is_written(tmp_path: Path, written: tuple[str, bytes]) -> None:
-    """Whatever part of a journal is there at a moment, what is seen is right, and the rest is seen later."""
+def test_reading_a_journal_while_it_is_written(tmp_path: Path, written: tuple[str, bytes]) -> None:
+    """A reader of an incomplete journal gets only right rows, and gets the rest later."""
     name, data = written
     with LogProbStore(tmp_path / "store", mode="a") as other:
         for end in range(0, len(data) + 1, 3):
@@ -123,10 +123,10 @@ def test_seen_while_it_is_written(tmp_path: Path, written: tuple[str, bytes]) ->
         assert right_rows(other, range(9)) == set(range(6))
 
 
-def test_emptied_and_written_again_within_a_tick_of_the_clock(tmp_path: Path) -> None:
-    """Neither its size nor its time shows that other rows are in it."""
+def test_a_journal_emptied_and_written_again_within_a_tick_of_the_clock(tmp_path: Path) -> None:
+    """Neither the size nor the modification time of the file shows that its rows are others."""
     path = tmp_path / "store"
-    time_of_both = time.time() + 3600  # nothing that happens here is later
+    time_of_both = time.time() + 3600  # this is later than everything that happens here
     sizes = set()
     with LogProbStore(path, mode="a", publish_seconds=1e9) as writer, LogProbStore(path) as reader:
         for number in (1, 42):  # rows of the same length
@@ -152,7 +152,7 @@ def test_readers_change_nothing(tmp_path: Path, written: tuple[str, bytes]) -> N
 def test_where_files_cannot_be_locked(
     tmp_path: Path, written: tuple[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only age tells a journal that was left behind from one in use."""
+    """Only its age shows that a journal is abandoned."""
 
     def refused(*_: object) -> None:
         raise OSError("no locks available")
@@ -168,14 +168,14 @@ def test_where_files_cannot_be_locked(
         assert right_rows(store, range(9)) == set(range(6))
 
 
-def test_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_journal_that_cannot_be_written(tmp_path: Path) -> None:
     path = tmp_path / "store"
     store = LogProbStore(path, mode="a", publish_seconds=1e9)
     path.rmdir()
     with pytest.warns(RefPlugWarning, match=r"journal .* cannot be written .*No such file"):
         fill(store, range(3))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # told once
+        warnings.simplefilter("error")  # there is no second warning
         fill(store, range(3, 6))
     assert right_rows(store, range(9)) == set(range(6))
     path.mkdir()
@@ -183,7 +183,7 @@ def test_that_cannot_be_written(tmp_path: Path) -> None:
     assert summarize(path).rows == 6
 
 
-def test_nothing_waits_nothing_is_written(tmp_path: Path) -> None:
+def test_without_unpublished_rows_there_is_no_journal(tmp_path: Path) -> None:
     with LogProbStore(tmp_path / "store", mode="a", publish_rows=2) as store:
         fill(store, range(4))
         assert not files_of(tmp_path / "store", ".journal")

@@ -47,7 +47,7 @@ def test_every_fact_changes_the_digest() -> None:
         replace(ROW, facts=replace(FACTS, cast_lm_head_to_fp32=True)),
         replace(ROW, facts=replace(FACTS, autocast_dtype="bfloat16")),
         replace(ROW, facts=replace(FACTS, autocast_dtype="")),
-        # Neighbouring fields must not run into each other, whatever is in them.
+        # The encodings of neighboring fields must not run into each other, whatever the fields contain.
         replace(ROW, facts=replace(FACTS, attention_implementation="sdpae", scoring_mode="xact")),
         replace(ROW, facts=replace(FACTS, attention_implementation="a", scoring_mode="btextc")),
         replace(ROW, facts=replace(FACTS, attention_implementation="atextb", scoring_mode="c")),
@@ -62,7 +62,7 @@ def test_every_fact_changes_the_digest() -> None:
 
 
 def test_the_digest_never_changes() -> None:
-    """Every store ever written depends on these values: a new encoding needs a new domain, not a new value here."""
+    """All existing stores depend on these values. A new encoding needs a new domain, not new values here."""
     assert ROW.digest() == bytes.fromhex("c629a1779e19c0a030d7902d3db70f6d")
     assert ROW.digest().hex() in (RowKey.__doc__ or "")
     assert RowKey(

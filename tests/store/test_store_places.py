@@ -1,4 +1,4 @@
-"""The places a store can be, and those it cannot."""
+"""Where a store can be, and where it cannot."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_an_object_store_is_read_through_a_cache(remote: str, tmp_path: Path) ->
     assert summarize(remote, tmp_path / "three").rows == 70
     assert verify(remote, cache_dir=tmp_path / "four").ok
 
-    # What is in the cache is not fetched again.
+    # Files that are in the cache are not fetched again.
     filesystem = fsspec.filesystem("memory")
     kept = {file.name for file in (tmp_path / "two").rglob("*") if file.is_file()}
     assert kept == {Path(file).name for file in filesystem.ls("/bucket/ref-store", detail=False)}

@@ -1,4 +1,4 @@
-"""Real processes on one store: several at once, and killed ones."""
+"""Several processes that use one store at once, and processes that are killed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_four_processes_fill_one_store(tmp_path: Path, processes: ForkServerCont
     writers = [processes.Process(target=write_all, args=(str(tmp_path), numbers, seed, options)) for seed in range(4)]
     for writer in writers:
         writer.start()
-    with pytest.MonkeyPatch.context() as patch:  # a fifth one reads all the time
+    with pytest.MonkeyPatch.context() as patch:  # this process reads all the time
         patch.setattr("warnings.warn", fail)
         with LogProbStore(tmp_path, mode="a") as reader:
             seen: set[int] = set()
@@ -55,13 +55,13 @@ def fail(message: object, *_: object, **__: object) -> None:
 
 
 def kill_at_random_moments(tmp_path: Path, processes: ForkServerContext, times: int) -> None:
-    """Kill a writer `times` times. Whatever it had put is there and right, published or not; nothing is damaged."""
+    """Kill a writer `times` times. All rows that it had put must be there and right, and no file may be damaged."""
     chance = random.Random(times)
     path, log = tmp_path / "store", tmp_path / "acknowledged"
     acknowledged: list[int] = []
     killed_with_rows = 0
     for attempt in range(times):
-        if attempt % 50 == 0:  # a store of its own now and then, so that opening it stays fast
+        if attempt % 50 == 0:  # start a new store now and then, so that opening it stays fast
             path = tmp_path / f"store-{attempt}"
             acknowledged = []
         first = 1_000_000 * attempt
@@ -85,7 +85,7 @@ def kill_at_random_moments(tmp_path: Path, processes: ForkServerContext, times: 
         with LogProbStore(path, mode="a") as store:
             assert right_rows(store, acknowledged) == set(acknowledged), f"rows were lost (kill {attempt})"
             after = range(first + len(put), first + len(put) + 100)
-            # What was never acknowledged may be there, all of a micro-batch or none of it, and is right.
+            # Rows whose `put` did not return may be there, but only whole micro-batches and only right values.
             assert len(right_rows(store, after)) in (0, 5)
             assert summarize(path).rows == len(store)
         assert verify(path).ok

@@ -1,4 +1,4 @@
-"""A store against a plain dict: whatever is done to it, it gives back what was put in, bit for bit."""
+"""Comparing a store with a dict: whatever is done to it, it returns the rows that were put, bit for bit."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from trl_refplug.store import LogProbStore, summarize
 from trl_refplug.store.index import SortedIndex
 
 
-# Few different halves: keys that share their first half, or their second, are the index's hard case.
+# Keys are made of few different halves, because keys that share a half are the hard case for the index.
 halves = st.sampled_from([b"\0" * 8, b"\xff" * 8, b"one half", b"\0" * 7 + b"\1"])
 keys = st.builds(bytes.__add__, halves, halves)
 values = arrays(np.float32, st.integers(0, 4), elements=st.floats(width=32, allow_nan=False, allow_infinity=False))
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Two stores on one directory, of which one writes and one only reads, and the dict they must agree with."""
+    """A writing and a reading store on one directory, and the dict that they must agree with."""
 
     @initialize()
     def start(self) -> None:
@@ -45,7 +45,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.writer.put([key for key, _ in items], [row for _, row in items])
         for key, row in items:
             self.expected.setdefault(key, row.copy())
-            row[:] = 1  # the caller's own: the store must have a copy
+            row[:] = 1  # the array belongs to the caller, so the store must have copied it
 
     @rule()
     def flush(self) -> None:
@@ -54,7 +54,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def refresh(self) -> None:
         self.reader.refresh()
-        self.seen_by_reader = set(self.expected)  # published or only put
+        self.seen_by_reader = set(self.expected)  # whether published or only put
 
     @rule()
     def reopen(self) -> None:
@@ -76,8 +76,8 @@ class StoreMachine(RuleBasedStateMachine):
         assert store.contains(wanted).tolist() == [key in there for key in wanted]
         for key, row in zip(wanted, answer, strict=True):
             if key in there:
-                assert row.tobytes() == self.expected[key].tobytes()  # the sign of zero, too
-                row[:] = 1  # the caller's own: the store keeps its own
+                assert row.tobytes() == self.expected[key].tobytes()  # this compares the sign of zero, too
+                row[:] = 1  # the returned array is a copy, so this must not change the store
             else:
                 assert row is None
 

@@ -5,7 +5,7 @@ import signal
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from trl_refplug.serving.engine import Engine
+from trl_refplug.serving import Engine
 from trl_refplug.testing import ReferenceProviderTests, tiny_image_policy, tiny_policy, tiny_tokenizer
 
 from ..serving.servers import serving

@@ -27,9 +27,7 @@ from trl_refplug.errors import ConfigurationError
 from trl_refplug.models.causal_lm import causal_lm
 from trl_refplug.rows import PaddedRows, Row
 from trl_refplug.runtime.memory import peak_resident_set
-from trl_refplug.scoring.exact import exact_log_probs
-from trl_refplug.scoring.operations import count_operations
-from trl_refplug.scoring.scorer import Scorer
+from trl_refplug.scoring import Scorer, count_operations, exact_log_probs
 
 
 @dataclass(frozen=True)
@@ -193,7 +191,7 @@ def score_like_trl(model: Any, workload: Workload, device: torch.device, bar: tq
     """
     sums = torch.zeros(len(workload.rows), dtype=torch.float64)
     for indices in workload.batches:
-        batch = PaddedRows.flush_left([workload.rows[index] for index in indices]).batch(device)
+        batch = PaddedRows.flush_left([workload.rows[index] for index in indices]).to_batch(device)
         sums[indices] = exact_log_probs(model, batch).double().sum(1).cpu()
         bar.update(len(indices))
     return sums

@@ -13,8 +13,7 @@ import typer
 from trl_refplug.cli.common import Dtype
 from trl_refplug.errors import ConfigurationError, require_extra
 from trl_refplug.runtime.names import check_name
-from trl_refplug.serving.api_key import read_key
-from trl_refplug.serving.limits import Limits
+from trl_refplug.serving import read_api_key
 
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
@@ -57,14 +56,14 @@ def serve(
 
     After Ctrl-C or SIGTERM, it answers the requests it has accepted and then ends.
     """
-    key = read_key(api_key_env, "--api-key-env") if api_key_env is not None else None
+    key = read_api_key(api_key_env, "--api-key-env") if api_key_env is not None else None
     if ssl_keyfile and not ssl_certfile:
         raise ConfigurationError("--ssl-keyfile needs --ssl-certfile.")
     if ssl_certfile:
         _check_certificate(ssl_certfile, ssl_keyfile)
     require_extra("`trl-refplug serve`", "serve", "msgspec", "starlette", "uvicorn", "zstandard")
 
-    from trl_refplug.serving.http_server import Server, listen
+    from trl_refplug.serving import ScoringServer, ServerLimits, listen
 
     try:
         listener = listen(host, port)  # a wrong address shows at once, before the model is loaded
@@ -75,8 +74,7 @@ def serve(
         if adapter is not None:
             check_name("--adapter", adapter)
 
-        from trl_refplug.serving.app import make_app
-        from trl_refplug.serving.loading import load_engine
+        from trl_refplug.serving import load_engine, make_app
 
         logging.basicConfig(format="%(levelname)s: %(message)s")
         engine = load_engine(
@@ -87,21 +85,21 @@ def serve(
             scoring=scoring,
             token_budget=token_budget,
         )
-        facts, limits = engine.facts, Limits()
+        served, limits = engine.served_model, ServerLimits()
         url = f"{'https' if ssl_certfile else 'http'}://{_in_url(host)}:{listener.getsockname()[1]}"
 
         def ready() -> None:
-            what = f"{facts.model} with {facts.adapter}" if facts.adapter else facts.model
+            what = f"{served.model} with {served.adapter}" if served.adapter else served.model
             typer.echo(
-                f"serving {what} ({facts.dtype} on {device or engine.device}, {facts.scoring}) at {url} "
-                f"identity {facts.digest}"
+                f"serving {what} ({served.dtype} on {device or engine.device}, {served.scoring}) at {url} "
+                f"identity {served.digest}"
             )
             if key is None and host not in _LOCAL:
                 typer.echo(f"Warning: whoever reaches {url} can use it. Set a key with --api-key-env.", err=True)
 
         ssl: dict[str, Any] = {"ssl_certfile": ssl_certfile, "ssl_keyfile": ssl_keyfile} if ssl_certfile else {}
 
-        class ImmediateExitServer(Server):
+        class ImmediateExitServer(ScoringServer):
             """A server that the second Ctrl-C ends at once. In Python 3.12 asyncio would wait for its connections."""
 
             def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -110,8 +108,9 @@ def serve(
                     os._exit(130)  # an ordinary exit is aborted if a thread is in a forward pass
 
         app = make_app(engine, key=key, limits=limits)
-        ImmediateExitServer(app, limits=limits, ready=ready, lost=app.state.lost, **ssl).run(sockets=[listener])
-        if app.state.lost():
+        server = ImmediateExitServer(app, limits=limits, ready=ready, device_lost=app.state.device_lost, **ssl)
+        server.run(sockets=[listener])
+        if app.state.device_lost():
             raise typer.Exit(1)  # the log says why; what started this process can restart it
 
 

@@ -16,12 +16,13 @@ from typing import Any, ClassVar
 from trl_refplug.cli.failures import CANNOT_BE_DONE, DIFFERS
 from trl_refplug.errors import ConfigurationError, MissingRowError, ReferenceMismatchError
 from trl_refplug.plugins import plugin_manager
-from trl_refplug.runtime.aside import written_aside
+from trl_refplug.provider import VerifiesStoredRows
+from trl_refplug.runtime.files import written_aside
 
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """Something to do with a trainer whose reference is stored."""
+    """Something to do with a trainer whose reference provider answers from a store."""
 
     name: ClassVar[str]
 
@@ -107,7 +108,8 @@ class Verify(Task):
         return DIFFERS if isinstance(error, ReferenceMismatchError) else CANNOT_BE_DONE
 
     def run(self, trainer: Any) -> str:
-        check = trainer.ref_model.provider.sample_check
+        provider = trainer.ref_model.provider
+        check = provider.sample_check if isinstance(provider, VerifiesStoredRows) else None
         if check is None:
             raise ConfigurationError(
                 f"None of the rows in {self.path} could be scored again: this run's rows are not known beforehand, or "

@@ -23,6 +23,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl_refplug import RefPlugDPOConfig, RefPlugDPOTrainer
 from trl_refplug.compare.job import PAIRS_PER_STEP, Job, Run, Step
 from trl_refplug.compare.provider_choice import ProviderChoice
+from trl_refplug.plugins import plugin_manager
 from trl_refplug.runtime.memory import peak_resident_set
 
 
@@ -132,7 +133,7 @@ def run_job(
     on_phase("loading")
     facts = job.facts()
     configured = choice
-    if choice.name == "cached":
+    if plugin_manager().registered(choice.name).capabilities.stored:
         # The default store may hold the rows already, from another run, and then this run would seem to cost nothing.
         configured = replace(choice, kwargs=json.dumps({"path": str(folder / "store"), **choice.options}))
     began = time.perf_counter()

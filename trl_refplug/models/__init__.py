@@ -1,14 +1,22 @@
 """
 What is known of a model, without scoring anything with it.
 
-- `identity`: the digest of the distribution that a model computes
-- `files`: digests that are remembered by a model's files
-- `causal_lm`, `adapters`: finding the language model, or the PEFT model, inside whatever wraps it
-- `modes`, `dropout`: evaluation mode, and dropout that TRL does not switch off
-- `positions`: when a row's log-probs depend on where in a batch it stands
-- `purity`: PEFT set-ups that would make a reference drift
+- `identity`: digests of the distribution that a model computes, and canonical names of its tensors
+- `files`: a cache of digests and other facts, found by a fingerprint of a model's files
+- `pretrained`: load a model, or an adapter with its base model, by name
+- `copies`: a second, frozen model from the policy in memory
+- `causal_lm`: the causal language model inside its wrappers
+- `adapters`: a PEFT policy as its own reference
+- `purity`: PEFT configurations with which a reference would drift
+- `weights`: notice that weights were changed
 - `sharding`: tensors of which every rank holds a part
-- `tolerances`: how far two right answers may be apart
+- `modes`, `dropout`: evaluation mode, and the dropout that TRL does not switch off
+- `positions`: whether a row's log-probs depend on its place in the batch or on the batch's length
+- `traits`: what decides, besides the identity, which stored values may be used
+- `tolerances`: how far two correct answers may be apart
+- `probe`: a few rows of text that a reference is asked about again and again
+
+The digest is the only public name. Other rooms import from these modules, which are not all cheap to import.
 """
 
 from trl_refplug.models.identity import digest_model

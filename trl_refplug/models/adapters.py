@@ -106,7 +106,8 @@ def plainly_initialized(config: Any) -> Any:
     an adapter, which gets its weights from the original, that would change the base under both.
     """
     plain = copy.deepcopy(config)
-    plain.inference_mode = True  # the copy is not trained, and some methods allow one trainable adapter only
+    if not plain.is_prompt_learning:
+        plain.inference_mode = True  # the copy is not trained, and AdaLoRA allows one trainable adapter only
     for name in ("init_lora_weights", "init_weights"):
         if hasattr(plain, name):
             setattr(plain, name, True)
@@ -176,7 +177,8 @@ def _active(peft_model: Any, adapter: str) -> Iterator[None]:
     if adapter not in peft_model.peft_config:
         raise ReferenceMismatchError(
             f"The adapter {adapter!r} of the policy, which is the reference, is not there any more: it was deleted or "
-            f"renamed after the trainer was built. The policy has {', '.join(map(repr, peft_model.peft_config))}."
+            f"renamed after the trainer was built. The policy has {', '.join(map(repr, peft_model.peft_config))}. "
+            "Leave it where it is, or use ref_provider='frozen', a copy of its own."
         )
     disabled = peft_model._adapters_disabled
     if disabled:

@@ -1,4 +1,4 @@
-"""Finding the causal language model inside whatever wraps it."""
+"""Find the causal language model inside its wrappers, and run Triton kernels on the right device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from trl_refplug.errors import ConfigurationError
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The causal LM inside `model`, whatever it is wrapped in (PEFT, DDP, FSDP, DeepSpeed, ...)."""
+    """
+    The transformers model with an LM head inside `model`, which may be wrapped (PEFT, DDP, FSDP, DeepSpeed, ...).
+
+    Raises:
+        ConfigurationError: There is no such model.
+    """
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
             return module
@@ -24,8 +29,13 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 
 
 @contextmanager
-def on_its_device(model: PreTrainedModel) -> Iterator[None]:
-    """Triton launches its kernels on the current device, wherever their arguments are: that of the LM head."""
+def on_lm_head_device(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Make the device of the LM head the current one while the context lasts.
+
+    Triton launches its kernels on the current device, even if their arguments are on another one. TRL's fused LM head
+    is such a kernel.
+    """
     device = model.get_output_embeddings().weight.device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         yield

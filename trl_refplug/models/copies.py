@@ -1,4 +1,4 @@
-"""Making a second, frozen model from the policy in memory."""
+"""Make a second, frozen model from the policy in memory."""
 
 from __future__ import annotations
 
@@ -16,19 +16,26 @@ if TYPE_CHECKING:
 
 
 _MOVERS = ("to", "cuda", "xpu", "npu", "mlu", "musa", "sdaa")
-"""Methods that accelerate replaces, on a model spread over devices, by functions which move that very model."""
+"""
+Methods that move a model. On a model that is spread over devices, accelerate replaces them by functions that are bound
+to that very model.
+"""
 
 
 def snapshot(policy: nn.Module, dtype: str | None = None, device: str | None = None) -> nn.Module:
     """
-    A frozen copy of `policy` as it is in memory, in eval mode, sharing no storage with it.
+    Copy `policy` as it is in memory now. The copy is frozen, in evaluation mode, and shares no storage with it.
+
+    Under ZeRO-3 every parameter holds only this rank's shard and cannot be deep-copied. Instead a new model is built
+    from the configuration, which DeepSpeed partitions in the same way, and each shard is copied into it.
 
     Args:
-        dtype (`str`, *optional*): Of the copy; that of the policy by default.
-        device (`str`, *optional*): Where its weights are made; by default each where the policy's is.
+        policy (`nn.Module`): The model to copy.
+        dtype (`str`, *optional*): The dtype of the copy; by default that of the policy.
+        device (`str`, *optional*): The device of the copy; by default each weight stays where the policy's is.
 
-    Under ZeRO-3 the parameters hold only this rank's shard and cannot be deep-copied: a model is built anew from the
-    configuration, partitioned the same way, and each shard is copied.
+    Raises:
+        ConfigurationError: A policy that is sharded in this way cannot be copied.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -45,17 +52,17 @@ def snapshot(policy: nn.Module, dtype: str | None = None, device: str | None = N
             )
         module = _zero3_copy(policy)
     else:
-        module = copy.deepcopy(policy, {} if device is None else _copies(policy, torch.device(device)))
+        module = copy.deepcopy(policy, {} if device is None else _weights_on(torch.device(device), policy))
         for part in module.modules():
             for name in _MOVERS:
-                part.__dict__.pop(name, None)  # copied, it would still move the policy
+                part.__dict__.pop(name, None)  # the copied function would still move the policy
     if dtype not in (None, "auto"):
         module = module.to(getattr(torch, str(dtype)))
     return freeze(module)
 
 
 def freeze(module: nn.Module) -> nn.Module:
-    """Put `module` in eval mode and out of reach of autograd."""
+    """Put `module` in evaluation mode, and switch off and remove its gradients."""
     stay_in_evaluation_mode(module)
     module.requires_grad_(False)
     for parameter in module.parameters():
@@ -63,17 +70,21 @@ def freeze(module: nn.Module) -> nn.Module:
     return module
 
 
-def _copies(policy: nn.Module, device: torch.device) -> dict[int, Any]:
-    """What `copy.deepcopy` is to take for the weights: made on `device`, as the policy's own may have no room."""
+def _weights_on(device: torch.device, policy: nn.Module) -> dict[int, Any]:
+    """
+    Copy the weights of `policy` to `device`, as a memo for `copy.deepcopy`, which then uses these copies.
+
+    Without it `deepcopy` would make the copy on the policy's own device, which may not have room for it.
+    """
     from torch import nn
 
-    made: dict[int, Any] = {}
+    copied: dict[int, Any] = {}
     for tensor in (*policy.parameters(), *policy.buffers()):
         if type(tensor) is nn.Parameter:
-            made[id(tensor)] = nn.Parameter(tensor.detach().to(device, copy=True), requires_grad=False)
+            copied[id(tensor)] = nn.Parameter(tensor.detach().to(device, copy=True), requires_grad=False)
         elif type(tensor) is torch.Tensor:
-            made[id(tensor)] = tensor.detach().to(device, copy=True)
-    return made
+            copied[id(tensor)] = tensor.detach().to(device, copy=True)
+    return copied
 
 
 def _zero3_copy(policy: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Dropout of the policy, which its reference does not have."""
+"""The dropout of the policy. Its reference has none."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from torch import nn
 
 def disable_functional_dropout(model: nn.Module) -> None:
     """
-    What `disable_dropout` promises, also for dropout that is a number and not an `nn.Dropout`: TRL misses
-    `attention_dropout`, so the policy would be compared with its reference under noise.
+    Set every dropout that is a plain number, such as `attention_dropout`, to zero.
+
+    TRL's `disable_dropout` only finds `nn.Dropout` modules. With the numbers left as they are, a noisy policy would be
+    compared with a reference that has no noise.
     """
     for module in model.modules():
         for name in _dropout_attributes(module):
@@ -16,7 +18,7 @@ def disable_functional_dropout(model: nn.Module) -> None:
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """Whether any dropout is active in train mode."""
+    """Whether any dropout of `model`, module or number, is active when it is in train mode."""
     return any(
         (isinstance(module, nn.Dropout) and module.p > 0) or _dropout_attributes(module) for module in model.modules()
     )

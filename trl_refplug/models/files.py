@@ -1,8 +1,9 @@
 """
-What was found out about models on disk, remembered by their files: to know a digest without loading what it is of.
+A cache of facts about models on disk, such as their digest, so that a model need not be loaded to know them.
 
-An entry is a file of its own in `~/.cache/trl-refplug/models`, written whole or not at all, so any number of processes
-may remember at once. It counts only as long as every file of the model has the name, size and times it had then.
+The facts of a model are one file in `~/.cache/trl-refplug/models`, found by a fingerprint of the model's files. They
+are used only as long as every file of the model has the name, size and times that it had when the facts were saved. A
+file of the cache is written whole or not at all, so any number of processes may use the cache at once.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import time
-import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib import metadata
@@ -20,26 +20,28 @@ from typing import Any
 import xxhash
 
 from trl_refplug.runtime.caches import cache_directory
+from trl_refplug.runtime.files import write_atomically
 
 
-_VERSION = 1  # of what is remembered: another way to digest needs another number
-_PACKAGES = ("torch", "transformers", "trl")  # which turn the files into a model
+_VERSION = 1  # increase it whenever digests or other facts are computed in another way
+_PACKAGES = ("torch", "transformers", "trl")  # another version of these may turn the same files into another model
 _SETTLED_SECONDS = 2.0
-"""A file changed this recently may change once more without its times showing it."""
+"""A file that was changed less than this long ago may change again without a change of its times."""
 
 
-def fingerprint(model: str, revision: str | None, loading: Mapping[str, Any]) -> str | None:
+def fingerprint_files(model: str, revision: str | None, loading: Mapping[str, Any]) -> str | None:
     """
-    Text that stands for the files of a model and for how they are loaded.
+    A text that changes whenever the files of a model, or the way they are loaded, change.
 
     Args:
         model (`str`): A directory, or a hub id whose files are in the hub's cache.
-        revision (`str`, *optional*): Of a hub id.
-        loading (`Mapping[str, Any]`): All else that decides what is loaded.
+        revision (`str`, *optional*): Revision of a hub id.
+        loading (`Mapping[str, Any]`): Everything else that decides what is loaded.
 
     Returns:
-        `str` or `None`: `None` where files alone do not say which model it is: they are not here, have just been
-        changed, are those of an adapter (whose base model is elsewhere), or come with options that are not JSON.
+        `str` or `None`: `None` where the files do not settle which model is loaded: they are not on this machine, they
+        were changed a moment ago, they are those of an adapter (whose base model is elsewhere), or `loading` has
+        values that are not JSON.
     """
     directory = _directory(model, revision)
     if directory is None or (directory / "adapter_config.json").exists():
@@ -73,13 +75,13 @@ def _directory(model: str, revision: str | None) -> Path | None:
 
     try:
         config = cached_file(model, "config.json", revision=revision)
-    except OSError:  # whoever loads it says what is wrong
+    except OSError:  # whoever loads the model will be told what is wrong
         return None
     return None if config is None else Path(config).parent
 
 
-def recall(known_by: str | None) -> dict[str, Any] | None:
-    """What was remembered under a fingerprint."""
+def load_facts(known_by: str | None) -> dict[str, Any] | None:
+    """The facts that were saved under a fingerprint; `None` if there are none, or no fingerprint."""
     if known_by is None:
         return None
     try:
@@ -90,20 +92,18 @@ def recall(known_by: str | None) -> dict[str, Any] | None:
     return found
 
 
-def remember(known_by: str | None, facts: Mapping[str, Any]) -> None:
-    """Keep JSON values under a fingerprint. To fail to is no error: they can be found out again."""
+def save_facts(known_by: str | None, facts: Mapping[str, Any]) -> None:
+    """Save JSON values under a fingerprint. If that fails, nothing is raised: the facts can be determined again."""
     if known_by is None:
         return
     path = _entry(known_by)
-    temporary = path.with_name(f".{uuid.uuid4().hex}")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"known_by": known_by, "facts": dict(facts)}))
-        os.replace(temporary, path)
+        write_atomically(path, json.dumps({"known_by": known_by, "facts": dict(facts)}))
 
 
-def forget(known_by: str | None) -> None:
-    """Take back what was remembered."""
+def delete_facts(known_by: str | None) -> None:
+    """Delete the facts that were saved under a fingerprint, because they turned out to be wrong."""
     if known_by is not None:
         with suppress(OSError):
             _entry(known_by).unlink()

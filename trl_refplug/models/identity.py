@@ -1,8 +1,8 @@
 """
-Digests of models: which distribution is this, whatever wrapper or device it sits in.
+Digests of models: they tell which distribution a model computes, whatever it is wrapped in and wherever it is.
 
-A digest covers every tensor's canonical name, shape, dtype and bytes, and the configuration, so that two models with
-the same digest give the same log-probs. Wrappers (PEFT, DDP, `torch.compile`) do not change it; sharded tensors are
+A digest covers the configuration and every tensor's canonical name, shape, dtype and bytes, so that two models with
+the same digest give the same log-probs. Wrappers (PEFT, DDP, `torch.compile`) do not change it. Sharded tensors are
 gathered one at a time.
 """
 
@@ -19,6 +19,7 @@ import torch
 import xxhash
 
 from trl_refplug.errors import ConfigurationError
+from trl_refplug.models.sharding import gathered, reshard
 from trl_refplug.models.weights import plain_parts
 
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-# Configuration that cannot change a log-prob: names, versions, and what the tensors or the caller say already.
+# Entries of the configuration that cannot change a log-prob (names, versions), or that the digest or the caller covers
+# in another way (the dtype, the attention implementation)
 _IRRELEVANT_CONFIG = frozenset(
     {
         "_name_or_path",
@@ -59,12 +61,13 @@ _WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoi
 
 def digest_model(model: nn.Module, adapter: str | None = None) -> str:
     """
-    Digest of the distribution that `model` computes.
+    The digest of the distribution that `model` computes. Where its tensors are sharded, all ranks have to call this
+    together.
 
     Args:
-        model (`nn.Module`): A transformers model, possibly wrapped. Collective under ZeRO-3 and tensor parallelism.
-        adapter (`str`, *optional*): For a PEFT model, the adapter whose tensors belong to the distribution; by default
-            none do, and the digest is that of the base model, equal to that of the same model never wrapped.
+        model (`nn.Module`): A transformers model, possibly wrapped.
+        adapter (`str`, *optional*): For a PEFT model, the name of the adapter that is part of the distribution. By
+            default none is, and the digest is that of the base model, as if PEFT had never wrapped it.
 
     Returns:
         `str`: 32 hex digits (xxh3-128).
@@ -76,11 +79,12 @@ def digest_tensors(
     model: nn.Module, adapter: str | None = None, dtypes: Mapping[str, torch.dtype] | None = None
 ) -> dict[str, str]:
     """
-    The digest of every tensor `digest_model` covers, by canonical name: to say *which* weights differ.
+    The digest of every tensor that [`digest_model`] covers, by canonical name. They tell *which* weights differ.
 
     Args:
-        dtypes (`Mapping[str, torch.dtype]`, *optional*): What to cast tensors to first, by canonical name: FSDP
-            upcasts what it trains.
+        model (`nn.Module`), adapter (`str`, *optional*): As for [`digest_model`].
+        dtypes (`Mapping[str, torch.dtype]`, *optional*): By canonical name, the dtype that a tensor is cast to before
+            it is digested. FSDP casts the weights that it trains to float32, and this casts them back.
     """
     if not _weights_on_first_rank_only() or any(hasattr(tensor, "full_tensor") for tensor in model.parameters()):
         return _digest_tensors_here(model, adapter, dtypes or {})
@@ -90,7 +94,7 @@ def digest_tensors(
 
 
 def tensor_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
-    """The dtype of every tensor `digest_model` covers, by canonical name."""
+    """The dtype of every tensor that [`digest_model`] covers, by canonical name."""
     return {name: tensor.dtype for name, tensor in canonical_tensors(model, None)}
 
 
@@ -105,17 +109,21 @@ def _digest_tensors_here(model: nn.Module, adapter: str | None, dtypes: Mapping[
     workers = min(8, os.cpu_count() or 1)
     pending: list[Future[str]] = []
     with ThreadPoolExecutor(max_workers=workers) as pool:
-        # Gathering a shard is collective, so this thread fetches tensors in order; only the hashing is spread.
+        # All ranks gather the same tensor at the same time, so one thread has to fetch them in order. Only the hashing
+        # is done by several threads.
         for name, tensor in tensors.items():
-            if len(pending) >= 2 * workers:  # of a model on an accelerator, only so much is on the host at once
+            if len(pending) >= 2 * workers:  # bounds how much of an accelerator's memory is copied to the host at once
                 pending[-2 * workers].result()
-            whole = _whole(tensor)
-            pending.append(pool.submit(_digest_tensor, whole.to("cpu", dtypes.get(name, whole.dtype))))
+            with gathered([tensor]) as (whole,):
+                on_host = whole.to("cpu", dtypes.get(name, whole.dtype))
+                if hasattr(tensor, "ds_id"):  # ZeRO-3 frees what it gathered before a thread has hashed it
+                    on_host = on_host.clone()
+            pending.append(pool.submit(_digest_tensor, on_host))
         return {name: future.result() for name, future in zip(tensors, pending, strict=True)}
 
 
 def _weights_on_first_rank_only() -> bool:
-    """Whether transformers has loaded weights on the first rank alone, for FSDP to send them to the others later."""
+    """Whether transformers loads the weights on the first rank only, from where FSDP will send them to the others."""
     return (
         torch.distributed.is_available()
         and torch.distributed.is_initialized()
@@ -127,7 +135,7 @@ def _weights_on_first_rank_only() -> bool:
 
 
 def combine_digests(model: nn.Module, tensors: Mapping[str, str], adapter: str | None = None) -> str:
-    """[`digest_model`] from tensor digests already made."""
+    """The same as [`digest_model`], from the digests that [`digest_tensors`] has already computed."""
     digest = xxhash.xxh3_128(json.dumps(tensors, sort_keys=True).encode())
     digest.update(_canonical_json(getattr(model, "config", None), _IRRELEVANT_CONFIG))
     if adapter is not None:
@@ -137,10 +145,17 @@ def combine_digests(model: nn.Module, tensors: Mapping[str, str], adapter: str |
 
 def adapter_tensor_name(name: str, adapter_attributes: frozenset[str]) -> tuple[str, str] | None:
     """
-    `(adapter, canonical name)` if the parameter called `name` belongs to a PEFT adapter, else `None`.
+    Split the name of an adapter's parameter into the adapter's name and the parameter's canonical name.
 
-    `q_proj.lora_A.default.weight` gives `("default", "q_proj.lora_A.weight")`, and
+    For example, `q_proj.lora_A.default.weight` gives `("default", "q_proj.lora_A.weight")`, and
     `lm_head.modules_to_save.default.weight` gives `("default", "lm_head.modules_to_save.weight")`.
+
+    Args:
+        name (`str`): Name of a parameter of a PEFT model.
+        adapter_attributes (`frozenset[str]`): What the function of that name returns for the model.
+
+    Returns:
+        `tuple[str, str]` or `None`: `None` if the parameter does not belong to an adapter.
     """
     components = name.split(".")
     for position, component in enumerate(components[:-1]):
@@ -150,7 +165,7 @@ def adapter_tensor_name(name: str, adapter_attributes: frozenset[str]) -> tuple[
 
 
 def adapter_attributes(model: nn.Module) -> frozenset[str]:
-    """Names of the sub-modules under which PEFT keeps one entry per adapter (`lora_A`, `modules_to_save`, ...)."""
+    """The names of the submodules in which PEFT keeps one entry per adapter (`lora_A`, `modules_to_save`, ...)."""
     attributes = {"modules_to_save", "prompt_encoder", "trainable_tokens_delta", "trainable_tokens_original"}
     for module in model.modules():
         for kind in ("adapter_layer_names", "other_param_names"):
@@ -160,10 +175,12 @@ def adapter_attributes(model: nn.Module) -> frozenset[str]:
 
 def canonical_tensors(model: nn.Module, adapter: str | None) -> Iterator[tuple[str, Tensor]]:
     """
-    The tensors that decide what `model` computes, by the names that they have in the model itself.
+    The parameters and buffers that decide what `model` computes, tied ones once, each with its canonical name: the
+    name that it has in the model without any wrapper.
 
     Args:
-        adapter (`str` or `None`): The adapter of a PEFT model whose tensors belong to them.
+        model (`nn.Module`): A transformers model, possibly wrapped.
+        adapter (`str` or `None`): For a PEFT model, the adapter whose tensors are included.
     """
     is_peft = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
     attributes = adapter_attributes(model) if is_peft else frozenset()
@@ -177,14 +194,24 @@ def canonical_tensors(model: nn.Module, adapter: str | None) -> Iterator[tuple[s
             owned = adapter_tensor_name(name, attributes)
             if owned is not None:
                 if owned[0] == adapter:
-                    # Adapters of several parameters of one module nest, and only `base_layer` tells them apart.
+                    # If PEFT adapts several parameters of one module, it nests one wrapper in the other, and their
+                    # names only differ in the number of `base_layer`s. So these are not stripped here.
                     yield "adapter|" + strip_wrappers(owned[1].removeprefix(prefix)), tensor
                 continue
         yield _strip_peft(strip_wrappers(name.removeprefix(prefix))), tensor
 
 
+def canonical_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """
+    The parameters of `model` by the names that they have inside DDP, FSDP or `torch.compile`, tied ones once. Where
+    FSDP2 shards parameters, they are sharded when this returns.
+    """
+    reshard(model)
+    return {strip_wrappers(name): parameter for name, parameter in model.named_parameters()}
+
+
 def _peft_prefix(model: nn.Module) -> str:
-    # Tuners (LoRA, ...) hold the model one level deeper than prompt learning does.
+    # Tuners such as LoRA hold the model one level deeper than prompt-learning adapters do
     config: Any = next(iter(model.peft_config.values()))  # type: ignore[operator]
     return "base_model." if config.is_prompt_learning else "base_model.model."
 
@@ -195,18 +222,8 @@ def strip_wrappers(name: str) -> str:
 
 
 def _strip_peft(name: str) -> str:
-    # PEFT moves what it wraps below `base_layer` or `original_module`.
+    # PEFT moves a module that it wraps to `base_layer` or `original_module` of the wrapper
     return ".".join(c for c in name.split(".") if c not in ("base_layer", "original_module"))
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded by ZeRO-3 or as a DTensor."""
-    if hasattr(tensor, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([tensor]):
-            return tensor.detach().clone()  # the gathered storage is freed here, while hashing goes on in a thread
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
 
 
 def _digest_tensor(tensor: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""Loading a model by name: a plain model, or a PEFT adapter on the base that it names."""
+"""Load a model by name: a plain model, or a PEFT adapter together with the base model that it names."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from trl_refplug.runtime.names import check_name
 
 def load_pretrained(model: str, loading: Mapping[str, Any]) -> nn.Module:
     """
-    The model that `model` names, as TRL loads a reference.
+    Load the model that `model` names, in the way TRL loads a reference.
 
     Args:
-        model (`str`): Hub id or path of a model, or of a PEFT adapter that names its base.
-        loading (`Mapping[str, Any]`): Keyword arguments of `from_pretrained`. A `revision` is that of `model`.
+        model (`str`): Hub id or path of a model, or of a PEFT adapter that names its base model.
+        loading (`Mapping[str, Any]`): Keyword arguments of `from_pretrained`. A `revision` belongs to `model`; the
+            base model of an adapter is loaded at its default revision.
 
     Returns:
-        `nn.Module`: For an adapter, a `PeftModel` with the adapter active.
+        `nn.Module`: The model; for an adapter, a `PeftModel` in which the adapter is active.
     """
     from trl.trainer.utils import create_model_from_path
 
@@ -40,23 +41,30 @@ def load_pretrained(model: str, loading: Mapping[str, Any]) -> nn.Module:
 
 def base_of_adapter(model: str, revision: str | None = None) -> str | None:
     """
-    The base model that a PEFT adapter names; `None` where `model` is not an adapter.
+    The base model that a PEFT adapter names.
+
+    Args:
+        model (`str`): Hub id or path of an adapter, or of anything else.
+        revision (`str`, *optional*): Revision of a hub id.
+
+    Returns:
+        `str` or `None`: Hub id or path of the base model; `None` where `model` is not an adapter.
 
     Raises:
-        ConfigurationError: It is an adapter that does not say which model it belongs on.
+        ConfigurationError: The adapter does not name its base model.
     """
     from peft import PeftConfig
     from transformers.utils import cached_file
 
     if Path(model).is_dir() and (Path(model) / "config.json").exists():
-        return None  # a model, even if an adapter was saved beside it
+        return None  # this is a model, even if an adapter was saved beside it
     try:
         if not cached_file(
             model, "adapter_config.json", revision=revision, _raise_exceptions_for_missing_entries=False
         ):
             return None
         base: str | None = PeftConfig.from_pretrained(model, revision=revision).base_model_name_or_path
-    except (OSError, ValueError, TypeError):  # loading it as a model says what is wrong
+    except (OSError, ValueError, TypeError):  # whoever loads it as a model will be told what is wrong
         return None
     if base is None:
         raise ConfigurationError(

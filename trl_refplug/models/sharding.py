@@ -1,7 +1,6 @@
 """
-Tensors of which every rank holds a part: DTensors (FSDP2, tensor parallelism) and DeepSpeed ZeRO-3 parameters.
-
-Everything here also takes ordinary tensors, whose part is the whole.
+Read and write tensors of which every rank holds only a part: DTensors (FSDP2, tensor parallelism) and parameters under
+DeepSpeed ZeRO-3. All functions also take ordinary tensors; their part is the whole tensor.
 """
 
 from __future__ import annotations
@@ -24,11 +23,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Part:
     """
-    Where a rank's part sits in the whole tensor.
+    The place of a rank's part in the whole tensor.
 
     Args:
-        shape (`tuple[int, ...]`): Shape of the whole in the layout that is cut: its own, or flat under ZeRO-3.
-        offset (`tuple[int, ...]`): Where the part begins.
+        shape (`tuple[int, ...]`): Shape of the whole tensor as it is cut into parts: its own shape, or one dimension
+            with all elements under ZeRO-3, which cuts flat tensors.
+        offset (`tuple[int, ...]`): Index in the whole tensor at which the part begins.
         size (`tuple[int, ...]`): Shape of the part.
     """
 
@@ -36,8 +36,8 @@ class Part:
     offset: tuple[int, ...]
     size: tuple[int, ...]
 
-    def of(self, whole: Tensor) -> Tensor:
-        """The part of `whole`, a view."""
+    def slice_of(self, whole: Tensor) -> Tensor:
+        """This part of `whole`, as a view where that is possible."""
         slices = tuple(slice(start, start + length) for start, length in zip(self.offset, self.size, strict=True))
         return whole.reshape(self.shape)[slices]
 
@@ -48,12 +48,15 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def full_shape(tensor: Tensor) -> tuple[int, ...]:
-    """Shape of the whole tensor."""
+    """The shape of the whole tensor."""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
-def local(tensor: Any) -> Tensor:
-    """This rank's part, sharing its memory. No communication. Call it under `no_grad`."""
+def local_part(tensor: Any) -> Tensor:
+    """
+    This rank's part of a tensor, without communication. It shares the tensor's memory, so that writing to it changes
+    the tensor. Call this under `no_grad`.
+    """
     if hasattr(tensor, "ds_id"):
         flat: Tensor = tensor.ds_tensor.data
         return flat[: part_of(tensor).size[0]]  # the last rank's partition is padded
@@ -65,7 +68,7 @@ def local(tensor: Any) -> Tensor:
 
 
 def part_of(tensor: Any) -> Part:
-    """Where [`local`] sits in the whole."""
+    """The place of [`local_part`] in the whole tensor."""
     shape = full_shape(tensor)
     if hasattr(tensor, "ds_id"):
         rank = torch.distributed.get_rank(tensor.ds_process_group)
@@ -80,21 +83,24 @@ def part_of(tensor: Any) -> Part:
     return Part(shape, (0,) * len(shape), shape)
 
 
-def refresh(tensor: Any) -> None:
-    """After [`local`] was written to: drop what ZeRO-3 may have gathered of the tensor before."""
+def discard_gathered(tensor: Any) -> None:
+    """
+    Call this after writing to [`local_part`]: ZeRO-3 may still have the whole tensor in memory as it was before, and
+    would use that.
+    """
     if hasattr(tensor, "ds_id") and tensor.ds_status.name == "AVAILABLE":
         tensor.partition(has_been_updated=False)
 
 
-def fill(tensor: Tensor, whole: Tensor) -> None:
-    """Write this rank's part of `whole`, which every rank has, into `tensor`."""
-    local(tensor).copy_(part_of(tensor).of(whole))
-    refresh(tensor)
+def write_part(tensor: Tensor, whole: Tensor) -> None:
+    """Copy this rank's part of `whole`, which every rank has, into `tensor`."""
+    local_part(tensor).copy_(part_of(tensor).slice_of(whole))
+    discard_gathered(tensor)
 
 
 @contextmanager
 def gathered(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The whole of each tensor, to read. A collective if they are sharded."""
+    """Gather the whole of each tensor, for reading. If they are sharded, all ranks have to call this together."""
     partitioned = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
     if partitioned:
         import deepspeed
@@ -105,20 +111,12 @@ def gathered(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     yield [_whole(tensor) for tensor in tensors]
 
 
-def named_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """
-    The parameters by the name they have in the model itself, tied ones once, sharded wherever FSDP2 shards them.
-    """
-    from trl_refplug.models.identity import strip_wrappers
-
-    reshard(model)
-    return {strip_wrappers(name): parameter for name, parameter in model.named_parameters()}
-
-
 def reshard(model: nn.Module) -> None:
     """
-    Have FSDP2 put every parameter back into shards. A root module keeps its own gathered after a forward that no
-    backward follows, and what is written to them then is lost.
+    Make FSDP2 shard every parameter again.
+
+    After a forward pass without a backward pass, FSDP2 leaves the parameters of the root module gathered, and anything
+    that is written to them then is lost.
     """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
@@ -129,18 +127,20 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def _whole(tensor: Any) -> Tensor:
-    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole.detach()
-
-
-def in_lockstep(model: nn.Module) -> bool:
+def forward_is_collective(model: nn.Module) -> bool:
     """
-    Whether a forward pass is a collective operation, so that every rank has to make as many of them: sharded weights
-    (FSDP, ZeRO-3, tensor parallel) and DDP, which synchronises buffers.
+    Whether a forward pass of `model` is a collective operation, so that all ranks have to make the same number of
+    them.
+
+    It is where weights are sharded (FSDP, ZeRO-3, tensor parallelism) and under DDP, which synchronizes buffers.
     """
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         return torch.distributed.get_world_size() > 1
     return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()) or any(
         type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
     )
+
+
+def _whole(tensor: Any) -> Tensor:
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.detach()

@@ -1,4 +1,4 @@
-"""What decides, besides a model's identity, which of its values may be stored and found again."""
+"""Read the traits of a loaded model that decide, besides its identity, which of its values can be found in a store."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trl_refplug.provider import ModelTraits
 
 
 def traits_of(model: nn.Module) -> ModelTraits:
-    """The traits of a causal LM, however it is wrapped."""
+    """The traits of the causal LM in `model`, which may be wrapped."""
     inner = causal_lm(model)
     limit = batch_length_limit(inner)
     return ModelTraits(

@@ -11,7 +11,7 @@ from transformers import BitsAndBytesConfig
 from trl_refplug.errors import ReferenceMismatchError
 from trl_refplug.models.adapters import active_adapter
 from trl_refplug.models.copies import freeze
-from trl_refplug.models.files import fingerprint, forget, recall, remember
+from trl_refplug.models.files import delete_facts, fingerprint_files, load_facts, save_facts
 from trl_refplug.models.identity import digest_model
 from trl_refplug.models.pretrained import load_pretrained
 from trl_refplug.provider import ModelTraits, ReferenceIdentity
@@ -43,7 +43,7 @@ class NamedModel:
 
     def remembered(self) -> tuple[ReferenceIdentity, ModelTraits] | None:
         """What is known of the model without loading it. `None` on all ranks if one of them has to load it."""
-        facts = recall(self._files) if self._may_wait else None
+        facts = load_facts(self._files) if self._may_wait else None
         if not all_ranks(facts is not None):  # where some have to load a model, all do: TRL places it collectively
             return None
         assert facts is not None
@@ -52,7 +52,7 @@ class NamedModel:
     def remember(self, identity: ReferenceIdentity, traits: ModelTraits) -> None:
         """Keep what was found out about the model, unless its files changed while it was loaded."""
         if self._fingerprint() == self._files:
-            remember(self._files, {"identity": identity.to_dict(), "model": asdict(traits)})
+            save_facts(self._files, {"identity": identity.to_dict(), "model": asdict(traits)})
 
     def load(self) -> nn.Module:
         """The model, frozen."""
@@ -69,7 +69,7 @@ class NamedModel:
             module = self.load()
             digest = digest_model(module, adapter=active_adapter(module))
         if digest != identity.digest:
-            forget(self._files)
+            delete_facts(self._files)
             raise ReferenceMismatchError(
                 f"The files of {self.name!r} have the names, sizes and times they had when they were digested, and "
                 f"another content: found digest {digest}, expected {identity.digest}. Nothing was scored, and what "
@@ -81,7 +81,7 @@ class NamedModel:
         decides = {**self._loading, "dtype": str(self._loading["dtype"])}
         if decides["trust_remote_code"] or {"quantization_config", "subfolder"} & decides.keys():
             return None
-        return fingerprint(self.name, self._revision, decides)
+        return fingerprint_files(self.name, self._revision, decides)
 
 
 def loading(options: FrozenOptions, policy: Any, args: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a provider's answer has to look like, whoever asks: the trainer or the tests of a plugin."""
+"""The form that a provider's answer must have. The trainers and the conformance tests both check it here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from trl_refplug.provider import ReferenceBatch
 
 
 def form_problem(answer: Any, batch: ReferenceBatch) -> str:
-    """What is wrong with the form of an answer to `batch`; an empty string if nothing is."""
+    """
+    Describe what is wrong with the type, shape, dtype, device or finiteness of an answer to `batch`.
+
+    Returns:
+        `str`: One or two sentences, the last without its full stop; an empty string if nothing is wrong.
+    """
     rows, seq = batch.input_ids.shape
     if not isinstance(answer, torch.Tensor):
         return f"log_probs() returned a {type(answer).__name__}; expected a torch.Tensor"

@@ -1,5 +1,5 @@
 """
-The rows of a batch, free of their padding but with all it takes to restore it.
+The rows of a batch without their padding, together with everything that is needed to restore the padding.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from trl_refplug.provider import ReferenceBatch
-from trl_refplug.rows.row import IGNORED, Row, rows_of
+from trl_refplug.rows.row import IGNORED, Row, unpad
 
 
 Values = NDArray[np.float32]
@@ -22,11 +22,14 @@ Values = NDArray[np.float32]
 @dataclass(frozen=True, eq=False)
 class PaddedRows:
     """
+    Rows, and the padding that they had in a batch.
+
     Args:
-        rows (`Sequence[Row]`): Unpadded rows.
-        lefts (`Sequence[int]`): How many padding tokens come before each row.
-        width (`int`): Tokens of a padded row.
-        padding_id (`int`): The token that pads: masked, but experts of a mixture are still loaded by it.
+        rows (`Sequence[Row]`): The rows without padding.
+        lefts (`Sequence[int]`): For each row, the number of padding tokens before it.
+        width (`int`): Number of tokens of every row with its padding, the `seq` of the batch.
+        padding_id (`int`): The token id that stands in the padding. Attention masks it, but in a mixture of experts
+            padding tokens are still routed to experts, so the id can matter.
     """
 
     rows: Sequence[Row]
@@ -35,20 +38,22 @@ class PaddedRows:
     padding_id: int = 0
 
     @classmethod
-    def of(cls, batch: ReferenceBatch, *, own_labels: bool = True) -> PaddedRows:
+    def from_batch(cls, batch: ReferenceBatch, *, own_labels: bool = True) -> PaddedRows:
         """
-        The rows of a batch of text.
+        Take the rows of a batch of text out of their padding.
 
         Args:
-            own_labels (`bool`): Whether a token can be scored as itself only, so that which are scored says it all.
+            batch ([`ReferenceBatch`]): Rows that are padded on either side.
+            own_labels (`bool`): Require that the label of every scored token is the token itself. Then it is enough to
+                know which tokens are scored, as the keys of a store and the requests to a server do.
 
         Raises:
-            ValueError: They are not plain token sequences. The text completes "this batch has".
+            ValueError: The rows are not plain token sequences. The text completes "this batch has".
         """
         if batch.extras or not batch.rows_sliceable:
             raise ValueError(f"model inputs beyond token ids ({', '.join(sorted(batch.extras)) or 'not by row'})")
         ids, mask, labels = (t.cpu().numpy() for t in (batch.input_ids, batch.attention_mask, batch.labels))
-        rows, starts = rows_of(ids, mask, labels)
+        rows, starts = unpad(ids, mask, labels)
         if own_labels and ((labels != IGNORED) & (labels != ids))[:, 1:].any():
             raise ValueError("labels that are neither -100 nor the token at their place")
         padding = ids[mask == 0]
@@ -56,7 +61,7 @@ class PaddedRows:
 
     @classmethod
     def flush_left(cls, rows: Sequence[Row]) -> PaddedRows:
-        """Rows that are padded on the right, by as little as possible."""
+        """Give rows as little padding as possible, all of it on the right."""
         return cls(rows, [0] * len(rows), max(map(len, rows), default=0))
 
     def __len__(self) -> int:
@@ -64,16 +69,16 @@ class PaddedRows:
 
     @property
     def tokens(self) -> int:
-        """Tokens without padding."""
+        """Number of tokens in all rows together, without padding."""
         return sum(map(len, self.rows))
 
-    def take(self, indices: Sequence[int]) -> PaddedRows:
-        """Some of the rows, in the padding that they have."""
+    def select(self, indices: Sequence[int]) -> PaddedRows:
+        """The rows at `indices`, each with the padding that it has here."""
         chosen, lefts = [self.rows[i] for i in indices], [self.lefts[i] for i in indices]
         return PaddedRows(chosen, lefts, self.width, self.padding_id)
 
-    def batch(self, device: torch.device | str = "cpu") -> ReferenceBatch:
-        """The rows in their padding: the very tensors that `of` was given, up to integer types."""
+    def to_batch(self, device: torch.device | str = "cpu") -> ReferenceBatch:
+        """The rows with their padding. This undoes `from_batch`, except that all tensors are int64."""
         shape = (len(self), self.width)
         ids, mask = np.full(shape, self.padding_id, np.int64), np.zeros(shape, np.int64)
         labels = np.full(shape, IGNORED, np.int64)
@@ -83,16 +88,21 @@ class PaddedRows:
         input_ids, attention_mask, shown = (torch.from_numpy(table).to(device) for table in (ids, mask, labels))
         return ReferenceBatch(input_ids, attention_mask, shown)
 
-    def gather(self, log_probs: torch.Tensor) -> Iterator[Values]:
-        """The values of each row from float32 `[batch, width - 1]`."""
+    def values_by_row(self, log_probs: torch.Tensor) -> Iterator[Values]:
+        """Take the values of each row's scored tokens out of an answer to the batch, `[batch, width - 1]`."""
         table = log_probs.float().cpu().numpy()
         for line, row, left in zip(table, self.rows, self.lefts, strict=True):
             yield line[left + row.scored - 1]
 
-    def place(self, values: Sequence[Values | None]) -> torch.Tensor:
+    def to_log_probs(self, values: Sequence[Values | None]) -> torch.Tensor:
         """
-        The inverse of `gather`: float32 `[batch, width - 1]` on the CPU, zero where nothing is scored and in rows
-        whose values are `None`.
+        Put the values of each row into an answer to the batch. This undoes [`values_by_row`].
+
+        Args:
+            values (`Sequence[Values | None]`): One entry per row; `None` leaves the row at zero.
+
+        Returns:
+            `Tensor`: float32 `[batch, width - 1]` on the CPU, zero wherever no token is scored.
         """
         table = np.zeros((len(self), max(self.width - 1, 0)), np.float32)
         for line, row, left, scored in zip(table, self.rows, self.lefts, values, strict=True):

@@ -1,4 +1,4 @@
-"""The rows that a run will ask for, known before it begins."""
+"""The rows that a run will ask for, where they are known before training begins."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class PlannedRows:
     """
-    Rows that a run will ask for, one after the other and without padding: a prompt that is not scored, then a
-    completion that is.
+    Some of the rows that a run will ask for, laid end to end without padding. Each row is a prompt, which is not
+    scored, followed by a completion, which is.
 
     Args:
-        token_ids (`NDArray[np.int64]`): `[tokens]`, of all rows.
+        token_ids (`NDArray[np.int64]`): `[tokens]`, the token ids of all rows.
         offsets (`NDArray[np.int64]`): `[rows + 1]`; row `i` is `token_ids[offsets[i] : offsets[i + 1]]`.
-        first_scored (`NDArray[np.int64]`): `[rows]`, at least 1: where in its row the first scored token is. All that
-            follow are scored, too. The length of the row, or more, if none is.
+        first_scored (`NDArray[np.int64]`): `[rows]`, the position in its row of the first scored token, at least 1.
+            Every token after it is scored, too. A value that is not less than the row's length means that no token of
+            the row is scored.
     """
 
     token_ids: NDArray[np.int64]
@@ -36,12 +37,15 @@ class PlannedRows:
 @runtime_checkable
 class PlansRows(Protocol):
     """
-    An optional ability of a [`~trl_refplug.ReferenceContext`]: to name the rows of its `planned` batches without
-    collating them, some thirty times as fast.
+    An optional ability of a [`~trl_refplug.ReferenceContext`]: it can list the rows of its `planned` batches without
+    collating them, which is about thirty times as fast.
     """
 
     def planned_rows(self, split: str) -> Iterable[PlannedRows] | None:
         """
-        The rows of `planned(split)`, in blocks and in another order. `None` where they cannot be read from the data
-        set as it is tokenized, for example with a collator that is not TRL's own.
+        The rows of `planned(split)`, in blocks, and not in the order of the batches.
+
+        Returns:
+            `Iterable[PlannedRows]` or `None`: `None` where the rows cannot be read from the tokenized data set alone,
+            for example because the collator is not TRL's own.
         """

@@ -1,5 +1,5 @@
 """
-Rows to score, free of padding. Plain numpy: nothing here knows a model.
+A row: one sequence of tokens to score, without padding. This is plain numpy, and nothing here knows a model.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from trl_refplug.errors import UnsupportedInputError
 
 
 IGNORED = -100
-"""Label of a token that is not scored."""
+"""The label of a token that is not scored."""
 
 Ints = NDArray[np.int64]
+"""Integers of any shape, such as token ids, labels or positions."""
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
     """
-    One unpadded token sequence and what to score in it.
+    One token sequence without padding, and which of its tokens are scored.
 
     Args:
         input_ids (`np.ndarray`): int64 `[seq]`; any sequence of integers is converted.
-        labels (`np.ndarray`): int64 `[seq]`; the token id where it is scored, -100 elsewhere. The label of the first
-            token is never scored: nothing predicts it.
+        labels (`np.ndarray`): int64 `[seq]`; the token id where the token is scored, -100 elsewhere. The first token
+            is never scored, whatever its label, because nothing predicts it.
     """
 
     input_ids: Ints
@@ -46,7 +47,7 @@ class Row:
 
     @classmethod
     def completion(cls, prompt_ids: Any, completion_ids: Any) -> Row:
-        """A prompt, not scored, followed by a completion, all of which is scored."""
+        """Join a prompt, which is not scored, and a completion, every token of which is scored."""
         prompt, completion = np.asarray(prompt_ids, dtype=np.int64), np.asarray(completion_ids, dtype=np.int64)
         return cls(
             np.concatenate([prompt, completion]),
@@ -58,15 +59,21 @@ class Row:
 
     @cached_property
     def scored(self) -> Ints:
-        """Positions whose token is scored, ascending: int64 `[scored]`."""
+        """The positions of the scored tokens in ascending order: int64 `[scored]`."""
         positions: Ints = np.flatnonzero(self.labels != IGNORED)
         return positions[positions > 0]
 
 
 def check_labels(labels: Ints, vocab_size: int) -> None:
     """
+    Refuse labels that are neither -100 nor a token id, which would be answered with another token's log-prob.
+
+    Args:
+        labels (`np.ndarray`): int64, of any shape.
+        vocab_size (`int`): Number of token ids that the model knows.
+
     Raises:
-        UnsupportedInputError: A label is neither -100 nor a token id. Its log-prob would be another token's.
+        UnsupportedInputError: There is such a label.
     """
     wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= vocab_size))]
     if len(wrong):
@@ -76,19 +83,19 @@ def check_labels(labels: Ints, vocab_size: int) -> None:
         )
 
 
-def rows_of(input_ids: Ints, attention_mask: Ints, labels: Ints) -> tuple[list[Row], Ints]:
+def unpad(input_ids: Ints, attention_mask: Ints, labels: Ints) -> tuple[list[Row], Ints]:
     """
-    Cut the rows of a padded batch out of their padding, whichever side it is on.
+    Cut the rows of a batch out of their padding, which may be on either side.
 
     Args:
         input_ids, attention_mask, labels (`np.ndarray`): `[batch, seq]`.
 
     Returns:
-        The rows, and the column at which each begins: int64 `[batch]`.
+        `tuple[list[Row], np.ndarray]`: The rows, and the column at which each begins: int64 `[batch]`.
 
     Raises:
-        ValueError: A mask has holes, or a scored token is padding or is only preceded by padding. Such a row is not a
-            plain token sequence, and what a model answers for it depends on the padding.
+        ValueError: An attention mask has holes, or a token is scored that is padding or that only padding precedes.
+            Such a row is not a plain token sequence: what a model answers for it depends on the padding.
     """
     real = attention_mask != 0
     lengths = real.sum(1)

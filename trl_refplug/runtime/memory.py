@@ -1,4 +1,4 @@
-"""How much memory this process has used, and recognizing that memory ran out."""
+"""Measure how much memory this process has used, and recognize that memory ran out."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 
 _MESSAGES = ("CUDA error: out of memory", "Triton Error [CUDA]: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""Of a driver and of libraries that ask it for memory themselves, which accelerate does not know."""
+"""Messages of the CUDA driver and of libraries that allocate memory themselves. accelerate does not know them."""
 
 
 def ran_out_of_memory(error: Exception) -> bool:
-    """Whether the same work may succeed in smaller parts."""
+    """Whether memory ran out, so that the same work may succeed in smaller parts."""
     if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
         return True
     return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
 
 
 def peak_resident_set() -> int:
-    """Bytes."""
+    """The most memory that this process has had in use so far (its resident set), in bytes."""
     if sys.platform == "win32":
         import psutil
 

@@ -1,4 +1,4 @@
-"""The global random streams, and how not to advance them."""
+"""Read the state of the global random number generators, and keep it from changing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 @contextmanager
 def rng_kept() -> Iterator[None]:
-    """Whatever happens inside, the global random streams go on as if it had not."""
+    """Restore the state of the global generators (Python, NumPy, torch on CPU and CUDA) when the context ends."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
@@ -24,7 +24,7 @@ def rng_kept() -> Iterator[None]:
 
 
 def random_state() -> dict[str, Any]:
-    """Where the streams are, by the library that they are of: equal if no number was drawn in between."""
+    """The state of the global generators by library. Two results are equal if no number was drawn in between."""
     numpy: Any = np.random.get_state()
     started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     cuda = torch.cuda.get_rng_state_all() if started else []

@@ -1,7 +1,8 @@
 """
-Scoring on a thread of its own, while the trainer's thread goes on.
+Score on a separate thread while the trainer's thread goes on.
 
-torch keeps autocast and gradient mode per thread: a new one has neither, and would answer with other numbers.
+In torch, autocast and gradient mode belong to a thread. A new thread starts without the caller's, and would give other
+numbers, so both are set explicitly here.
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Autocast:
     """
-    What autocast does on one thread.
+    The state of autocast on a thread, which can be entered on another one.
 
     Args:
-        states (`tuple[tuple[str, bool, torch.dtype], ...]`): Device type, whether it is enabled there, and its dtype.
+        states (`tuple[tuple[str, bool, torch.dtype], ...]`): For each device type, its name, whether autocast is
+            enabled on it, and the dtype of autocast.
     """
 
     states: tuple[tuple[str, bool, torch.dtype], ...]
 
     @classmethod
     def current(cls) -> Autocast:
-        """That of the calling thread."""
+        """The state on the calling thread, for the CPU and the accelerator in use."""
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         types = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
         return cls(
@@ -37,7 +39,7 @@ class Autocast:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """The same on whatever thread this is, until the block ends."""
+        """Give the calling thread this state while the context lasts."""
         with ExitStack() as stack:
             for device_type, enabled, dtype in self.states:
                 stack.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled))
@@ -45,16 +47,16 @@ class Autocast:
 
 
 class ScoringThread:
-    """One thread that scores in the order in which it is asked."""
+    """A thread that scores batches one after the other, in the order in which they are submitted."""
 
     def __init__(self) -> None:
-        # The outermost autocast context of a thread empties, on leaving, a cache that all threads share. In the
-        # middle of the policy's forward pass that would change how its gradients are rounded, so that no context of
-        # this thread may be the outermost.
+        # Autocast keeps a cache of casted weights that all threads share, and leaving the outermost autocast context
+        # of any thread empties it. In the middle of the policy's forward pass, that would change how its gradients are
+        # rounded. The initializer keeps every context on this thread from being the outermost one.
         self._executor = ThreadPoolExecutor(1, "refplug-scoring", initializer=torch.autocast_increment_nesting)
 
     def submit(self, score: Callable[[], Tensor]) -> Future[Tensor]:
-        """Call `score` on the thread, under the caller's autocast and without gradient."""
+        """Call `score` on the thread, with the caller's autocast state and without gradients."""
         autocast = Autocast.current()
 
         def run() -> Tensor:
@@ -64,5 +66,5 @@ class ScoringThread:
         return self._executor.submit(run)
 
     def close(self) -> None:
-        """Finish what is being scored, and nothing more. Does not wait for it."""
+        """Cancel what has not been started. The call that is running finishes, but this does not wait for it."""
         self._executor.shutdown(wait=False, cancel_futures=True)

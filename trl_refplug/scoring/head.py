@@ -1,5 +1,7 @@
 """
-Log-probabilities of target tokens from the hidden states that predict them, never holding more than a tile of logits.
+The LM head: log-probabilities of target tokens from the hidden states that predict them.
+
+Logits of the whole vocabulary are never in memory. They are computed tile by tile, some positions by some tokens.
 """
 
 from __future__ import annotations
@@ -15,19 +17,19 @@ from transformers import PreTrainedModel
 
 TILE_ROWS = 1024
 TILE_COLUMNS = 2048
-"""Size of a tile of logits where no fused kernel is available: it should fit the processor's cache."""
+"""The size of a tile of logits on a CPU. It should fit into the processor's cache."""
 
 
 @dataclass(frozen=True)
 class Head:
     """
-    What a model does between its last hidden state and its log-probabilities.
+    What a model does to its last hidden states, besides the projection, to get log-probabilities.
 
     Args:
-        scale (`float`): Logits are multiplied by this first.
-        softcap (`float` or `None`): Then `softcap * tanh(logits / softcap)`.
-        temperature (`float`): Then divided by this.
-        float32 (`bool`): Project in float32, outside autocast.
+        scale (`float`): First, logits are multiplied by this.
+        softcap (`float` or `None`): Then they become `softcap * tanh(logits / softcap)`.
+        temperature (`float`): Then they are divided by this.
+        float32 (`bool`): Whether hidden states are projected in float32, without autocast.
     """
 
     scale: float
@@ -36,8 +38,8 @@ class Head:
     float32: bool
 
     @classmethod
-    def of(cls, model: PreTrainedModel, temperature: float, float32: bool) -> Head:
-        """Read the quirks of `model` from its configuration, under the names that TRL knows."""
+    def from_model(cls, model: PreTrainedModel, temperature: float, float32: bool) -> Head:
+        """Read the scale and the soft cap from the configuration of `model`, under the names that TRL knows."""
         config = model.config.get_text_config()
         names = ("logit_scale", "output_multiplier", "lm_head_multiplier")
         scale: Any = next((v for name in names if (v := getattr(config, name, None)) is not None), None)
@@ -53,13 +55,16 @@ class Head:
 
     def log_probs(self, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """
+        Compute the log-probability of one target token per hidden state.
+
         Args:
-            hidden (`Tensor`): `[scored, hidden]`.
-            targets (`Tensor`): int64 `[scored]`.
-            weight, bias (`Tensor`): `[vocab, hidden]` and `[vocab]` of the LM head.
+            hidden (`Tensor`): `[scored, hidden]`, the hidden states.
+            targets (`Tensor`): int64 `[scored]`, the token ids.
+            weight (`Tensor`): `[vocab, hidden]`, the weight of the LM head.
+            bias (`Tensor` or `None`): `[vocab]`, the bias of the LM head.
 
         Returns:
-            `Tensor`: `[scored]`, float32 (float64 where the projection is).
+            `Tensor`: float32 `[scored]` (float64 where hidden states are projected in float64).
         """
         hidden, targets = hidden.to(weight.device), targets.to(weight.device)
         device = hidden.device.type
@@ -80,7 +85,8 @@ class Head:
         return answer[0]  # type: ignore[no-any-return]
 
     def _tiled(self, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # Vocabulary in the outer loop would read the weights once, but a tile of all rows would leave the cache
+        # With the vocabulary in the outer loop the weights would be read only once, but a tile with all rows would not
+        # fit into the cache
         spans = [slice(start, start + TILE_ROWS) for start in range(0, len(hidden), TILE_ROWS)]
         return torch.cat([self._tiled_rows(hidden[span], targets[span], weight, bias) for span in spans])
 
@@ -104,7 +110,7 @@ class Head:
         return target_logits - torch.logsumexp(torch.stack(maxima) + torch.stack(sums).log_(), 0)
 
     def _transform(self, logits: Tensor) -> Tensor:
-        """In place: the tile belongs to us."""
+        """Turn raw logits into those whose softmax is the distribution. Changes the tensor in place."""
         if self.scale != 1.0:
             logits *= self.scale
         if self.softcap is not None:

@@ -1,13 +1,14 @@
 """
-How rows are laid out for the model: which prefixes are computed once, and what goes into one forward pass.
+Decide how rows are laid out for the model: which prefixes are computed only once, and which rows share a forward pass.
 
-Pure planning on token ids. Rows are sorted, so that those with a common prefix are neighbours; the longest common
-prefixes of neighbours (`shared`) then describe a tree of all rows, whose nodes are runs of tokens. A micro-batch (a
-"pack") is a run of neighbours, laid out as one token sequence in depth-first order. All descendants of a node follow
-it without a gap, so a query sees a key exactly if `key <= query < end of the key's subtree`.
+This is planning on token ids only, and knows no model. Rows are sorted so that rows with a common prefix are
+neighbors. The lengths of the common prefixes of neighbors (`shared`) then describe a tree of all rows, in which each
+node is a run of tokens. The rows of one forward pass (a "pack") are a run of neighbors, whose part of the tree is laid
+out as one token sequence in depth-first order. In that order all descendants of a node follow it without a gap, so
+that a query sees a key exactly if `key <= query < end of the key's subtree`.
 
-Only what is needed is laid out: the last scored token of a row predicts nothing that is scored, so neither it nor what
-follows it is computed.
+A row is cut off before its last scored token: neither that token nor any token after it predicts a token that is
+scored.
 """
 
 from __future__ import annotations
@@ -22,19 +23,21 @@ from trl_refplug.rows import Ints, Row
 from trl_refplug.scoring.operations import Operations
 
 
+# Overheads are given as the number of tokens that take as long to compute.
+
 NODE_TOKENS = 1.0
-"""Overhead of one more node in the tree, in tokens' worth of computation: an attention call per layer."""
+"""Overhead of one more node in the tree, which is one more attention call per layer, in tokens."""
 
 MERGE_TOKENS = 0.01
-"""Overhead of attending to one more ancestor, per token below it: merging two partial results per layer."""
+"""Overhead, for each token below a node, of merging one more partial result of attention per layer, in tokens."""
 
 FORWARD_TOKENS = 16.0
-"""Overhead of one more forward pass: all weights are read once more."""
+"""Overhead of one more forward pass, in which all weights are read once more, in tokens."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """Tokens `[start, stop)` of a pack, seen by themselves (causally) and by all of `[stop, end)`."""
+    """Tokens `[start, stop)` of a pack. They see each other causally, and all tokens `[stop, end)` see all of them."""
 
     start: int
     stop: int
@@ -44,16 +47,17 @@ class Node:
 @dataclass(frozen=True, eq=False)
 class Pack:
     """
-    One forward pass.
+    The input of one forward pass, and how to find the rows' answers in its output.
 
     Args:
-        tokens (`np.ndarray`): int64 `[tokens]`, the nodes of the tree in depth-first order.
+        tokens (`np.ndarray`): int64 `[tokens]`, the token ids of the nodes of the tree in depth-first order.
         positions (`np.ndarray`): int64 `[tokens]`, the position of each token in its row.
-        nodes (`tuple[Node, ...]`): In order of `start`; together they cover all tokens.
-        sources (`np.ndarray`): int64 `[scored]`, the token whose output predicts the target.
-        targets (`np.ndarray`): int64 `[scored]`, token ids to score. A (source, target) pair occurs once.
-        rows (`tuple[int, ...]`): The rows answered by this pass.
-        answers (`tuple[np.ndarray, ...]`): For each of `rows`, where in `[scored]` its scored tokens are, in order.
+        nodes (`tuple[Node, ...]`): The nodes in order of `start`. Together they cover all tokens.
+        sources (`np.ndarray`): int64 `[scored]`, the indices in `tokens` of the tokens that predict the targets.
+        targets (`np.ndarray`): int64 `[scored]`, the token ids to score. Each pair of source and target occurs once.
+        rows (`tuple[int, ...]`): The indices of the rows that this pass answers.
+        answers (`tuple[np.ndarray, ...]`): For each of `rows`, int64 indices into `[scored]` of its scored tokens, in
+            the order of the row.
     """
 
     tokens: Ints
@@ -66,27 +70,27 @@ class Pack:
 
     @property
     def longest(self) -> int:
-        """Number of tokens of the longest row, as laid out."""
+        """Number of tokens of the longest row, as far as it is laid out."""
         return int(self.positions.max()) + 1
 
     def operations(self, cost: Operations) -> float:
-        """Counted operations of this pass: unique tokens, the pairs they attend to and scored positions."""
+        """Operations of this pass, for its tokens, the pairs of tokens that attend, and the scored positions."""
         pairs = float(self.positions.sum()) + len(self.positions)
         return len(self.tokens) * cost.token + pairs * cost.pair + len(self.targets) * cost.head
 
 
 def plan(rows: Sequence[Row], budget: int | None, cost: Operations) -> list[Pack]:
     """
-    Lay rows out for as few operations as possible.
+    Lay rows out so that scoring them takes as few operations as possible.
 
     Args:
-        rows (`Sequence[Row]`): Any rows; those without a scored token are left out.
-        budget (`int` or `None`): Most tokens of one pack. A row longer than that gets a pack of its own. `None`: all
-            in one pack.
-        cost ([`Operations`]): Decides where sharing pays.
+        rows (`Sequence[Row]`): Any rows. Rows without a scored token are left out.
+        budget (`int` or `None`): Most tokens in one pack. A row that is longer gets a pack of its own. With `None` all
+            rows go into one pack.
+        cost ([`Operations`]): What the model costs, to decide where sharing a prefix pays.
 
     Returns:
-        `list[Pack]`: Every row with a scored token is answered by exactly one of them.
+        `list[Pack]`: Every row with a scored token is answered by exactly one pack.
     """
     branches = _branches(rows)
     lengths = [len(branch.tokens) for branch in branches]
@@ -96,20 +100,21 @@ def plan(rows: Sequence[Row], budget: int | None, cost: Operations) -> list[Pack
 
 @dataclass(frozen=True, eq=False)
 class _Branch:
-    """A path from the root of the tree to a leaf, and the rows on it: the longest, its prefixes and copies."""
+    """A path from the root of the tree to a leaf, and the rows on it: the longest one, and its prefixes and copies."""
 
     tokens: Ints
     rows: list[tuple[int, Ints, Ints]]  # index, scored positions, targets
 
 
 def _branches(rows: Sequence[Row]) -> list[_Branch]:
-    """The rows with a scored token, sorted by what has to be computed of them."""
+    """The rows with a scored token, as far as they have to be computed. Rows with common prefixes are neighbors."""
     needed = []
     for index, row in enumerate(rows):
         positions = row.scored
         if len(positions):
             needed.append((row.input_ids[: positions[-1]], (index, positions, row.labels[positions])))
-    # Big-endian bytes sort like the numbers they stand for; in descending order a prefix comes after what it is one of
+    # Sequences are compared by their big-endian bytes, which sort in the same order as the numbers. In descending
+    # order a prefix comes right after the rows that begin with it, so it is enough to compare with the branch before
     needed.sort(key=lambda item: item[0].astype(">u8").tobytes(), reverse=True)
     branches: list[_Branch] = []
     for tokens, wanted in needed:
@@ -121,7 +126,7 @@ def _branches(rows: Sequence[Row]) -> list[_Branch]:
 
 
 def _common_prefixes(sequences: Sequence[Ints]) -> list[int]:
-    """Length of the longest common prefix of each sequence with the one before it; 0 for the first."""
+    """For each sequence, the length of its common prefix with the one before it; 0 for the first."""
     shared = [0] * min(len(sequences), 1)
     for before, after in pairwise(sequences):
         length = min(len(before), len(after))
@@ -131,9 +136,9 @@ def _common_prefixes(sequences: Sequence[Ints]) -> list[int]:
 
 
 def _worthwhile(lengths: Sequence[int], shared: list[int], cost: Operations) -> list[int]:
-    """Lower `shared` to the enclosing prefix wherever a node of the tree saves less than it costs."""
+    """Give up a node of the tree wherever it saves less than it costs: lower `shared` to the length of its parent."""
     shared = list(shared)
-    spans = [(0, len(shared), 0)]  # neighbours that share at least `depth` tokens
+    spans = [(0, len(shared), 0)]  # runs of neighbors [first, last) that share at least `depth` tokens
     while spans:
         first, last, depth = spans.pop()
         if last - first < 2:
@@ -151,13 +156,13 @@ def _worthwhile(lengths: Sequence[int], shared: list[int], cost: Operations) -> 
 
 
 def _split(lengths: Sequence[int], shared: Sequence[int], budget: int | None) -> list[tuple[int, int]]:
-    """Cut neighbours into runs of at most `budget` tokens so that as few prefixes as possible are computed again."""
+    """Cut neighbors into runs of at most `budget` tokens, so that as few tokens as possible are computed twice."""
     if budget is None:
         return [(0, len(lengths))] if lengths else []
-    best: list[tuple[float, int]] = [(0.0, 0)]  # least cost of the first n rows, and where their last run begins
+    best: list[tuple[float, int]] = [(0.0, 0)]  # for the first n rows: the least cost, and where the last run begins
     for last in range(1, len(lengths) + 1):
         choices = []
-        tokens = 0  # of the run [first, last), less what its first row shares with the row before
+        tokens = 0  # of the run [first, last), without what its first row shares with the row before it
         for first in range(last - 1, -1, -1):
             tokens += lengths[first] - shared[first]
             size = tokens + shared[first]
@@ -176,7 +181,7 @@ def _split(lengths: Sequence[int], shared: Sequence[int], budget: int | None) ->
 
 
 def _lay_out(branches: Sequence[_Branch], shared: Sequence[int]) -> Pack:
-    path = np.zeros(max(len(branch.tokens) for branch in branches), np.int64)  # by position: where the token is
+    path = np.zeros(max(len(branch.tokens) for branch in branches), np.int64)  # by position in a row: index in tokens
     tokens, positions, sources, targets, rows = [], [], [], [], []
     nodes: list[Node] = []
     unfinished: list[tuple[int, int, int]] = []  # (start, first position, last position) of the nodes on the path

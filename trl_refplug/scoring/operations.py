@@ -1,5 +1,5 @@
 """
-What a forward pass costs, in counted floating-point operations (a multiplication and an addition are two).
+Count the floating-point operations of a forward pass. A multiplication and an addition are two operations.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Operations:
     """
+    The operations that a model needs.
+
     Args:
-        token (`float`): Per token: all matrix products with weights, without the LM head.
-        pair (`float`): Per pair of a token and one it attends to: scores and weighted sum, all layers and heads.
-        head (`float`): Per position projected through the LM head.
+        token (`float`): Operations per token: all matrix products with weights, except for the LM head.
+        pair (`float`): Operations per pair of a token and a token that it attends to, over all layers and heads: the
+            score, and the share of the weighted sum.
+        head (`float`): Operations per position that is projected through the LM head.
     """
 
     token: float
@@ -29,17 +32,18 @@ class Operations:
     head: float
 
     def span(self, start: int, stop: int) -> float:
-        """Cost of the tokens at depths `start` to `stop` of a sequence, each attending to itself and all before."""
+        """Operations of tokens `[start, stop)` of a sequence, each of which attends to itself and all before it."""
         return (stop - start) * self.token + (stop * (stop + 1) - start * (start + 1)) / 2 * self.pair
 
 
 def count_operations(model: PreTrainedModel) -> Operations:
     """
-    Operations of a causal LM, from its configuration and the shapes of its weights.
+    Count the operations of a causal LM from its configuration and the shapes of its weights.
 
-    Matrix products are counted, which is what planning and benchmarks need; norms, activations, rotary embeddings and
-    look-ups in tables (of tokens, positions or, in Gemma 3n, tokens per layer) are left out. Of routed experts, those
-    active for one token count; of a model that also sees or hears, what text goes through.
+    Only matrix products are counted, which is enough for planning and benchmarks. Norms, activations, rotary
+    embeddings and look-ups in embedding tables (of tokens, of positions or, in Gemma 3n, of tokens per layer) are not.
+    Of routed experts, only those that are active for a token count. Of a model that also takes images or sound, only
+    the part that text goes through counts.
     """
     layers = layer_configs(model.config.get_text_config())
     config = layers[0]
@@ -61,7 +65,7 @@ def count_operations(model: PreTrainedModel) -> Operations:
 
 
 def layer_configs(config: Any) -> list[Any]:
-    """What each layer is configured by: the same for all in most models, not so in Gemma 4."""
+    """The configuration of each layer. In most models it is the same for all layers; in Gemma 4 it is not."""
     layers: int = _first(config, "num_hidden_layers", "n_layer") or 1
     if not getattr(config, "is_heterogeneous", False):
         return [config] * layers
@@ -69,10 +73,11 @@ def layer_configs(config: Any) -> list[Any]:
 
 
 def _attention_width(config: Any, hidden: int) -> int:
-    """Of the queries of a layer, all heads together."""
+    """The width of a layer's queries, over all heads."""
     heads: int = _first(config, "num_attention_heads", "n_head") or 1
     return heads * (_first(config, "head_dim") or hidden // heads)
 
 
 def _first(config: Any, *names: str) -> Any:
+    """The value of the first of these entries that the configuration has; `None` if it has none."""
     return next((value for name in names if (value := getattr(config, name, None)) is not None), None)

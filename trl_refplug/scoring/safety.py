@@ -1,8 +1,8 @@
 """
-Where sharing prefixes and packing rows would change the numbers, as far as a model's configuration tells.
+Tell from a model's configuration where packed answers would not be the exact ones.
 
-What it does not tell is caught later: layers that attend in some other way are noticed while a pack runs, and before
-a scorer trusts packed answers it compares some with the exact ones (`verification.py`).
+What a configuration does not tell is caught later: layers that attend in some other way are noticed while a pack runs,
+and before a scorer trusts packed answers, it compares some of them with exact ones (`verification.py`).
 """
 
 from __future__ import annotations
@@ -19,12 +19,22 @@ from trl_refplug.scoring.operations import layer_configs
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 
 
-def unsafe_model(model: nn.Module, inner: PreTrainedModel) -> str | None:
-    """Why no input of this model may be packed, as a phrase that completes "because of"; `None` if none is known."""
+def reason_not_to_pack(model: nn.Module, inner: PreTrainedModel) -> str | None:
+    """
+    Why no rows may be packed for this model.
+
+    Args:
+        model (`nn.Module`): The model, possibly wrapped.
+        inner (`PreTrainedModel`): The causal LM in it.
+
+    Returns:
+        `str` or `None`: A phrase that completes "because of"; `None` if the configuration gives no reason.
+    """
     config = inner.config.get_text_config()
     if getattr(inner.config, "is_encoder_decoder", False):
         return "an encoder-decoder architecture"
-    both_ways = getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision")  # not of images
+    # With "vision", only the tokens of images see each other both ways
+    both_ways = getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision")
     if getattr(config, "is_causal", True) is False or both_ways:
         return "attention that is configured not to be causal"
     if getattr(config, "alibi", False) or getattr(config, "model_type", "") in ("bloom", "mpt"):
@@ -46,7 +56,7 @@ def unsafe_model(model: nn.Module, inner: PreTrainedModel) -> str | None:
 
 
 def length_limit(inner: PreTrainedModel) -> tuple[float, str]:
-    """The longest padded row that may be packed, and why longer ones may not."""
+    """The largest number of tokens, with padding, of rows that may be packed, and why longer ones may not."""
     config = inner.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     limits: list[tuple[float, str]] = [(float("inf"), "")]
@@ -62,5 +72,5 @@ def length_limit(inner: PreTrainedModel) -> tuple[float, str]:
 
 
 def _shortest(config: Any, name: str) -> int | None:
-    """Of the lengths that are set for some layer."""
+    """The smallest value that this entry of the configuration has in any layer; `None` if it is set in no layer."""
     return min(filter(None, (getattr(layer, name, None) for layer in layer_configs(config))), default=None)

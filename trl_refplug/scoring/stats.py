@@ -1,5 +1,5 @@
 """
-What a scorer counts.
+What a scorer counts while it works.
 """
 
 from __future__ import annotations
@@ -10,17 +10,22 @@ from dataclasses import dataclass, fields
 @dataclass
 class ScoreStats:
     """
-    What a scorer has done so far. Of the verification that packed answers can be trusted, only the time counts.
+    What a scorer has done so far. The passes that verify packed answers against exact ones are not counted; only their
+    time is.
 
     Args:
-        rows (`int`): Rows scored.
-        padded_tokens (`int`): Tokens of the rows as they came: of batches with their padding, of streams without.
-        unique_tokens (`int`): Tokens that went through the model, with padding and repeats where they did.
-        scored_tokens (`int`): Positions that were asked for; if packed, identical ones once.
-        forwards (`int`): Forward passes.
-        operations (`float`): Counted operations of the packed passes.
-        seconds (`float`): Wall-clock time.
-        fallback (`str` or `None`): Why the last rows that were not packed, though packing was asked for, were not.
+        rows (`int`): Number of rows scored.
+        padded_tokens (`int`): Number of tokens in these rows as they were passed in: batches with their padding, and
+            streams, which have none.
+        unique_tokens (`int`): Number of tokens that went through the model. In exact passes this includes padding and
+            repeated prefixes.
+        scored_tokens (`int`): Number of positions that were projected through the LM head for an answer. In packed
+            passes, positions that rows share count once.
+        forwards (`int`): Number of forward passes.
+        operations (`float`): Number of floating-point operations in packed passes.
+        seconds (`float`): Wall-clock time spent scoring.
+        fallback (`str` or `None`): If packing was asked for and rows were scored exactly all the same, the reason, for
+            the last rows to which that happened.
     """
 
     rows: int = 0
@@ -33,6 +38,6 @@ class ScoreStats:
     fallback: str | None = None
 
     def clear(self) -> None:
-        """Start counting afresh."""
+        """Set all counters back to their initial values."""
         for counter in fields(self):
             setattr(self, counter.name, counter.default)

@@ -1,8 +1,9 @@
 """
-Whether a model's packed answers can be trusted: both ways to score are compared on rows made for that.
+Find out whether the packed answers of a model can be trusted, by comparing them with exact ones on a few rows.
 
-They are made of the first rows asked for. Those as they are would not do: where they have no prefix in common, a
-packed pass is the exact one, and nothing is learnt about sharing. The rows made of them always share, on two levels.
+These rows are put together from the tokens of the first rows that are to be scored. The rows themselves would not do:
+if they have no prefix in common, a packed pass does the same as an exact one, and nothing is learned about sharing.
+The rows that are put together always share prefixes, on two levels.
 """
 
 from __future__ import annotations
@@ -22,35 +23,46 @@ from trl_refplug.models.tolerances import disagreement, tolerance_of
 from trl_refplug.rows import Ints, PaddedRows, Row
 from trl_refplug.runtime.memory import ran_out_of_memory
 from trl_refplug.scoring.exact import exact_log_probs
-from trl_refplug.scoring.packed import PackedPass, why
+from trl_refplug.scoring.packed import PackedScorer, describe_error
 
 
 TOKENS = 1024
-"""Most tokens, with padding, of the rows that are scored both ways."""
+"""Most tokens, with padding, in all rows of the comparison together."""
 
 FEWEST_TOKENS = 60
-"""Of the smallest such rows."""
+"""Number of tokens, with padding, in all rows of the smallest possible comparison together."""
 
 SHIFT = 512
-"""By how many positions a row is moved, where the model has as many. Thousands would be a matter of rounding."""
+"""
+By how many positions a row is shifted, if the model has that many, to see whether its log-probs change. With thousands
+of positions, rounding alone would change them.
+"""
 
-MOVED = 10
-"""Times the tolerance by which its log-probs may differ then: rotary embeddings are rounded anew."""
+SHIFT_TOLERANCES = 10
+"""
+How many times the tolerance the log-probs of a shifted row may differ. Its rotary embeddings are other numbers, which
+are rounded differently.
+"""
 
 _ROWS = 10
 _BRANCHES = 3
 
 
-def verify(packed: PackedPass, rows: Sequence[Ints]) -> str | None:
+def verify(packed: PackedScorer, rows: Sequence[Ints]) -> str | None:
     """
-    Why packed answers are not to be trusted, as a phrase that completes "because of"; `None` if they agree.
+    Compare packed with exact answers.
 
-    One exact and one packed forward pass over at most [`TOKENS`] tokens; over half of them where memory runs out. And
-    one of a single row further from the first position, as padding on its left has it: `packed.absolute` is set where
-    that changes its log-probs. As many passes on every rank, whatever its rows.
+    This takes one exact and one packed forward pass over at most [`TOKENS`] tokens, or fewer where memory runs out.
+    One of the rows is scored once more at later positions, where padding on its left would put it. If that changes its
+    log-probs, `packed.absolute_positions` is set. Every rank makes the same number of passes, whatever its rows are.
 
     Args:
-        rows (`Sequence[np.ndarray]`): Token ids of real rows, to make those that are compared of.
+        packed ([`PackedScorer`]): Scores packed rows.
+        rows (`Sequence[np.ndarray]`): Token ids of real rows. The rows of the comparison are made of them.
+
+    Returns:
+        `str` or `None`: Why packed answers cannot be trusted, as a phrase that completes "because of"; `None` if the
+        answers agree.
     """
     tokens = max(FEWEST_TOKENS, min(TOKENS, packed.budget))
     while True:
@@ -58,58 +70,65 @@ def verify(packed: PackedPass, rows: Sequence[Ints]) -> str | None:
             return _compare(packed, sharing_rows(rows, packed.config, tokens, packed.limit))
         except Exception as error:
             if not ran_out_of_memory(error):
-                return why(error)
-            if packed.lockstep or tokens == FEWEST_TOKENS:
+                return describe_error(error)
+            if packed.collective or tokens == FEWEST_TOKENS:
                 raise
             tokens = max(FEWEST_TOKENS, tokens // 2)
 
 
-def _compare(packed: PackedPass, rows: list[Row]) -> str | None:
+def _compare(packed: PackedScorer, rows: list[Row]) -> str | None:
     padded = PaddedRows.flush_left(rows)
     with evaluation_mode(packed.model):
-        exact = list(padded.gather(exact_log_probs(packed.model, padded.batch(packed.device))))
+        exact = list(padded.values_by_row(exact_log_probs(packed.model, padded.to_batch(packed.device))))
     (pack,) = packed.plan(rows, None)
-    scored = packed.score(pack)
-    if not packed.absolute:
-        # Only now: a model whose table of positions is as long as its input has been found out
-        differences = (_moved(packed, padded.take([0])) - torch.from_numpy(exact[0])).abs()
-        allowed = MOVED * tolerance_of(scored.dtype).largest
-        packed.absolute = bool((differences > allowed).any())
+    scored = packed.score_pack(pack)
+    if not packed.absolute_positions:
+        # This comes after the packed pass, which has already failed if the model's table of positions is only as long
+        # as its input. Such a model does not have the positions that are asked for here
+        differences = (_shifted_log_probs(packed, padded.select([0])) - torch.from_numpy(exact[0])).abs()
+        allowed = SHIFT_TOLERANCES * tolerance_of(scored.dtype).largest
+        packed.absolute_positions = bool((differences > allowed).any())
     answers: Tensor = scored.log_probs.cpu()
     found = [answers[torch.from_numpy(answer)] for answer in pack.answers]
     expected = [torch.from_numpy(exact[index]) for index in pack.rows]
     return disagreement(torch.cat(found), torch.cat(expected), scored.dtype)
 
 
-def _moved(packed: PackedPass, row: PaddedRows) -> Tensor:
-    """The exact call's log-probs of a row some way behind the first position."""
-    batch = row.batch(packed.device)
+def _shifted_log_probs(packed: PackedScorer, row: PaddedRows) -> Tensor:
+    """The log-probs that the exact call gives for a row whose positions begin later: float32 `[scored]`."""
+    batch = row.to_batch(packed.device)
     positions = min(_positions(packed.config), batch_length_limit(causal_lm(packed.model)))
     start = int(max(0, min(SHIFT, positions - row.width)))
     position_ids = torch.arange(start, start + row.width, device=packed.device)[None]
     with evaluation_mode(packed.model):
         log_probs = exact_log_probs(packed.model, replace(batch, extras={"position_ids": position_ids}))
-    return torch.from_numpy(*row.gather(log_probs))
+    return torch.from_numpy(*row.values_by_row(log_probs))
 
 
 def _positions(config: Any) -> float:
-    """How many the model has."""
+    """The number of positions that the model has; infinity if its configuration does not tell."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or float("inf")
 
 
 def sharing_rows(rows: Sequence[Ints], config: Any, tokens: int, limit: float = float("inf")) -> list[Row]:
     """
-    Ten rows of the tokens of real ones: nine with a prefix in common, three times three of them with a longer one.
-    What is scored is short, because what goes wrong where rows part goes wrong soon after.
+    Put ten rows together from the tokens of real rows.
+
+    Nine of them have a prefix in common, in three groups of three that share a longer one. The tenth shares nothing.
+    Completions are short, because an error where rows branch off shows in the first tokens after that.
 
     Args:
-        rows (`Sequence[np.ndarray]`): Token ids of real rows. None is longer than the longest of them, if that is 6.
-        config (`PretrainedConfig`): Of the model.
-        tokens (`int`): How many there are at most in all ten, padded to the longest; at least 60.
-        limit (`float`): None is longer, if it is at least 6.
+        rows (`Sequence[np.ndarray]`): Token ids of real rows. No row that is made is longer than the longest of these,
+            if that has at least 6 tokens.
+        config (`PretrainedConfig`): The configuration of the model.
+        tokens (`int`): Most tokens in all ten rows together, padded to the longest; at least 60.
+        limit (`float`): Most tokens in a row; at least 6.
+
+    Returns:
+        `list[Row]`: The ten rows.
     """
-    # A model that takes a token's place in the pack for its position is to be found out, not to run out of positions:
-    # a GPU does not recover from that
+    # If a model takes a token's place in the pack for its position, the comparison should show it. The model must not
+    # run out of positions before that, because a GPU does not recover from it. So the rows are kept short
     positions = _positions(config)
     real = max(6, max(map(len, rows), default=0))
     longest = int(min(tokens // _ROWS, real, limit, positions // 3))

@@ -1,4 +1,4 @@
-"""The key that a server expects and its clients present. It lives in an environment variable."""
+"""The key that a server expects from its clients. Both read it from an environment variable."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import os
 from trl_refplug.errors import ConfigurationError
 
 
-def read_key(variable: str, option: str) -> str:
+def read_api_key(variable: str, option: str) -> str:
     """
+    Read a key from the environment.
+
     Args:
-        variable (`str`): The environment variable.
-        option (`str`): The option that names it, for errors.
+        variable (`str`): The name of the environment variable.
+        option (`str`): The option that names the variable, for error messages.
 
     Raises:
-        ConfigurationError: It has no key that fits into a header of HTTP. The error does not show it.
+        ConfigurationError: The variable is not set, or HTTP cannot send its value. The message does not show it.
     """
     key = os.environ.get(variable, "").strip()
     if not key:
@@ -22,7 +24,7 @@ def read_key(variable: str, option: str) -> str:
             f"{option} names the environment variable {variable!r}, which is not set in this process, or empty."
         )
     if not (key.isascii() and key.isprintable() and " " not in key):
-        # HTTP libraries would refuse it, and some show it when they do
+        # HTTP libraries would refuse such a key, and some of them show it in their message.
         raise ConfigurationError(
             f"{option} names the environment variable {variable!r}, which has no key in it: expected printable ASCII "
             "without spaces or line breaks."

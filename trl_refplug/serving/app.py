@@ -1,14 +1,15 @@
 """
-The server's application: three routes, a key, limits, and no answer that leads a client astray.
+The ASGI application of the server, with three routes.
 
 | route | |
 |---|---|
-| `GET /health` | 200 while scoring is possible, without a key |
-| `GET /v1/identity` | [`ServerFacts`] as JSON |
+| `GET /health` | 200 while scoring is possible; needs no key |
+| `GET /v1/identity` | [`ServedModel`] as JSON |
 | `POST /v1/score` | a request and an answer of [`~trl_refplug.serving.wire`] |
 
-Errors are JSON, `{"error": "..."}`: 400 malformed, 401 no or a wrong key, 408 too slow, 409 another reference is asked
-for, 413 too large, 429 come back later (`Retry-After`), 500 the model failed, 503 going down.
+Errors are JSON, `{"error": "..."}`: 400 malformed, 401 wrong or missing key, 408 sent too slowly, 409 the server has
+another reference than the one asked for, 413 too large, 429 queue is full (try again after `Retry-After`), 500 the
+model failed, 503 shutting down.
 """
 
 from __future__ import annotations
@@ -34,35 +35,37 @@ from trl_refplug.rows import Values
 from trl_refplug.serving import wire
 from trl_refplug.serving.batcher import Answers, Batcher, ClosedError, QueueFullError
 from trl_refplug.serving.engine import Engine
-from trl_refplug.serving.limits import Limits
+from trl_refplug.serving.server_limits import ServerLimits
 
 
 class _Refusal(HTTPException):
-    """An error whose connection is not used again: what is left of the body is not read."""
+    """An error after which the connection is closed, because the rest of the body is not read."""
 
     def __init__(self, status: int, reason: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(status, reason, {"connection": "close", **(headers or {})})
 
 
-class _LeftError(Exception):
-    """The client is gone."""
+class _ClientLeftError(Exception):
+    """The client has closed the connection."""
 
 
-def make_app(engine: Engine, *, key: str | None = None, limits: Limits | None = None) -> Starlette:
+def make_app(engine: Engine, *, key: str | None = None, limits: ServerLimits | None = None) -> Starlette:
     """
     The application that serves `engine`.
 
     Args:
-        engine ([`Engine`]): Scores; used by this application alone.
-        key (`str`, *optional*): What clients have to present as a bearer token.
-        limits ([`Limits`], *optional*): What a client may ask for.
+        engine ([`Engine`]): Scores the rows. Nothing else may use it meanwhile.
+        key (`str`, *optional*): The key that clients have to send as a bearer token.
+        limits ([`ServerLimits`], *optional*): What clients may ask for.
 
     Returns:
-        `Starlette`: Its `state.lost()` says whether it will not score again, because the device computes no more.
+        `Starlette`: The application. Its `state.device_lost()` says whether the device has stopped working for good.
     """
-    limits = limits or Limits()
-    batcher = Batcher(engine.score, engine.works, token_budget=engine.token_budget, queue_tokens=limits.queue_tokens)
-    facts = msgspec.json.encode(engine.facts)
+    limits = limits or ServerLimits()
+    batcher = Batcher(
+        engine.score, engine.device_works, token_budget=engine.token_budget, max_queued_tokens=limits.max_queued_tokens
+    )
+    served_model = msgspec.json.encode(engine.served_model)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -73,33 +76,35 @@ def make_app(engine: Engine, *, key: str | None = None, limits: Limits | None = 
         return _json({"status": "ok"}) if batcher.alive else _json({"error": "scoring has ended"}, 503)
 
     async def identity(request: Request) -> Response:
-        return Response(facts, media_type="application/json")
+        return Response(served_model, media_type="application/json")
 
     async def score(request: Request) -> Response:
-        body = await _read(request, limits)
+        body = await _read_body(request, limits)
         try:
-            wanted = wire.decode_request(body, max_rows=limits.rows, max_tokens=limits.tokens)
+            wanted = wire.decode_request(body, max_rows=limits.max_rows, max_tokens=limits.max_tokens)
         except wire.TooLargeError as error:
             raise HTTPException(413, str(error)) from None
         except wire.WireError as error:
             raise HTTPException(400, str(error)) from None
-        if not engine.facts.digest.startswith(wanted.identity):
-            raise HTTPException(409, f"this is {engine.facts.model} with digest {engine.facts.digest}")
-        refused = engine.refused(wanted.rows)
+        if not engine.served_model.digest.startswith(wanted.identity):
+            raise HTTPException(409, f"this is {engine.served_model.model} with digest {engine.served_model.digest}")
+        refused = engine.refusals(wanted.rows)
         sound = [index for index in range(len(wanted.rows)) if index not in refused]
         try:
-            future = batcher.submit(wanted.client, engine.units(wanted, sound))
-            answers = await _unless_left(asyncio.wrap_future(future), request)
+            future = batcher.submit(wanted.client, engine.work_units(wanted, sound))
+            answers = await _answers_unless_client_leaves(asyncio.wrap_future(future), request)
         except QueueFullError as error:
             raise HTTPException(429, str(error), {"retry-after": str(error.retry_after)}) from None
         except ClosedError:
             raise _Refusal(503, "going down", {"retry-after": "1"}) from None
-        except _LeftError:
-            return Response(status_code=400)  # nobody reads it
-        except Exception as error:  # the model's; it is in the log
+        except _ClientLeftError:
+            return Response(status_code=400)  # nobody will read this answer
+        except Exception as error:  # an error of the model, which the batcher has logged
             raise HTTPException(500, f"the model failed: {type(error).__name__}") from None
-        answer = wire.ScoringAnswer(engine.facts.digest, _checked(answers, refused, len(wanted.rows)), refused)
-        return Response(wire.encode_answer(answer, body))  # no content type: it would be a tenth of a small answer
+        answer = wire.ScoringAnswer(
+            engine.served_model.digest, _refuse_non_finite(answers, refused, len(wanted.rows)), refused
+        )
+        return Response(wire.encode_answer(answer, body))  # a content type would add a tenth to a small answer
 
     app = Starlette(
         routes=[
@@ -108,16 +113,16 @@ def make_app(engine: Engine, *, key: str | None = None, limits: Limits | None = 
             Route("/v1/score", score, methods=["POST"]),
         ],
         middleware=[Middleware(_KeyCheck, key=key)] if key else [],
-        exception_handlers={HTTPException: _error},
+        exception_handlers={HTTPException: _error_response},
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
-    app.state.lost = lambda: batcher.lost
+    app.state.device_lost = lambda: batcher.device_lost
     return app
 
 
 class _KeyCheck:
-    """Lets through who presents the key, before anything is read of what else they send."""
+    """Middleware that refuses requests without the key, before it reads any of their body."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app = app
@@ -133,45 +138,45 @@ class _KeyCheck:
         await self._app(scope, receive, send)
 
 
-async def _read(request: Request, limits: Limits) -> bytes:
-    """The body, as long as it comes in time and is not too long, whether or not its length is announced."""
+async def _read_body(request: Request, limits: ServerLimits) -> bytes:
+    """Read the body of a request. Refuse it if it is too long, announced or not, or comes too slowly."""
     announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > limits.body_bytes:
-        raise _Refusal(413, f"at most {limits.body_bytes:,} bytes a request")
+    if announced.isdigit() and int(announced) > limits.max_body_bytes:
+        raise _Refusal(413, f"at most {limits.max_body_bytes:,} bytes a request")
     body = bytearray()
     try:
-        with anyio.fail_after(limits.body_seconds):
+        with anyio.fail_after(limits.body_timeout):
             async for chunk in request.stream():
                 body += chunk
-                if len(body) > limits.body_bytes:
-                    raise _Refusal(413, f"at most {limits.body_bytes:,} bytes a request")
+                if len(body) > limits.max_body_bytes:
+                    raise _Refusal(413, f"at most {limits.max_body_bytes:,} bytes a request")
     except TimeoutError:
-        raise _Refusal(408, f"the request was not there after {limits.body_seconds:g} s") from None
+        raise _Refusal(408, f"the request was not there after {limits.body_timeout:g} s") from None
     except ClientDisconnect:
         raise _Refusal(400, "the request ended early") from None
     return bytes(body)
 
 
-async def _unless_left(answers: asyncio.Future[Answers], request: Request) -> Answers:
-    """The answers; cancelled when the client closes the connection."""
-    left = asyncio.ensure_future(_disconnected(request))
+async def _answers_unless_client_leaves(answers: asyncio.Future[Answers], request: Request) -> Answers:
+    """Wait for the answers, and cancel them if the client closes the connection first."""
+    left = asyncio.ensure_future(_wait_for_disconnect(request))
     try:
         await asyncio.wait((answers, left), return_when=asyncio.FIRST_COMPLETED)
         if not answers.done():
-            raise _LeftError
+            raise _ClientLeftError
         return answers.result()
     finally:
         left.cancel()
         answers.cancel()
 
 
-async def _disconnected(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-def _checked(answers: Answers, refused: dict[int, str], count: int) -> list[Values | None]:
-    """The values of all rows; rows for which the model has no finite number are refused, too."""
+def _refuse_non_finite(answers: Answers, refused: dict[int, str], count: int) -> list[Values | None]:
+    """The log-probs of all rows, `None` for refused ones. Rows with a log-prob that is not finite are refused, too."""
     for index, values in answers.items():
         if not np.isfinite(values).all():
             refused[index] = "the model's log-probs of it are not finite"
@@ -182,6 +187,6 @@ def _json(content: dict[str, Any], status: int = 200, headers: Any = None) -> Re
     return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
 
 
-async def _error(request: Request, error: Exception) -> Response:
+async def _error_response(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return _json({"error": error.detail}, error.status_code, error.headers)

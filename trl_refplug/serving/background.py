@@ -1,4 +1,4 @@
-"""Requests in flight while the caller works on."""
+"""Running a request in the background while the caller goes on working."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ T = TypeVar("T")
 
 def in_background(work: Callable[[], T]) -> Future[T]:
     """
-    Run `work` on a thread of its own. The caller bounds how many there are; an executor would instead hold up the end
-    of the interpreter until the last request is answered.
+    Run `work` on a new thread. The caller has to limit the number of threads.
+
+    An executor would do that, but it keeps the interpreter from exiting until the last request is answered.
     """
     future: Future[T] = Future()
 
@@ -23,7 +24,7 @@ def in_background(work: Callable[[], T]) -> Future[T]:
             return
         try:
             future.set_result(work())
-        except BaseException as error:  # for whoever waits, whatever it is
+        except BaseException as error:  # passed on to the thread that waits for the result
             future.set_exception(error)
 
     threading.Thread(target=run, name="refplug-request", daemon=True).start()

@@ -1,5 +1,5 @@
 """
-Streams of rows: several requests in flight, so that the server always has work and the network never matters.
+Scoring many rows on a server, with several requests in flight so that the server always has work.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from trl_refplug.serving.client import ScoringClient
 
 _REQUEST_TOKENS = 4096
 _IN_FLIGHT = 8
-_WINDOW = 16 * _REQUEST_TOKENS  # tokens read ahead and sorted, so that rows of a request are of one length
+_WINDOW = (
+    16 * _REQUEST_TOKENS
+)  # so many tokens are sorted by length, so that the rows of a request need little padding
 
 
-class BulkScorer:
+class RemoteBulkScorer:
     """
-    Scores any number of rows with few requests.
+    Scores a stream of rows on a server: [`~trl_refplug.provider.BulkScorer`].
 
     Args:
-        client ([`ScoringClient`]): Asks.
+        client ([`ScoringClient`]): Sends the requests.
         temperature (`float`): Logits are divided by it.
     """
 
@@ -36,34 +38,34 @@ class BulkScorer:
         self._temperature = temperature
 
     def score_passes(self, rows: Iterable[Row]) -> Iterator[list[tuple[int, Tensor]]]:
-        """Score any number of rows. Each list has the answers to one request."""
+        """Score any number of rows. Each list that is yielded has the answers to one request."""
         pending: deque[tuple[list[tuple[int, Row]], Future[Sequence[Values]]]] = deque()
-        for request in _requests(rows):
+        for request in _cut_into_requests(rows):
             padded = PaddedRows.flush_left([row for _, row in request])
             pending.append((request, in_background(partial(self._client.score, padded, self._temperature))))
             if len(pending) == _IN_FLIGHT:
-                yield _answers(*pending.popleft())
+                yield _indexed_answers(*pending.popleft())
         while pending:
-            yield _answers(*pending.popleft())
+            yield _indexed_answers(*pending.popleft())
 
 
-def _answers(request: list[tuple[int, Row]], future: Future[Sequence[Values]]) -> list[tuple[int, Tensor]]:
+def _indexed_answers(request: list[tuple[int, Row]], future: Future[Sequence[Values]]) -> list[tuple[int, Tensor]]:
     return [(index, torch.from_numpy(values)) for (index, _), values in zip(request, future.result(), strict=True)]
 
 
-def _requests(rows: Iterable[Row]) -> Iterator[list[tuple[int, Row]]]:
+def _cut_into_requests(rows: Iterable[Row]) -> Iterator[list[tuple[int, Row]]]:
     window: list[tuple[int, Row]] = []
     size = 0
     for item in enumerate(rows):
         window.append(item)
         size += len(item[1])
         if size >= _WINDOW:
-            yield from _cut(window)
+            yield from _cut_window(window)
             window, size = [], 0
-    yield from _cut(window)
+    yield from _cut_window(window)
 
 
-def _cut(window: list[tuple[int, Row]]) -> list[list[tuple[int, Row]]]:
+def _cut_window(window: list[tuple[int, Row]]) -> list[list[tuple[int, Row]]]:
     requests: list[list[tuple[int, Row]]] = []
     for item in sorted(window, key=lambda item: len(item[1])):
         if not requests or (len(requests[-1]) + 1) * len(item[1]) > _REQUEST_TOKENS:

@@ -1,5 +1,5 @@
 """
-What went wrong with a request, in words that name what to change.
+The errors of requests, with messages that name what to change.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from trl_refplug.errors import ReferenceMismatchError, RemoteError
 
 
 class DamagedAnswerError(Exception):
-    """An answer that is cut short, changed on its way, or does not belong to the request. Worth another attempt."""
+    """An answer is cut short, damaged, or not the one to the request. Another attempt may succeed."""
 
 
 class UnreachableError(RemoteError):
     """No server has answered in time."""
 
-    last = ""
-    """What came of the last attempt."""
+    last_failure = ""
+    """Why the last attempt failed."""
 
 
-def unreachable(what: str, seconds: float, urls: Sequence[str], attempts: str, last: str) -> UnreachableError:
-    """The error of a request that no server has answered before the deadline."""
+def unreachable_error(what: str, seconds: float, urls: Sequence[str], attempts: str, last: str) -> UnreachableError:
+    """The error for a request that no server has answered before the deadline."""
     error = UnreachableError(
         f"No reference server answered {what} within {seconds:g} s (option 'deadline'); tried {attempts}at "
         f"{', '.join(urls)}. The last attempt, at {last}."
     )
-    error.last = last
+    error.last_failure = last
     return error
 
 
-def refused(url: str, path: str, response: httpx.Response) -> Exception:
-    """The error of an answer that another attempt would not change."""
-    status, reason = response.status_code, reason_of(response)
+def refusal_error(url: str, path: str, response: httpx.Response) -> Exception:
+    """The error for an answer that would be the same in another attempt."""
+    status, reason = response.status_code, reason_in(response)
     if status in (401, 403):
         return RemoteError(
             f"{url} refused the key ({status}). Option 'api_key_env' names the environment variable with the key "
@@ -43,7 +43,7 @@ def refused(url: str, path: str, response: httpx.Response) -> Exception:
     if status == 409:
         return ReferenceMismatchError(
             f"{url} does not have the reference that this run started with{reason}. It was restarted with other "
-            "weights, or another server has taken its place. Serve the model of before, or start anew."
+            "weights, or another server has taken its place. Serve the model of before, or start a new run."
         )
     if 300 <= status < 400:
         return RemoteError(
@@ -58,16 +58,16 @@ def refused(url: str, path: str, response: httpx.Response) -> Exception:
     return RemoteError(f"{url} refused {path} ({status}){reason}.{hint}")
 
 
-def untrusted(url: str, error: Exception) -> RemoteError:
-    """The error of a certificate that cannot be verified."""
+def certificate_error(url: str, error: Exception) -> RemoteError:
+    """The error for a certificate that cannot be verified."""
     return RemoteError(
         f"The certificate of {url} cannot be verified ({error}). For one of your own, let the environment variable "
         "SSL_CERT_FILE name the certificate of the authority that issued it."
     )
 
 
-def reason_of(response: httpx.Response) -> str:
-    """`": why"`, where a server says so, else nothing."""
+def reason_in(response: httpx.Response) -> str:
+    """The reason that a server gives in an error, after a colon. Empty if it gives none."""
     try:
         content = response.json()
         error = content.get("error") or content.get("message") or ""
@@ -77,8 +77,8 @@ def reason_of(response: httpx.Response) -> str:
     return f": {text[:500]}" if text else ""
 
 
-def described(error: Exception) -> str:
-    """An error of httpx, or of an answer, for people."""
+def describe_error(error: Exception) -> str:
+    """Say in words what an error of httpx, or a damaged answer, means."""
     kind = {
         "ConnectError": "it cannot be reached",
         "ConnectTimeout": "it cannot be reached in time, option 'connect_timeout'",

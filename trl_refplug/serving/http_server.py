@@ -1,5 +1,5 @@
 """
-Running the application: uvicorn, with a deadline for the heads of requests.
+The HTTP server that runs the application: uvicorn, with deadlines for slow clients.
 """
 
 from __future__ import annotations
@@ -13,60 +13,65 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from trl_refplug.serving.limits import Limits
+from trl_refplug.serving.server_limits import ServerLimits
 
 
-KEEP_ALIVE = 75
-"""Seconds for which an idle connection is kept: longer than clients keep theirs, so that they close first."""
+_KEEP_ALIVE = 75
+"""Seconds for which an idle connection is kept. Clients keep theirs for less time, so that they close it first."""
 
 _CONNECTIONS = 2048
 
 
-def http_protocol(limits: Limits) -> type[asyncio.Protocol]:
+def protocol_with_deadlines(limits: ServerLimits) -> type[asyncio.Protocol]:
     """
-    Uvicorn's HTTP protocol, which waits for ever for the head of a request and for a client to take its answer, with
-    deadlines for both. Bodies have theirs in the application.
+    Uvicorn's HTTP protocol with two deadlines that uvicorn does not have: for receiving the head of a request, and for
+    sending an answer to a client that does not read it. The deadline for the body of a request is in the application.
+
+    The class depends on internals of uvicorn: it overrides methods of `H11Protocol` and reads `cycle` from it. None of
+    uvicorn's options limits these times (`timeout_keep_alive` only counts between requests), and an application does
+    not run before a head is complete. A wrapper around the protocol would be longer, because it does not know when a
+    head is complete, and it could not abort idle TLS connections at shutdown.
     """
 
     class DeadlineProtocol(H11Protocol):
         _head_deadline: asyncio.TimerHandle | None = None
-        _taking_deadline: asyncio.TimerHandle | None = None
+        _answer_deadline: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self._expect_head()
+            self._start_head_deadline()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             if self.cycle is not None and not self.cycle.response_complete:
-                self._forget_deadline()
+                self._cancel_head_deadline()
             else:
-                self._expect_head()
+                self._start_head_deadline()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._forget_deadline()
-            super().connection_lost(exc)  # resumes writing
+            self._cancel_head_deadline()
+            super().connection_lost(exc)  # calls resume_writing(), which cancels the other deadline
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._taking_deadline = self.loop.call_later(limits.body_seconds, self.transport.abort)
+            self._answer_deadline = self.loop.call_later(limits.body_timeout, self.transport.abort)
 
         def resume_writing(self) -> None:
             super().resume_writing()
-            if self._taking_deadline is not None:
-                self._taking_deadline.cancel()
-                self._taking_deadline = None
+            if self._answer_deadline is not None:
+                self._answer_deadline.cancel()
+                self._answer_deadline = None
 
         def shutdown(self) -> None:
             super().shutdown()
             if self.transport.is_closing() and not self.transport.get_write_buffer_size():
-                self.transport.abort()  # closing TLS would wait for an idle client's goodbye
+                self.transport.abort()  # a TLS connection would wait for the idle client to close it
 
-        def _expect_head(self) -> None:
+        def _start_head_deadline(self) -> None:
             if self._head_deadline is None:
-                self._head_deadline = self.loop.call_later(limits.head_seconds, self.transport.abort)
+                self._head_deadline = self.loop.call_later(limits.head_timeout, self.transport.abort)
 
-        def _forget_deadline(self) -> None:
+        def _cancel_head_deadline(self) -> None:
             if self._head_deadline is not None:
                 self._head_deadline.cancel()
                 self._head_deadline = None
@@ -74,28 +79,28 @@ def http_protocol(limits: Limits) -> type[asyncio.Protocol]:
     return DeadlineProtocol
 
 
-class Server(uvicorn.Server):
+class ScoringServer(uvicorn.Server):
     """
-    Serves an application on a socket until it is told to stop (SIGTERM, Ctrl-C, `should_exit`) or is lost, and then
-    finishes what it took.
+    Serves an application on a socket until it is stopped (by SIGTERM, Ctrl-C or `should_exit`) or the device is lost.
+    Then it answers the requests that it has accepted, and ends.
 
     Args:
         app: An ASGI application.
-        limits ([`Limits`]): Of which the deadlines are uvicorn's part.
-        ready (`Callable`): Called once, when connections are taken.
-        lost (`Callable`): Whether there is no use in going on.
-        ssl (`dict`): uvicorn's `ssl_*` arguments.
+        limits ([`ServerLimits`]): Only `head_timeout` and `body_timeout` are used here.
+        ready (`Callable`): Called once, when the server accepts connections.
+        device_lost (`Callable`): Returns whether the device has stopped working for good.
+        ssl (`dict`): The `ssl_*` arguments of uvicorn.
     """
 
     def __init__(
-        self, app: Any, *, limits: Limits, ready: Callable[[], None], lost: Callable[[], bool], **ssl: Any
+        self, app: Any, *, limits: ServerLimits, ready: Callable[[], None], device_lost: Callable[[], bool], **ssl: Any
     ) -> None:
         self._ready = ready
-        self._lost = lost
+        self._device_lost = device_lost
         super().__init__(
             uvicorn.Config(
                 app,
-                http=http_protocol(limits),
+                http=protocol_with_deadlines(limits),
                 ws="none",
                 lifespan="on",
                 log_level="warning",
@@ -104,7 +109,7 @@ class Server(uvicorn.Server):
                 date_header=False,
                 proxy_headers=False,
                 limit_concurrency=_CONNECTIONS,
-                timeout_keep_alive=KEEP_ALIVE,
+                timeout_keep_alive=_KEEP_ALIVE,
                 **ssl,
             )
         )
@@ -115,20 +120,20 @@ class Server(uvicorn.Server):
             self._ready()
 
     async def on_tick(self, counter: int) -> bool:
-        return await super().on_tick(counter) or self._lost()
+        return await super().on_tick(counter) or self._device_lost()
 
 
 def listen(host: str, port: int) -> socket.socket:
     """
-    A listening socket; port 0 is any free one.
+    Open a socket for the server. Port 0 stands for any free port.
 
     Raises:
-        OSError: The address is not this machine's, is taken, or may not be used.
+        OSError: The address does not belong to this machine, is in use, or is not allowed.
     """
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, kind, protocol)
     try:
-        if os.name == "posix":  # elsewhere it would let two servers have one port
+        if os.name == "posix":  # on Windows this would let two servers use the same port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError:

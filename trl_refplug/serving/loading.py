@@ -1,5 +1,5 @@
 """
-The model that a server is asked to serve: a base, or a PEFT adapter with the base it names.
+Loading the model that a server serves: a base model, or a PEFT adapter together with its base model.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ def load_engine(
     Args:
         model (`str`): Hub id or path of a model, or of a PEFT adapter that names its base.
         adapter (`str`, *optional*): Hub id or path of an adapter to put on `model`.
-        dtype (`str`): Of the weights; `auto` is what they are stored in.
-        device (`str`, *optional*): By default an accelerator, where there is one.
+        dtype (`str`): Data type of the weights. `auto` is the one in which they are stored.
+        device (`str`, *optional*): By default an accelerator if there is one, and otherwise the CPU.
         scoring (`str`), token_budget (`int`, *optional*): See [`Engine`].
 
     Raises:
-        ConfigurationError: There is no such model, or it cannot be loaded so.
+        ConfigurationError: There is no such model, or it cannot be loaded with these options.
     """
     base = None if adapter else base_of_adapter(model)
     path, adapter = (base, model) if base else (model, adapter)
     try:
-        loaded = _load(path, adapter, dtype).to(device or _default_device())
+        loaded = _load_model(path, adapter, dtype).to(device or _default_device())
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         what = f"{path!r} with adapter {adapter!r}" if adapter else repr(path)
         raise ConfigurationError(f"Cannot serve {what}: {error}") from error
     stay_in_evaluation_mode(loaded)
     loaded.requires_grad_(False)
     return Engine(
-        loaded, path, scoring=scoring, token_budget=token_budget, tokenizer=_tokenizer(path), adapter=adapter
+        loaded, path, scoring=scoring, token_budget=token_budget, tokenizer=_load_tokenizer(path), adapter=adapter
     )
 
 
-def _load(path: str, adapter: str | None, dtype: str) -> nn.Module:
+def _load_model(path: str, adapter: str | None, dtype: str) -> nn.Module:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -66,12 +66,12 @@ def _load(path: str, adapter: str | None, dtype: str) -> nn.Module:
     return cast(nn.Module, model)
 
 
-def _tokenizer(path: str) -> Any:
+def _load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # libraries of all kinds; scoring needs none
+    except Exception as error:  # many libraries can fail here, and scoring needs no tokenizer
         logger.warning(
             "%s is served without a tokenizer, so clients cannot check theirs against it: %s",
             path,

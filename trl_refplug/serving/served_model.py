@@ -1,5 +1,5 @@
 """
-What a server says about itself: enough for a client to know whether it is the reference it wants.
+What a server says about its model, so that a client can check whether it is the reference that the run needs.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ import msgspec
 import xxhash
 
 
-class ServerFacts(msgspec.Struct, frozen=True, kw_only=True):
+class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     """
+    The answer to `GET /v1/identity`.
+
     Args:
         protocol (`int`): Version of the wire format.
         digest (`str`): Identity of the model: [`~trl_refplug.models.identity.digest_model`].
-        model (`str`): Its name, for people.
-        adapter (`str` or `None`): Path of the adapter on it.
-        dtype (`str`): Of its weights.
+        model (`str`): Name of the model, for people.
+        adapter (`str` or `None`): Path of the PEFT adapter on the model.
+        dtype (`str`): Data type of the weights.
         scoring (`str`): `"exact"` or `"packed"`.
-        vocab_size (`int`): Ids the model knows.
-        tokenizer (`str` or `None`): [`tokenizer_digest`] of its tokenizer; `None` where it has none.
-        max_length (`int` or `None`): Longest row, in tokens.
+        vocab_size (`int`): Number of token ids that the model knows.
+        tokenizer (`str` or `None`): [`tokenizer_digest`] of the tokenizer; `None` if there is none.
+        max_length (`int` or `None`): Length of the longest row that the model takes, in tokens.
     """
 
     protocol: int
@@ -38,9 +40,9 @@ class ServerFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 def tokenizer_digest(tokenizer: Any) -> str | None:
     """
-    Digest of the vocabulary that a tokenizer's model was trained with: which id stands for which text. Tokens added
-    later (padding, roles of a chat) are left out, as runs differ in them without the ids of a text changing. `None`
-    for what has no vocabulary.
+    Digest of a tokenizer's vocabulary, which says what text each id stands for. Tokens that were added later (padding,
+    roles of a chat) are left out: they differ between runs, and do not change the ids of a text. `None` for an object
+    without a vocabulary.
     """
     if not hasattr(tokenizer, "get_vocab"):
         return None

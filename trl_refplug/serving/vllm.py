@@ -1,8 +1,8 @@
 """
-Asking an OpenAI-compatible server that has `prompt_logprobs`, such as vLLM.
+The client of an OpenAI-compatible server that has `prompt_logprobs`, such as vLLM.
 
-Such a server cannot say which weights it has. So a known row of text travels with every request: if its log-probs are
-not those of the start, the server is another one.
+Such a server cannot say which weights it has. Therefore every request also has a probe, a row that is always the same:
+if its log-probs differ from those of the first request, the server has another reference.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trl_refplug.serving.http_errors import DamagedAnswerError
 from trl_refplug.serving.transport import Transport
 
 
-_NOT_A_NUMBER = -9999.0  # what vLLM puts in place of -inf and NaN
+_NOT_A_NUMBER = -9999.0  # vLLM answers this in place of -inf and NaN
 
 
 class _LogProb(msgspec.Struct):
@@ -54,21 +54,23 @@ _models = msgspec.json.Decoder(_Models)
 
 class VllmClient:
     """
+    A client of one or several equal OpenAI-compatible servers.
+
     Args:
-        transport ([`Transport`]): To equal servers.
-        model (`str`, *optional*): The name it is served under; by default the only one there is.
-        known (`Row`, *optional*): A row of text that every request carries, all of it scored.
-        tolerance ([`Tolerance`]): How far its log-probs may be from those of the first request.
-        left_padding (`bool`): Whether rows may be padded on the left: the server has no padding, and the positions of
-            some models count from it.
-        batch_limit (`float`): The longest batch whose rows do not depend on each other.
+        transport ([`Transport`]): The connection to the servers.
+        model (`str`, *optional*): The name under which the model is served. By default the only one that is served.
+        probe_row (`Row`, *optional*): The row that is added to every request. All of it is scored.
+        tolerance ([`Tolerance`]): How far the probe's log-probs may be from those of the first request.
+        left_padding (`bool`): Whether rows that are padded on the left can be scored. They are sent without padding,
+            which changes the log-probs of models with absolute positions.
+        batch_limit (`float`): Length up to which the rows of a batch do not depend on each other.
 
     Attributes:
-        model (`str`): The name it is served under.
+        model (`str`): The name under which the model is served.
 
     Raises:
-        RemoteError: No server can be reached, it does not answer as expected, or the servers have different names for
-            the model.
+        RemoteError: No server can be reached, a server does not answer as expected, or the servers have different
+            names for the model.
         ReferenceMismatchError: The servers have different references.
     """
 
@@ -77,7 +79,7 @@ class VllmClient:
         transport: Transport,
         *,
         model: str | None,
-        known: Row | None,
+        probe_row: Row | None,
         tolerance: Tolerance,
         left_padding: bool = True,
         batch_limit: float = float("inf"),
@@ -85,17 +87,17 @@ class VllmClient:
         self.transport = transport
         self._left_padding = left_padding
         self._batch_limit = batch_limit
-        self._known = known
+        self._probe_row = probe_row
         self._tolerance = tolerance
-        found = transport.each("GET", "/v1/models", lambda response: _decoded(_models, response))
-        chosen = {url: _chosen(url, models.data, model) for url, models in found.items()}
-        self.model = _agreed({url: entry.id for url, entry in chosen.items()})
+        found = transport.send_to_all("GET", "/v1/models", lambda response: _decode_json(_models, response))
+        chosen = {url: _choose_model(url, models.data, model) for url, models in found.items()}
+        self.model = _common_name({url: entry.id for url, entry in chosen.items()})
         limits = [(entry.max_model_len, url) for url, entry in chosen.items() if entry.max_model_len is not None]
         shortest: tuple[float, str] = min(limits, default=(float("inf"), ""))
         self._limit, self._limited_by = shortest
-        self._known_values: Values | None = None
+        self._probe_values: Values | None = None
         first = next(iter(found))
-        for url in found if self._known is not None else ():
+        for url in found if self._probe_row is not None else ():
             self._request([], url, f"{url} has another reference than {first}")
 
     def score(self, rows: PaddedRows, temperature: float) -> Sequence[Values]:
@@ -115,9 +117,9 @@ class VllmClient:
         return self._request(rows.rows, None, "The reference server was restarted with another model or precision")
 
     def _request(self, rows: Sequence[Row], url: str | None, otherwise: str) -> list[Values]:
-        """The values of `rows`. With them the known row is asked for; `otherwise` says what it means if it differs."""
+        """The log-probs of `rows`. The probe is sent, too; `otherwise` says what it means if its answer changed."""
         asked = len(rows)
-        rows = [*rows, *([] if self._known is None else [self._known])]
+        rows = [*rows, *([] if self._probe_row is None else [self._probe_row])]
         body = msgspec.json.encode(
             {
                 "model": self.model,
@@ -130,32 +132,32 @@ class VllmClient:
         )
 
         def parse(response: httpx.Response) -> list[Values]:
-            choices = sorted(_decoded(_completions, response).choices, key=lambda choice: choice.index)
+            choices = sorted(_decode_json(_completions, response).choices, key=lambda choice: choice.index)
             if [choice.index for choice in choices] != list(range(len(rows))):
                 raise DamagedAnswerError(f"{len(choices)} choices for {len(rows)} prompts")
-            return [_values(choice, row, response) for choice, row in zip(choices, rows, strict=True)]
+            return [_scored_values(choice, row, response) for choice, row in zip(choices, rows, strict=True)]
 
         send = self.transport.send
         values = send("POST", "/v1/completions", parse, content=body, content_type="application/json", url=url)
-        if self._known is not None:
+        if self._probe_row is not None:
             self._compare(values[-1], otherwise)
         return values[:asked]
 
     def _compare(self, found: Values, otherwise: str) -> None:
-        """Compare log-probs of the known row with those of the start. Raises if they are another reference's."""
-        if self._known_values is None:
-            self._known_values = found
-        differences = np.abs(found.astype(np.float64) - self._known_values)
+        """Compare the probe's log-probs with those of the first request. Raises if the reference has changed."""
+        if self._probe_values is None:
+            self._probe_values = found
+        differences = np.abs(found.astype(np.float64) - self._probe_values)
         largest, mean = differences.max(), differences.mean()
         if not self._tolerance.allows(largest, mean):
             raise ReferenceMismatchError(
                 f"{otherwise}: it gives a known row of text log-probs that differ by up to {largest:.3g} nats per "
                 f"token (tolerance {self._tolerance.largest:g}) from those of the start, {mean:.3g} on average "
-                f"(tolerance {self._tolerance.mean:g}). Serve the model of before, or start anew."
+                f"(tolerance {self._tolerance.mean:g}). Serve the model of before, or start a new run."
             )
 
 
-def _chosen(url: str, served: Sequence[_Model], model: str | None) -> _Model:
+def _choose_model(url: str, served: Sequence[_Model], model: str | None) -> _Model:
     names = ", ".join(entry.id for entry in served) or "nothing"
     if model is None and len(served) != 1:
         raise RemoteError(f"{url} serves {names}. Name one of them in option 'model'.")
@@ -165,7 +167,7 @@ def _chosen(url: str, served: Sequence[_Model], model: str | None) -> _Model:
     raise RemoteError(f"{url} serves {names}, and option 'model' names {model!r}.")
 
 
-def _agreed(names: Mapping[str, str]) -> str:
+def _common_name(names: Mapping[str, str]) -> str:
     if len(set(names.values())) > 1:
         shown = ", ".join(f"{url} serves {name!r}" for url, name in names.items())
         raise RemoteError(
@@ -175,7 +177,7 @@ def _agreed(names: Mapping[str, str]) -> str:
     return next(iter(names.values()))
 
 
-def _decoded(decoder: Any, response: httpx.Response) -> Any:
+def _decode_json(decoder: Any, response: httpx.Response) -> Any:
     try:
         return decoder.decode(response.content)
     except msgspec.ValidationError as error:
@@ -184,7 +186,7 @@ def _decoded(decoder: Any, response: httpx.Response) -> Any:
         raise DamagedAnswerError(str(error)) from None
 
 
-def _values(choice: _Choice, row: Row, response: httpx.Response) -> Values:
+def _scored_values(choice: _Choice, row: Row, response: httpx.Response) -> Values:
     log_probs, ids = choice.prompt_logprobs, row.input_ids.tolist()
     if log_probs is None:
         raise RemoteError(

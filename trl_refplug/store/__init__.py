@@ -1,5 +1,5 @@
 """
-The log-prob store: an append-only map from what a row is to the log-probs a reference gave it. Imports no torch.
+The log-prob store: an append-only map from the key of a row to the log-probs that a reference gave to its tokens.
 
 ```python
 facts = ScoringFacts(identity_digest=identity.digest, attention_implementation="sdpa", scoring_mode="exact")
@@ -11,7 +11,17 @@ with LogProbStore("ref-store", mode="a", provenance={"identity": identity.to_dic
     first_row = store.lookup(keys)[0]
 ```
 
-`docs/store.md` specifies the files and what is guaranteed about them.
+`docs/store.md` specifies the files and what is guaranteed about them. Importing this package does not import torch.
+
+- `store`: `LogProbStore`, which reads and writes a store
+- `keys`: the key of a row, which covers everything that its log-probs depend on
+- `format`: the bytes of a shard and of its manifest
+- `folder`: where the files are, in a directory or under an fsspec URL
+- `shards`: the shards that are published, and looking up rows in them
+- `index`: the sorted keys of all published rows
+- `write_buffer`: the rows that this process has put and not yet published
+- `journal`: the same rows on disk, so that they survive if the process is killed
+- `maintenance`: summarizing and verifying a store
 """
 
 from trl_refplug.store.format import FORMAT_VERSION, Manifest

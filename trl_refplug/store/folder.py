@@ -1,7 +1,7 @@
 """
-Where the files of a store are: a directory, or an fsspec URL that is read through a local cache.
+Where the files of a store are: in a directory, or under an fsspec URL that is read through a local cache.
 
-Both publish a file whole or not at all, and neither ever changes one that is published.
+In both, a file is published completely or not at all, and a published file is never changed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import errno
 import functools
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -20,10 +19,10 @@ import xxhash
 
 from trl_refplug.errors import StoreError
 from trl_refplug.runtime.caches import cache_directory
+from trl_refplug.runtime.files import temporary_path, write_atomically
 
 
 DAMAGED_SUFFIX = ".damaged"
-TEMPORARY_PREFIX = ".tmp-"
 
 _PROBE_BYTES = 1 << 16
 
@@ -32,39 +31,39 @@ _R = TypeVar("_R")
 
 
 class Folder(Protocol):
-    """What a store needs of the place its files are in."""
+    """The operations that a store needs of the place where its files are."""
 
     @property
     def directory(self) -> Path:
-        """Local directory in which files are read, after `fetch`."""
+        """The local directory from which files are read once `fetch` has been called for them."""
 
     def exists(self) -> bool:
-        """Whether the place is there at all."""
+        """Whether the folder exists."""
 
     def create(self) -> None:
-        """Make the place if needed and write to it once. Raises `OSError` if that is not possible."""
+        """Create the folder if needed, and prove by a test file that it is writable. Raises `OSError` if it is not."""
 
     def ensure_room(self, size: int) -> None:
-        """Raise `OSError` if it is known that `size` bytes do not fit."""
+        """Raise `OSError` if the free space is known and is less than `size` bytes."""
 
-    def names(self) -> list[str]:
-        """Names of all files, as they are now."""
+    def list_files(self) -> list[str]:
+        """The names of all files that are in the folder now."""
 
     def fetch(self, names: Sequence[str]) -> None:
-        """Make these files, which `names` has shown, present in `directory`."""
+        """Make sure that these files, whose names `list_files` has returned, are in `directory`."""
 
     def publish(self, name: str, data: bytes) -> None:
-        """Write a file, whole or not at all."""
+        """Write a file. Other processes see all of it or nothing."""
 
     def set_aside(self, names: Sequence[str]) -> bool:
-        """Take damaged files out of the store, so that nobody reads them again. Returns whether that was possible."""
+        """Rename damaged files, so that nobody reads them again. Returns whether that was possible."""
 
     def drop_copies(self, names: Sequence[str]) -> bool:
-        """Forget local copies of these files. Returns whether they can be fetched anew."""
+        """Delete the local copies of these files. Returns whether the files can be fetched again."""
 
 
 def open_folder(location: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None) -> Folder:
-    """The place a path or URL stands for."""
+    """The folder at a path or URL, which need not exist yet."""
     location = os.fspath(location)
     if "://" not in location:
         return LocalFolder(Path(location))
@@ -85,8 +84,8 @@ def open_folder(location: str | os.PathLike[str], cache_dir: str | os.PathLike[s
 
 
 @contextlib.contextmanager
-def reading(location: object) -> Iterator[None]:
-    """Turn an `OSError` of the block into a `StoreError` that says which store could not be read."""
+def explain_read_errors(location: object) -> Iterator[None]:
+    """Turn an `OSError` of the block into a `StoreError` that names the store and the option to check."""
     try:
         yield
     except OSError as error:
@@ -94,9 +93,9 @@ def reading(location: object) -> Iterator[None]:
 
 
 def open_existing(location: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None) -> Folder:
-    """The place a path or URL stands for, which must be there."""
+    """The folder at a path or URL. Raises `StoreError` if it does not exist."""
     folder = open_folder(location, cache_dir)
-    with reading(location):
+    with explain_read_errors(location):
         if not folder.exists():
             raise StoreError(
                 f"there is no store at {os.fspath(location)!r}. Check option 'path', or fill a store there with "
@@ -106,7 +105,7 @@ def open_existing(location: str | os.PathLike[str], cache_dir: str | os.PathLike
 
 
 class LocalFolder:
-    """A directory, which may be on a network file system. Files appear in it by rename."""
+    """A directory, which may be on a network file system."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory.absolute()
@@ -116,48 +115,28 @@ class LocalFolder:
 
     def create(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        os.unlink(self._write_temporary(bytes(_PROBE_BYTES)))
+        probe = temporary_path(self.directory)
+        write_atomically(probe, bytes(_PROBE_BYTES), durable=True)
+        probe.unlink()
 
     def ensure_room(self, size: int) -> None:
         free = shutil.disk_usage(self.directory).free
         if free < size:
             raise OSError(errno.ENOSPC, f"{free:,} bytes free, {size:,} needed", str(self.directory))
 
-    def names(self) -> list[str]:
+    def list_files(self) -> list[str]:
         return os.listdir(self.directory)
 
     def fetch(self, names: Sequence[str]) -> None:
         pass
 
     def publish(self, name: str, data: bytes) -> None:
-        temporary = self._write_temporary(data)
-        os.rename(temporary, self.directory / name)
-        if os.name != "posix":
-            return
-        # Makes the rename itself survive a power cut.
-        handle = os.open(self.directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-    def _write_temporary(self, data: bytes) -> Path:
-        # Not tempfile, which would hide the file from the colleagues a store is shared with.
-        path = self.directory / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
-        try:
-            with open(path, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-        return path
+        write_atomically(self.directory / name, data, durable=True)
 
     def set_aside(self, names: Sequence[str]) -> bool:
         try:
             for name in names:
-                with contextlib.suppress(FileNotFoundError):  # another process was faster, or it never was there
+                with contextlib.suppress(FileNotFoundError):  # another process did it first, or the file never existed
                     os.rename(self.directory / name, self.directory / (name + DAMAGED_SUFFIX))
         except OSError:
             return False
@@ -168,7 +147,7 @@ class LocalFolder:
 
 
 def _with_os_errors(method: Callable[_P, _R]) -> Callable[_P, _R]:
-    """fsspec's file systems raise what they like; here every failure of one is an `OSError`."""
+    """Convert every exception to `OSError`, because file systems of fsspec raise exceptions of any kind."""
 
     @functools.wraps(method)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -183,7 +162,7 @@ def _with_os_errors(method: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 class RemoteFolder:
-    """Objects under an fsspec URL, each written by a single put, with copies of those that were read in a cache."""
+    """Objects under an fsspec URL. Each is written by a single put, and those that are read are copied to a cache."""
 
     def __init__(self, filesystem: Any, path: str, cache: Path) -> None:
         self._filesystem = filesystem
@@ -199,7 +178,7 @@ class RemoteFolder:
     def create(self) -> None:
         self._cache.create()
         self._filesystem.makedirs(self._path, exist_ok=True)
-        probe = f"{self._path}/{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        probe = f"{self._path}/{temporary_path(self.directory).name}"
         self._filesystem.pipe_file(probe, bytes(_PROBE_BYTES))
         self._filesystem.rm_file(probe)
 
@@ -207,11 +186,11 @@ class RemoteFolder:
         self._cache.ensure_room(size)
 
     @_with_os_errors
-    def names(self) -> list[str]:
+    def list_files(self) -> list[str]:
         self._filesystem.invalidate_cache(self._path)
         try:
             paths = self._filesystem.ls(self._path, detail=False)
-        except FileNotFoundError:  # object stores have no empty directories
+        except FileNotFoundError:  # in an object store an empty directory does not exist
             return []
         return [str(path).rsplit("/", 1)[-1] for path in paths]
 
@@ -219,11 +198,11 @@ class RemoteFolder:
     def fetch(self, names: Sequence[str]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         wanted = [name for name in names if not (self.directory / name).exists()]
-        arriving = [self.directory / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}" for _ in wanted]
+        arriving = [temporary_path(self.directory) for _ in wanted]
         try:
             self._filesystem.get([f"{self._path}/{name}" for name in wanted], [os.fspath(path) for path in arriving])
             for path, name in zip(arriving, wanted, strict=True):
-                with contextlib.suppress(FileExistsError):  # on Windows, where another process was faster
+                with contextlib.suppress(FileExistsError):  # on Windows, if another process was faster
                     os.rename(path, self.directory / name)
         finally:
             for path in arriving:
@@ -235,7 +214,7 @@ class RemoteFolder:
         self._cache.publish(name, data)
 
     def set_aside(self, names: Sequence[str]) -> bool:
-        return False  # a rename is a copy here, and another client may see the object whole
+        return False  # object stores cannot rename, and another client may see an intact object
 
     def drop_copies(self, names: Sequence[str]) -> bool:
         for name in names:

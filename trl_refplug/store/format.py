@@ -1,8 +1,8 @@
 """
-What the files of a store hold: a shard with the rows, and a manifest that vouches for it.
+The two files of which a store has any number of pairs: a shard, which holds rows, and the manifest that describes it.
 
-A shard counts from the moment its manifest is there. Both are written once and never changed, and both carry a
-checksum, so that a reader either gets the bytes that were written or knows that it does not.
+A shard is published at the moment its manifest appears. Both files are written once and never changed. Both have a
+checksum, so that a reader either gets the bytes that were written or notices that they are damaged.
 """
 
 from __future__ import annotations
@@ -42,45 +42,45 @@ _SCHEMA = pa.schema(
 _CHUNK_BYTES = 1 << 20
 _PROVENANCE_PACKAGES = ("trl-refplug", "torch", "transformers", "trl", "peft", "numpy", "pyarrow")
 
+# A file with any other name is not part of a store, whatever its suffix is.
+_SHARD_NAME = re.compile(r"\d{8}T\d{6}\.\d{6}Z-[0-9a-f]{16}")
 
-# What is not named so is no part of a store, whatever its suffix.
-_NAME = re.compile(r"\d{8}T\d{6}\.\d{6}Z-[0-9a-f]{16}")
 
-
-def new_name(now: datetime) -> str:
-    """A name for a shard that no other has, in any process; names sort by time (UTC)."""
+def new_shard_name(now: datetime) -> str:
+    """A unique name for a new shard. Names sort by the time of publication (UTC)."""
     return f"{now:%Y%m%dT%H%M%S.%fZ}-{uuid.uuid4().hex[:16]}"
 
 
-def files_of(name: str) -> tuple[str, str]:
-    """The manifest's and the shard's file. Without the first, the second does not count."""
+def shard_file_names(name: str) -> tuple[str, str]:
+    """The names of a shard's two files: the manifest and the rows."""
     return name + MANIFEST_SUFFIX, name + SHARD_SUFFIX
 
 
-def published_names(files: Iterable[str]) -> list[str]:
-    """Names of the shards that are published among `files`, oldest first."""
+def published_shard_names(files: Iterable[str]) -> list[str]:
+    """The names of the shards whose manifest is among `files`, oldest first."""
     names = (file.removesuffix(MANIFEST_SUFFIX) for file in files if file.endswith(MANIFEST_SUFFIX))
-    return sorted(name for name in names if _NAME.fullmatch(name))
+    return sorted(name for name in names if _SHARD_NAME.fullmatch(name))
 
 
 class DamagedFileError(Exception):
-    """A file is not what was published under its name. Says why."""
+    """A file differs from what was published under its name. The message says how."""
 
 
 @dataclass(frozen=True)
 class Manifest:
     """
-    What is known of a shard, and how to tell that it is intact.
+    What a shard contains, and the checksum that shows whether it is intact.
 
     Args:
         name (`str`): Name of the shard and of the manifest, without suffix. Sorts by time of publication.
         rows (`int`): Number of rows.
         tokens (`int`): Number of log-probs.
         size (`int`): Bytes of the shard's file.
-        xxh3_128 (`str`): Checksum of the shard's file, as hex digits.
+        xxh3_128 (`str`): Checksum of the shard's file, in hexadecimal.
         created (`str`): When it was published, UTC, ISO 8601.
-        provenance (`Mapping[str, Any]`): Identity of the reference, package versions, ...: never part of a key.
-        format_version (`int`): Version of the format of both files.
+        provenance (`Mapping[str, Any]`): Where the rows come from: the identity of the reference, package versions and
+            so on. None of it is part of a key.
+        format_version (`int`): Format version of both files.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def encode(self) -> bytes:
-        """The manifest file. Raises `TypeError` or `ValueError` when the provenance is not JSON."""
+        """The content of the manifest file. Raises `TypeError` or `ValueError` if the provenance is not JSON."""
         return _envelope(asdict(self))
 
     @classmethod
@@ -102,10 +102,10 @@ class Manifest:
         The inverse of [`encode`].
 
         Raises:
-            [`StoreVersionError`]: The file is intact and of a newer format version.
-            [`DamagedFileError`]: The file is not what was published.
+            [`StoreVersionError`]: The file is intact and has a newer format version.
+            [`DamagedFileError`]: The file differs from what was published.
         """
-        # The envelope is the one thing that never changes between versions: it tells "newer" from "damaged".
+        # The envelope is the same in all versions of the format, so that a newer file is not taken for a damaged one.
         try:
             body = json.loads(data)["manifest"]
             intact = _envelope(body) == data
@@ -123,7 +123,7 @@ class Manifest:
 
 
 def installed_versions() -> dict[str, str]:
-    """What every manifest's provenance says of the packages that rows were made with."""
+    """The versions of Python and of the packages that log-probs depend on, for the provenance in a manifest."""
     found = {"python": sys.version.split()[0]}
     for package in _PROVENANCE_PACKAGES:
         with suppress(metadata.PackageNotFoundError):
@@ -132,7 +132,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def _envelope(body: Any) -> bytes:
-    """The one byte string that stands for `body`: canonical JSON with its own checksum."""
+    """Encode `body` as canonical JSON together with its checksum. Equal bodies give equal bytes."""
     text = json.dumps(body, sort_keys=True, allow_nan=False)
     checksum = xxhash.xxh3_128_hexdigest(text.encode())
     return f'{{"manifest": {text}, "xxh3_128": "{checksum}"}}\n'.encode()
@@ -141,12 +141,12 @@ def _envelope(body: Any) -> bytes:
 @dataclass(frozen=True)
 class Shard:
     """
-    An intact shard, memory-mapped.
+    A memory-mapped shard whose checksum was correct.
 
     Args:
         keys (`NDArray[np.uint64]`): `[rows, 2]`.
         offsets (`NDArray[np.int32]`): `[rows + 1]`; row `i` is `values[offsets[i] : offsets[i + 1]]`.
-        values (`NDArray[np.float32]`): `[tokens]`, log-probs in nats.
+        values (`NDArray[np.float32]`): `[tokens]`, the log-probs of all rows, in nats.
     """
 
     keys: NDArray[np.uint64]
@@ -154,16 +154,16 @@ class Shard:
     values: NDArray[np.float32]
 
     def row(self, number: int) -> NDArray[np.float32]:
-        """Row `number`, float32 `[tokens]`, without a copy."""
-        bounds = self.offsets.data  # a memoryview gives Python integers, in a fraction of the time of numpy's scalars
+        """Row `number` as a view, float32 `[tokens]`."""
+        bounds = self.offsets.data  # indexing a memoryview is several times faster than indexing a numpy array
         return self.values[bounds[number] : bounds[number + 1]]
 
 
 def encode_shard(keys: Sequence[bytes], rows: Sequence[NDArray[np.float32]]) -> bytes:
-    """The shard file: an Arrow IPC file with one record batch. `rows` are 1-D and non-empty as a list."""
+    """The content of a shard's file, an Arrow IPC file with one record batch. There has to be at least one row."""
     offsets = np.zeros(len(rows) + 1, np.int32)
     np.cumsum([len(row) for row in rows], out=offsets[1:])
-    # Buffers and not pa.array(): converting numpy arrays would import pandas.
+    # This uses buffers because pa.array() would import pandas to convert numpy arrays.
     values = pa.Array.from_buffers(pa.float32(), int(offsets[-1]), [None, pa.py_buffer(np.concatenate(rows))])
     columns = [
         pa.Array.from_buffers(_SCHEMA.field(0).type, len(keys), [None, pa.py_buffer(b"".join(keys))]),
@@ -178,11 +178,11 @@ def encode_shard(keys: Sequence[bytes], rows: Sequence[NDArray[np.float32]]) -> 
 
 def open_shard(path: Path, manifest: Manifest) -> Shard:
     """
-    Check a shard's file against its manifest, all of it, and map it into memory.
+    Check all of a shard's file against its manifest, and map it into memory.
 
     Raises:
         [`DamagedFileError`]: Its bytes are not those that were published.
-        `OSError`: It is not there or cannot be read.
+        `OSError`: It does not exist or cannot be read.
     """
     size, checksum = _checksum(path)
     if size != manifest.size:
@@ -191,7 +191,7 @@ def open_shard(path: Path, manifest: Manifest) -> Shard:
         raise DamagedFileError(f"its checksum is {checksum}, its manifest says {manifest.xxh3_128}")
     with pa.memory_map(os.fspath(path)) as file:  # closes the file; the mapping lives as long as the arrays
         batch = pa.ipc.open_file(file).get_batch(0)
-    # Buffers and not to_numpy(), which would import pandas: 30 MB, and as slow as opening a million rows.
+    # This uses buffers because to_numpy() would import pandas, which takes 30 MB and as long as a million rows.
     _, keys = batch.column(0).buffers()
     _, offsets, _, values = batch.column(1).buffers()
     return Shard(
@@ -202,8 +202,8 @@ def open_shard(path: Path, manifest: Manifest) -> Shard:
 
 
 def _checksum(path: Path) -> tuple[int, str]:
-    # Through read(), not through the mapping: a file that shrinks is then a short read and not a SIGBUS, and checking
-    # a large store does not count as memory of this process.
+    # This reads the file rather than the mapping. If the file shrinks meanwhile, that is a short read and no SIGBUS,
+    # and checking a large store does not count as memory of this process.
     digest, size, chunk = xxhash.xxh3_128(), 0, memoryview(bytearray(_CHUNK_BYTES))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(chunk):

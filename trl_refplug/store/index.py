@@ -1,4 +1,4 @@
-"""The index: which shard, and which row in it, holds a key. 24 bytes a row in sorted numpy arrays."""
+"""The index of a store: it finds the shard and the row of a key. It takes 24 bytes per row, in sorted numpy arrays."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Keys: TypeAlias = NDArray[np.uint64]
 _ROW_BITS = 32
 
 
-class Places(NamedTuple):
-    """Where keys are. `shards` and `rows` mean nothing where a key was not found. All `[keys]`."""
+class RowLocations(NamedTuple):
+    """The locations of keys, each array `[keys]`. Where `found` is false, `shards` and `rows` have no meaning."""
 
     found: NDArray[np.bool_]
     shards: NDArray[np.int64]
@@ -24,69 +24,67 @@ class Places(NamedTuple):
 
 class SortedIndex:
     """
-    Keys, sorted by their first half, with the place each was first seen at.
-
-    Of equal keys the first one added wins, for as long as the index lives.
+    Keys, sorted by their first 8 bytes, with the location of each. If a key is added again, its first location stays.
     """
 
     def __init__(self) -> None:
         self._high: Keys = np.empty(0, np.uint64)
         self._low: Keys = np.empty(0, np.uint64)
-        self._places: NDArray[np.int64] = np.empty(0, np.int64)
+        self._locations: NDArray[np.int64] = np.empty(0, np.int64)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._locations)
 
     def add(self, shards: Sequence[tuple[int, Keys]]) -> None:
         """
         Add all keys of some shards.
 
         Args:
-            shards (`Sequence[tuple[int, NDArray]]`): Number and keys, uint64 `[rows, 2]`, of each shard.
+            shards (`Sequence[tuple[int, NDArray]]`): The number of each shard and its keys, uint64 `[rows, 2]`.
         """
         if not shards:
             return
         high = np.concatenate([keys[:, 0] for _, keys in shards])
         low = np.concatenate([keys[:, 1] for _, keys in shards])
-        places = np.concatenate([(number << _ROW_BITS) + np.arange(len(keys)) for number, keys in shards])
+        locations = np.concatenate([(number << _ROW_BITS) + np.arange(len(keys)) for number, keys in shards])
 
-        order = np.lexsort((low, high))  # stable: equal keys stay in the order they were given in
-        high, low, places = high[order], low[order], places[order]
-        del order  # a million rows must fit 64 MB while they are being sorted, too
+        order = np.lexsort((low, high))  # stable, so equal keys stay in the order in which they were given
+        high, low, locations = high[order], low[order], locations[order]
+        del order  # so that sorting a million rows takes less than 64 MB
         first = np.ones(len(high), bool)
         first[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
         if len(self):
             first &= self._find(high, low) < 0
         if not first.all():
-            high, low, places = high[first], low[first], places[first]
+            high, low, locations = high[first], low[first], locations[first]
         if not len(self):
-            self._high, self._low, self._places = high, low, places
+            self._high, self._low, self._locations = high, low, locations
             return
-        at = np.searchsorted(self._high, high)
-        self._high = np.insert(self._high, at, high)
-        self._low = np.insert(self._low, at, low)
-        self._places = np.insert(self._places, at, places)
+        position = np.searchsorted(self._high, high)
+        self._high = np.insert(self._high, position, high)
+        self._low = np.insert(self._low, position, low)
+        self._locations = np.insert(self._locations, position, locations)
 
-    def find(self, keys: Keys) -> Places:
-        """Where keys, uint64 `[keys, 2]`, are."""
-        at = self._find(keys[:, 0], keys[:, 1])
-        places = self._places[at] if len(self) else np.zeros(len(keys), np.int64)
-        return Places(at >= 0, places >> _ROW_BITS, places & ((1 << _ROW_BITS) - 1))
+    def find(self, keys: Keys) -> RowLocations:
+        """The locations of keys, uint64 `[keys, 2]`."""
+        position = self._find(keys[:, 0], keys[:, 1])
+        locations = self._locations[position] if len(self) else np.zeros(len(keys), np.int64)
+        return RowLocations(position >= 0, locations >> _ROW_BITS, locations & ((1 << _ROW_BITS) - 1))
 
     def _find(self, high: Keys, low: Keys) -> NDArray[np.int64]:
         if not len(self):
             return np.full(len(high), -1, np.int64)
-        at = np.minimum(np.searchsorted(self._high, high), len(self) - 1)
-        same = self._high[at] == high
-        hit = same & (self._low[at] == low)
-        answer: NDArray[np.int64] = np.where(hit, at, -1)
-        # Only of keys that share their first half with another one: one more round for each of those.
+        position = np.minimum(np.searchsorted(self._high, high), len(self) - 1)
+        same = self._high[position] == high
+        hit = same & (self._low[position] == low)
+        answer: NDArray[np.int64] = np.where(hit, position, -1)
+        # A key can share its first half with others. Then each round of this loop compares it with the next of them.
         pending = np.flatnonzero(same ^ hit)
         while pending.size:
-            at[pending] += 1
-            pending = pending[at[pending] < len(self)]
-            pending = pending[self._high[at[pending]] == high[pending]]
-            found = self._low[at[pending]] == low[pending]
-            answer[pending[found]] = at[pending[found]]
+            position[pending] += 1
+            pending = pending[position[pending] < len(self)]
+            pending = pending[self._high[position[pending]] == high[pending]]
+            found = self._low[position[pending]] == low[pending]
+            answer[pending[found]] = position[pending[found]]
             pending = pending[~found]
         return answer

@@ -1,8 +1,9 @@
 """
-Rows that were put and are not published yet, on disk: what a killed process leaves behind for the next one.
+Journals: files that hold the rows which a writer has put and not yet published, in case it is killed.
 
-A journal belongs to one writer, which appends to it and empties it whenever it publishes. Other writers read it to
-know what they need not score; one that opens the store when the first is gone publishes what is in it.
+Each writer has its own journal. It appends every row that is put, and empties the journal when it publishes. Other
+writers read the journal to find rows that they need not score. A writer that opens the store after the owner of a
+journal has died publishes the rows in it.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ import xxhash
 from numpy.typing import NDArray
 
 from trl_refplug.errors import RefPlugWarning
-from trl_refplug.store.folder import TEMPORARY_PREFIX
+from trl_refplug.runtime.files import temporary_path
 from trl_refplug.store.keys import KEY_BYTES
 
 
 try:
     import fcntl
-except ImportError:  # Windows: journals are told abandoned by their age
+except ImportError:  # on Windows the age of a journal tells whether it is abandoned
     fcntl = None  # type: ignore[assignment]
 
 JOURNAL_SUFFIX = ".journal"
@@ -38,15 +39,18 @@ _HEADER = b"trl-refplug journal 1\n"
 _COUNT = struct.Struct("<I")
 _CHECKSUM_BYTES = 8
 _ABANDONED_SECONDS = 600.0
-"""Where files cannot be locked, how long a journal that nobody writes to counts as in use."""
+"""If files cannot be locked, a journal counts as abandoned when nobody has written to it for this long."""
 _SETTLED_SECONDS = 2.0
-"""A journal written this recently may be emptied and written once more without its size and time showing it."""
+"""
+A journal that was modified less than this long ago is read again even if its size and modification time are the same:
+the resolution of the time may be too coarse to show that it was emptied and written once more.
+"""
 
 
 class Journal:
     """
-    The journal of one writer. Created by the first `append`; of an error of the file system it only warns, as its rows
-    still wait in memory and are published as ever.
+    The journal of this writer. The first `append` creates the file. An error of the file system only causes a warning,
+    because the rows are still in memory and will be published from there.
 
     Args:
         directory (`Path`): A local directory.
@@ -60,17 +64,17 @@ class Journal:
 
     @property
     def name(self) -> str:
-        """Its file's, which tells its writer from all others."""
+        """The name of the file. No other writer has the same."""
         return self._path.name
 
     def append(self, keys: Sequence[bytes], rows: Sequence[NDArray[np.float32]]) -> None:
-        """Add rows. When it returns they survive this process, though not the machine."""
+        """Append rows. Afterwards they survive a kill of this process, but not a power cut."""
         if not self._usable:
             return
         try:
             if self._file is None:
                 self._file = self._create()
-            data = b"".join(map(_record, keys, rows))
+            data = b"".join(map(_encode_record, keys, rows))
             if os.write(self._file, data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
@@ -78,18 +82,18 @@ class Journal:
             if not self._warned:
                 self._warned = True
                 warnings.warn(
-                    f"the journal {self._path} cannot be written ({error}): should this process be killed, the rows "
-                    "that it has not published are scored again",
+                    f"the journal {self._path} cannot be written ({error}): if this process is killed, the rows that "
+                    "it has not published have to be scored again",
                     RefPlugWarning,
                     stacklevel=4,
                 )
 
     def _create(self) -> int:
-        # It is locked before it is a journal, or another process could take it for one that was left behind.
-        temporary = self._path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
+        # The file is locked before it gets its name. Otherwise another process could take it for an abandoned journal.
+        temporary = temporary_path(self._path.parent)
         file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
         try:
-            _lock(file)
+            _try_lock(file)
             os.write(file, _HEADER)
             os.rename(temporary, self._path)
         except BaseException:
@@ -99,14 +103,14 @@ class Journal:
         return file
 
     def clear(self) -> None:
-        """Forget all rows: they are published."""
+        """Empty the journal, because all its rows have been published."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, len(_HEADER))
                 self._usable = True
 
     def close(self) -> None:
-        """Delete the journal. May be called more than once."""
+        """Delete the file. This may be called more than once."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -117,12 +121,11 @@ class Journal:
 
 class OtherJournals:
     """
-    What the journals of other writers had when they were last looked at. Only a hint at what is going to be published,
-    but each row was checked, so it may be used.
+    The rows in the journals of other writers, as of the last `refresh`. Each row was checked against its checksum.
 
     Args:
         directory (`Path`): A local directory.
-        own (`str`): Name of the journal that is left out.
+        own (`str`): The name of this writer's own journal, which is left out.
     """
 
     def __init__(self, directory: Path, own: str) -> None:
@@ -132,60 +135,51 @@ class OtherJournals:
         self._own = own
         self._seen: dict[str, tuple[int, int]] = {}
 
-    def look(self) -> None:
-        """Add the rows that are there now. Those that are not in a journal any more stay."""
+    def refresh(self) -> None:
+        """Add the rows that are in the journals now. Rows that were read before and are gone from them stay."""
         with contextlib.suppress(OSError):
             names = (path.name for path in self._directory.glob(f"*{JOURNAL_SUFFIX}"))
             self.names = sorted(name for name in names if name != self._own)
         for name in self.names:
-            with contextlib.suppress(OSError):  # its writer has just closed it
+            with contextlib.suppress(OSError):  # the writer has just deleted it
                 found = os.stat(self._directory / name)
                 if (state := (found.st_size, found.st_mtime_ns)) != self._seen.get(name):
                     if time.time() - found.st_mtime > _SETTLED_SECONDS:
                         self._seen[name] = state
                     data = (self._directory / name).read_bytes()
-                    self.rows.update(_read(data) if data.startswith(_HEADER) else ())
+                    self.rows.update(_decode_records(data) if data.startswith(_HEADER) else ())
 
-    def forget(self, keys: Iterable[bytes]) -> None:
-        """Let go of rows."""
+    def discard(self, keys: Iterable[bytes]) -> None:
+        """Forget the rows with these keys."""
         for key in keys:
             self.rows.pop(key, None)
 
 
 @contextlib.contextmanager
-def abandoned(directory: Path) -> Iterator[list[tuple[bytes, NDArray[np.float32]]]]:
+def abandoned_rows(directory: Path) -> Iterator[list[tuple[bytes, NDArray[np.float32]]]]:
     """
-    The rows in all journals whose writer is gone. The journals are deleted when the block ends without an exception.
+    The rows in all journals whose writer has died. If the block ends without an exception, the journals are deleted.
     """
-    taken: list[tuple[Path, int]] = []
+    claimed: list[Path] = []
     rows: list[tuple[bytes, NDArray[np.float32]]] = []
-    try:
+    with contextlib.ExitStack() as claimed_files:
         for path in sorted(directory.glob(f"*{JOURNAL_SUFFIX}")):
-            with contextlib.suppress(OSError):  # another process was faster
+            with contextlib.suppress(OSError), contextlib.ExitStack() as opened:  # another process may delete the file
                 file = os.open(path, os.O_RDWR)
-                try:
-                    mine = _is_abandoned(file)
-                    data = path.read_bytes() if mine else b""
-                    mine = mine and _HEADER.startswith(data[: len(_HEADER)])  # another version's stays where it is
-                    rows += _read(data) if mine else ()
-                except BaseException:
-                    os.close(file)
-                    raise
-                if mine:
-                    taken.append((path, file))
-                else:
-                    os.close(file)
+                opened.callback(os.close, file)
+                data = path.read_bytes() if _is_abandoned(file) else None
+                if data is not None and _HEADER.startswith(data[: len(_HEADER)]):  # else another version's, or in use
+                    rows += _decode_records(data)
+                    claimed.append(path)
+                    claimed_files.enter_context(opened.pop_all())
         yield rows
-        for path, _ in taken:
+        for path in claimed:
             with contextlib.suppress(OSError):
                 path.unlink()
-    finally:
-        for _, file in taken:
-            os.close(file)
 
 
-def _lock(file: int) -> bool | None:
-    """Whether the file is now this process's own, for as long as it lives; `None` where files cannot be locked."""
+def _try_lock(file: int) -> bool | None:
+    """Try to lock a file until it is closed. Returns whether that worked, or `None` if files cannot be locked."""
     if fcntl is None:
         return None
     try:
@@ -198,25 +192,25 @@ def _lock(file: int) -> bool | None:
 
 
 def _is_abandoned(file: int) -> bool:
-    locked = _lock(file)
+    locked = _try_lock(file)
     if locked is None:
         return time.time() - os.fstat(file).st_mtime > _ABANDONED_SECONDS
     return locked
 
 
-def _record(key: bytes, row: NDArray[np.float32]) -> bytes:
+def _encode_record(key: bytes, row: NDArray[np.float32]) -> bytes:
     body = _COUNT.pack(len(row)) + key + row.astype("<f4").tobytes()
     return body + xxhash.xxh3_64_digest(body)
 
 
-def _read(data: bytes) -> Iterator[tuple[bytes, NDArray[np.float32]]]:
-    """All whole records; the first that is torn ends the journal."""
-    at = len(_HEADER)
-    while at + _COUNT.size <= len(data):
-        (count,) = _COUNT.unpack_from(data, at)
-        values = at + _COUNT.size + KEY_BYTES
+def _decode_records(data: bytes) -> Iterator[tuple[bytes, NDArray[np.float32]]]:
+    """The records of a journal, up to the first that is incomplete or damaged."""
+    start = len(_HEADER)
+    while start + _COUNT.size <= len(data):
+        (count,) = _COUNT.unpack_from(data, start)
+        values = start + _COUNT.size + KEY_BYTES
         end = values + 4 * count
-        if xxhash.xxh3_64_digest(data[at:end]) != data[end : end + _CHECKSUM_BYTES]:
+        if xxhash.xxh3_64_digest(data[start:end]) != data[end : end + _CHECKSUM_BYTES]:
             return
-        yield data[at + _COUNT.size : values], np.frombuffer(data[values:end], "<f4").astype(np.float32)
-        at = end + _CHECKSUM_BYTES
+        yield data[start + _COUNT.size : values], np.frombuffer(data[values:end], "<f4").astype(np.float32)
+        start = end + _CHECKSUM_BYTES

@@ -1,7 +1,7 @@
 """
-The key of a row: everything that decides its log-probs, and nothing else, as 128 bits.
+The key of a row: a 128-bit digest of everything that its log-probs depend on, and of nothing else.
 
-Facts that differ only in how a row is batched, shuffled or reduced are not part of a key, so they cannot cause a miss.
+How rows are batched, shuffled or reduced is not part of a key, so it cannot cause a miss.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 KEY_BYTES = 16
 
-# Starts every encoding. A new encoding needs a new name: old rows are then missed, never mistaken for others.
+# Every encoding starts with this. If the encoding changes, this has to change too, so that keys of an old encoding are
+# not found, instead of being taken for other rows.
 _DOMAIN = b"trl-refplug row key 1\n"
 
 Ids: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
@@ -30,16 +31,17 @@ Ids: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
 @dataclass(frozen=True)
 class ScoringFacts:
     """
-    How the rows of a run are scored: the part of a key that its rows share.
+    How the rows of a run are scored. This is the part of a key that all rows of the run share.
 
     Args:
         identity_digest (`str`): Digest of the reference's `ReferenceIdentity`.
-        attention_implementation (`str`): `"eager"`, `"sdpa"`, ...
-        scoring_mode (`str`): Name of the way rows are laid out and scored, where that changes the last digits.
-        temperature (`float`): What logits are divided by.
+        attention_implementation (`str`): `"eager"`, `"sdpa"` and so on.
+        scoring_mode (`str`): How rows are laid out and scored, because that changes the last digits of log-probs.
+        temperature (`float`): Logits are divided by it.
         cast_lm_head_to_fp32 (`bool`): Whether the LM head runs in float32.
-        autocast_dtype (`str` or `None`): `"bfloat16"`, ...; `"bfloat16 weights"` where DeepSpeed has rounded these,
-            too; `"tf32"` where products of float32 matrices are rounded; `None` where nothing is.
+        autocast_dtype (`str` or `None`): The reduced precision of the forward pass: `"bfloat16"` and so on under
+            autocast; `"bfloat16 weights"` if DeepSpeed has rounded the weights as well; `"tf32"` if products of
+            float32 matrices are rounded; `None` if nothing is rounded.
     """
 
     identity_digest: str
@@ -55,15 +57,15 @@ class ScoringFacts:
 
     @cached_property
     def encoded(self) -> bytes:
-        """The unambiguous encoding that every row key of the run starts with."""
+        """The bytes that the encoding of every row of the run starts with."""
         return _DOMAIN + b"".join(
             (
-                _text(self.identity_digest),
-                _real(self.temperature),
-                _whole(int(self.cast_lm_head_to_fp32)),
-                _text(self.autocast_dtype),
-                _text(self.attention_implementation),
-                _text(self.scoring_mode),
+                _encode_text(self.identity_digest),
+                _encode_float(self.temperature),
+                _encode_int(int(self.cast_lm_head_to_fp32)),
+                _encode_text(self.autocast_dtype),
+                _encode_text(self.attention_implementation),
+                _encode_text(self.scoring_mode),
             )
         )
 
@@ -71,15 +73,16 @@ class ScoringFacts:
 @dataclass(frozen=True, eq=False)
 class RowKey:
     """
-    What one row is. Two rows with the same digest have the same log-probs, up to the tolerance of rebatching.
+    What identifies one row. Two rows with the same digest have the same log-probs, except for the rounding differences
+    between batches of other shapes.
 
     Args:
         facts ([`ScoringFacts`]): How the row is scored.
         token_ids (`Sequence[int]` or integer array `[tokens]`): The tokens the model attends to, without padding.
         scored_positions (`Sequence[int]` or integer array `[scored]`): Indices into `token_ids` of the tokens whose
-            log-probs are wanted, ascending.
-        multimodal_digest (`str` or `None`): Digest of all further model inputs; `None` for text alone.
-        padding_offset (`int`): Position id of the first token where absolute positions make that matter, else 0.
+            log-probs are wanted, in ascending order.
+        multimodal_digest (`str` or `None`): Digest of all other model inputs; `None` if there is only text.
+        padding_offset (`int`): Position id of the first token, if the model has absolute positions. Otherwise 0.
 
     Example:
 
@@ -97,15 +100,15 @@ class RowKey:
     padding_offset: int = 0
 
     def digest(self) -> bytes:
-        """The key: `KEY_BYTES` bytes, the same on every machine."""
+        """The key, which has `KEY_BYTES` bytes and is the same on every machine."""
         return xxhash.xxh3_128_digest(
             b"".join(
                 (
                     self.facts.encoded,
-                    _integers("token_ids", self.token_ids),
-                    _integers("scored_positions", self.scored_positions),
-                    _text(self.multimodal_digest),
-                    _whole(self.padding_offset),
+                    _encode_ints("token_ids", self.token_ids),
+                    _encode_ints("scored_positions", self.scored_positions),
+                    _encode_text(self.multimodal_digest),
+                    _encode_int(self.padding_offset),
                 )
             )
         )
@@ -115,18 +118,19 @@ def tail_scored_keys(
     facts: ScoringFacts, token_ids: NDArray[np.int64], offsets: Sequence[int], first_scored: Sequence[int]
 ) -> list[bytes]:
     """
-    The digests of the [`RowKey`]s of many rows that are scored from some token to their end, ten times as fast.
+    The keys of many rows that are each scored from some token to their end. The result is that of [`RowKey`] for each
+    row, and takes a tenth of the time.
 
     Args:
         facts ([`ScoringFacts`]): How the rows are scored.
-        token_ids (`NDArray[np.int64]`): `[tokens]`, of all rows.
+        token_ids (`NDArray[np.int64]`): `[tokens]`, the tokens of all rows, one row after the other.
         offsets (`Sequence[int]`): `[rows + 1]`; row `i` is `token_ids[offsets[i] : offsets[i + 1]]`.
-        first_scored (`Sequence[int]`): `[rows]`, index in its row of the first scored token.
+        first_scored (`Sequence[int]`): `[rows]`, the index of the first scored token in each row.
     """
     longest = max((end - start for start, end in pairwise(offsets)), default=0)
     tokens = np.ascontiguousarray(token_ids, "<i8").data.cast("B") if len(token_ids) else b""
     positions = np.arange(longest + 1, dtype="<i8").data.cast("B")
-    before, between, after = facts.encoded + b"ints", b"ints", _text(None) + _whole(0)
+    before, between, after = facts.encoded + b"ints", b"ints", _encode_text(None) + _encode_int(0)
     sizes = [(8 * length).to_bytes(8, "little") for length in range(longest + 1)]
     digest = xxhash.xxh3_128_digest
     keys = []
@@ -151,26 +155,26 @@ def tail_scored_keys(
     return keys
 
 
-# Every field is a tag, a length and that many bytes, so no two lists of fields share an encoding.
+# Each field is encoded as a tag, a length and that many bytes. So no two different lists of fields have one encoding.
 
 
 def _tagged(tag: bytes, payload: bytes) -> bytes:
     return tag + len(payload).to_bytes(8, "little") + payload
 
 
-def _text(value: str | None) -> bytes:
+def _encode_text(value: str | None) -> bytes:
     return _tagged(b"none", b"") if value is None else _tagged(b"text", value.encode())
 
 
-def _real(value: float) -> bytes:
+def _encode_float(value: float) -> bytes:
     return _tagged(b"real", struct.pack("<d", value))
 
 
-def _whole(value: int) -> bytes:
+def _encode_int(value: int) -> bytes:
     return _tagged(b"whole", struct.pack("<q", value))
 
 
-def _integers(name: str, values: Ids) -> bytes:
+def _encode_ints(name: str, values: Ids) -> bytes:
     array = np.asarray(values)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise ValueError(f"{name} must be a 1-D array of integers, got {array.dtype} of shape {list(array.shape)}")
@@ -178,7 +182,7 @@ def _integers(name: str, values: Ids) -> bytes:
 
 
 def as_key_array(keys: Sequence[bytes]) -> NDArray[np.uint64]:
-    """`keys` as little-endian uint64 `[keys, 2]`, checked to be `KEY_BYTES` long each."""
+    """Check that each key has `KEY_BYTES` bytes, and return all as little-endian uint64 `[keys, 2]`."""
     if any(map(KEY_BYTES.__ne__, map(len, keys))):
         wrong = next(key for key in keys if len(key) != KEY_BYTES)
         raise ValueError(f"a key has {KEY_BYTES} bytes, got one of {len(wrong)}: {wrong!r}")

@@ -1,4 +1,4 @@
-"""Looking after a store: what is in it, whether all of it is intact, whether its rows agree with each other."""
+"""What a store contains, and whether all of it is intact and its rows agree with each other."""
 
 from __future__ import annotations
 
@@ -11,33 +11,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trl_refplug.errors import StoreError
-from trl_refplug.store.catalogue import Catalogue
-from trl_refplug.store.folder import DAMAGED_SUFFIX, TEMPORARY_PREFIX, open_existing, reading
+from trl_refplug.runtime.files import TEMPORARY_PREFIX
+from trl_refplug.store.folder import DAMAGED_SUFFIX, explain_read_errors, open_existing
 from trl_refplug.store.format import (
     MANIFEST_SUFFIX,
     SHARD_SUFFIX,
     DamagedFileError,
     Manifest,
-    files_of,
-    published_names,
+    published_shard_names,
+    shard_file_names,
 )
 from trl_refplug.store.journal import JOURNAL_SUFFIX
+from trl_refplug.store.shards import PublishedShards
 
 
 @dataclass(frozen=True)
 class StoreSummary:
     """
-    What the manifests of a store say. The shards themselves are not read.
+    What the manifests of a store say. The rows themselves are not read.
 
     Args:
-        location (`str`): Where the store is.
-        manifests (`tuple[Manifest, ...]`): Of all shards, oldest first.
-        damaged (`dict[str, str]`): Shards whose manifest cannot be used, or that are gone, and why.
-        set_aside (`tuple[str, ...]`): Files of damaged shards that were taken out of the store.
-        journals (`tuple[str, ...]`): Files with the rows that writers have not published yet. Those of a writer that
-            was killed are published by the next one.
-        leftovers (`tuple[str, ...]`): Files of writers that were killed before they published. Of no use to anyone,
-            once no writer is at work.
+        location (`str`): The path or URL of the store.
+        manifests (`tuple[Manifest, ...]`): The manifests of all shards, oldest first.
+        damaged (`dict[str, str]`): The names of shards whose manifest is damaged or whose rows are missing, with the
+            reason.
+        set_aside (`tuple[str, ...]`): The files of damaged shards, which were renamed so that nobody reads them.
+        journals (`tuple[str, ...]`): The files with rows that writers have not published yet. If a writer was killed,
+            the next one publishes its rows.
+        leftovers (`tuple[str, ...]`): Unfinished files of writers that were killed. They can be deleted when no writer
+            is at work.
     """
 
     location: str
@@ -49,29 +51,29 @@ class StoreSummary:
 
     @property
     def rows(self) -> int:
-        """Rows in all shards. A row that two writers scored at once counts twice."""
+        """Number of rows in all shards. A row that two writers have scored at the same time counts twice."""
         return sum(manifest.rows for manifest in self.manifests)
 
     @property
     def tokens(self) -> int:
-        """Log-probs in all shards."""
+        """Number of log-probs in all shards."""
         return sum(manifest.tokens for manifest in self.manifests)
 
     @property
     def size(self) -> int:
-        """Bytes of all shards."""
+        """Size of all shards in bytes."""
         return sum(manifest.size for manifest in self.manifests)
 
 
 @dataclass(frozen=True)
 class Conflict:
     """
-    Two rows with one key and different values.
+    Two rows that have the same key and different values.
 
     Args:
-        key (`str`): The key, as hex digits.
-        shards (`tuple[str, str]`): The shard whose row is used, and the one that disagrees.
-        difference (`float`): Largest difference of a token's log-prob in nats; infinite when the lengths differ.
+        key (`str`): The key, in hexadecimal.
+        shards (`tuple[str, str]`): The name of the shard whose row is used, and of the one whose row differs.
+        difference (`float`): Largest difference of a token's log-prob in nats. Infinite if the lengths differ.
     """
 
     key: str
@@ -82,14 +84,14 @@ class Conflict:
 @dataclass(frozen=True)
 class VerifyReport:
     """
-    The result of reading all of a store.
+    The result of checking all of a store.
 
     Args:
         shards (`int`): Number of intact shards.
-        rows (`int`): Number of different rows in them.
-        duplicates (`int`): Number of rows that another shard has, too.
-        damaged (`dict[str, str]`): Damaged shards and what is wrong with them.
-        conflicts (`tuple[Conflict, ...]`): Duplicates that differ by more than the tolerance.
+        rows (`int`): Number of different rows in the intact shards.
+        duplicates (`int`): Number of rows whose key an older row has already.
+        damaged (`dict[str, str]`): The names of damaged shards, with what is wrong.
+        conflicts (`tuple[Conflict, ...]`): Duplicates whose values differ by more than the tolerance.
     """
 
     shards: int
@@ -100,7 +102,7 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether no shard is damaged and no rows conflict."""
         return not self.damaged and not self.conflicts
 
 
@@ -113,7 +115,7 @@ def _require_store(location: object, names: Iterable[str]) -> None:
     """
     files = list(names)
     shards = [Path(file).with_suffix(MANIFEST_SUFFIX).name for file in files if file.endswith(SHARD_SUFFIX)]
-    if not published_names([*files, *shards]) and not any(
+    if not published_shard_names([*files, *shards]) and not any(
         file.endswith((JOURNAL_SUFFIX, DAMAGED_SUFFIX)) or file.startswith(TEMPORARY_PREFIX) for file in files
     ):
         found = f"found {', '.join(sorted(files)[:3])}{', ...' if len(files) > 3 else ''}" if files else "it is empty"
@@ -124,16 +126,16 @@ def _require_store(location: object, names: Iterable[str]) -> None:
 
 
 def summarize(location: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None) -> StoreSummary:
-    """Read the manifests of a store, and only them."""
+    """Read the manifests of a store, without the rows."""
     folder = open_existing(location, cache_dir)
-    with reading(location):
-        present = set(folder.names())
+    with explain_read_errors(location):
+        present = set(folder.list_files())
         _require_store(location, present)
-        names = published_names(present)
-        folder.fetch([files_of(name)[0] for name in names])
+        names = published_shard_names(present)
+        folder.fetch([shard_file_names(name)[0] for name in names])
     manifests, damaged = [], {}
     for name in names:
-        manifest_file, shard_file = files_of(name)
+        manifest_file, shard_file = shard_file_names(name)
         try:
             manifest = Manifest.decode((folder.directory / manifest_file).read_bytes())
             if shard_file not in present:
@@ -160,34 +162,34 @@ def verify(
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> VerifyReport:
     """
-    Read every byte of a store: check all checksums, and compare the rows that more than one writer scored.
+    Read every byte of a store, check all checksums, and compare the rows that more than one writer has scored.
 
     Args:
         location (`str` or `os.PathLike`): A directory or an fsspec URL.
-        tolerance (`float`): Largest difference between two scorings of a token that is put down to rounding, in nats.
-            Other batch shapes move bfloat16 log-probs by up to 6e-3, other devices by somewhat more.
-        cache_dir (`str` or `os.PathLike`): Where copies of remote shards are kept.
+        tolerance (`float`): The largest difference, in nats, between two log-probs of a token that is taken for
+            rounding. Batches of other shapes change bfloat16 log-probs by up to 6e-3, and other devices by more.
+        cache_dir (`str` or `os.PathLike`): The directory for copies of remote shards.
     """
     folder = open_existing(location, cache_dir)
-    catalogue = Catalogue(folder)
-    with reading(location):
-        _require_store(location, folder.names())
-        damaged = catalogue.refresh()
-    names = list(catalogue.manifests)
+    published = PublishedShards(folder)
+    with explain_read_errors(location):
+        _require_store(location, folder.list_files())
+        damaged = published.refresh()
+    names = list(published.manifests)
     conflicts = []
     duplicates = 0
-    for number, shard in enumerate(catalogue.shards):
-        _, first_shards, first_rows = catalogue.index.find(shard.keys)
+    for number, shard in enumerate(published.shards):
+        _, first_shards, first_rows = published.index.find(shard.keys)
         again = np.flatnonzero((first_shards != number) | (first_rows != np.arange(len(shard.keys))))
         duplicates += len(again)
         for row in again.tolist():
             first = int(first_shards[row])
-            difference = _difference(catalogue.shards[first].row(int(first_rows[row])), shard.row(row))
+            difference = _difference(published.shards[first].row(int(first_rows[row])), shard.row(row))
             if difference > tolerance:
                 conflicts.append(Conflict(shard.keys[row].tobytes().hex(), (names[first], names[number]), difference))
     return VerifyReport(
         shards=len(names),
-        rows=len(catalogue.index),
+        rows=len(published.index),
         duplicates=duplicates,
         damaged={name: str(error) for name, error in damaged.items()},
         conflicts=tuple(conflicts),

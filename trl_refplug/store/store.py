@@ -1,4 +1,4 @@
-"""Reading and writing a store: the one class that training uses."""
+"""`LogProbStore`, which reads and writes a store."""
 
 from __future__ import annotations
 
@@ -12,45 +12,49 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trl_refplug.errors import InvalidLogProbsError, RefPlugWarning, StoreError, StoreWriteError
-from trl_refplug.store.catalogue import Catalogue
-from trl_refplug.store.folder import open_existing, open_folder, reading
-from trl_refplug.store.format import DamagedFileError, Manifest, files_of, installed_versions
-from trl_refplug.store.journal import OtherJournals, abandoned
+from trl_refplug.store.folder import explain_read_errors, open_existing, open_folder
+from trl_refplug.store.format import DamagedFileError, Manifest, installed_versions, shard_file_names
+from trl_refplug.store.journal import OtherJournals, abandoned_rows
 from trl_refplug.store.keys import as_key_array
-from trl_refplug.store.waiting import WaitingRows
+from trl_refplug.store.shards import PublishedShards
+from trl_refplug.store.write_buffer import WriteBuffer
 
 
 _NO_VALUES = np.empty(0, np.float32)
 
 
 class StoreWarning(RefPlugWarning):
-    """Part of a store cannot be used: its rows are missing and will be scored again."""
+    """Part of a store is damaged. Its rows are missing and will be scored again."""
 
 
 class LogProbStore:
     """
-    An append-only map from 128-bit keys to float32 log-probs, shared by any number of processes without locks.
+    An append-only map from 128-bit keys to float32 log-probs. Any number of processes can share it without locks.
 
-    What is found was checked: every shard's checksum is verified when it is opened, and a shard that fails is left
-    out, so that its rows are missing again. Of several published rows with one key the first one wins, in the order
-    of the shards' names and then of [`refresh`], and stays for as long as the store is open. Use it from one thread.
+    Every shard's checksum is verified when the shard is opened. A damaged shard is left out, so that its rows are
+    missing and can be scored again. If several shards have a row with the same key, the row that was read first is
+    used for as long as the store is open; shards are read in the order of their names. A `LogProbStore` must be used
+    from one thread only.
+
+    Rows that are put are collected and published together, as one shard. Until then they are also in a journal on
+    disk: if the process is killed, the next one that opens the store for writing publishes them.
 
     Args:
         location (`str` or `os.PathLike`): A directory, or an fsspec URL such as `s3://bucket/ref-store`.
-        mode (`"r"` or `"a"`): `"a"` may `put`, creates the place if needed and writes to it once to prove that it can.
-        provenance (`Mapping[str, Any]`): For `mode="a"`: where rows come from, as JSON values, for people; usually the
-            reference's identity. Package versions are added.
-        publish_rows (`int`): Publish a shard as soon as this many rows are waiting, ...
-        publish_bytes (`int`): ... or this many bytes of log-probs, ...
-        publish_seconds (`float`): ... or, looked at in every `put`, the oldest has waited this long. What waits is in
-            a journal, too: of a killed process, the next one that opens the store for writing publishes it.
-        cache_dir (`str` or `os.PathLike`): Where copies of remote shards are kept, by default
+        mode (`"r"` or `"a"`): `"r"` reads a store. `"a"` also writes: the store is created if needed, and a test file
+            proves that it is writable.
+        provenance (`Mapping[str, Any]`): With `mode="a"`, JSON values that tell people where the rows come from,
+            usually the identity of the reference. Package versions are added.
+        publish_rows (`int`): Publish a shard as soon as this many rows have been collected.
+        publish_bytes (`int`): Publish a shard as soon as this many bytes of log-probs have been collected.
+        publish_seconds (`float`): Publish a shard in the first `put` that finds a row collected this long ago.
+        cache_dir (`str` or `os.PathLike`): The directory for copies of remote shards, by default
             `~/.cache/trl-refplug/store`.
 
     Raises:
         [`StoreError`]: There is no such store to read, or it cannot be read.
-        [`StoreVersionError`]: A newer release wrote part of it.
-        [`StoreWriteError`]: `mode="a"`, and nothing can be written there.
+        [`StoreVersionError`]: A newer release wrote part of the store.
+        [`StoreWriteError`]: With `mode="a"`, the store is not writable.
     """
 
     def __init__(
@@ -69,111 +73,114 @@ class LogProbStore:
         self.location = os.fspath(location)
         self.mode = mode
         self._folder = (open_existing if mode == "r" else open_folder)(location, cache_dir)
-        self._published = Catalogue(self._folder)
-        self._waiting = WaitingRows(
-            self._folder.directory, most_rows=publish_rows, most_bytes=publish_bytes, most_seconds=publish_seconds
+        self._shards = PublishedShards(self._folder)
+        self._buffer = WriteBuffer(
+            self._folder.directory, max_rows=publish_rows, max_bytes=publish_bytes, max_seconds=publish_seconds
         )
         self._closed = False
         if mode == "a":
             self._provenance = {**(provenance or {}), "versions": installed_versions()}
-            Manifest("", 0, 0, 0, "", "", self._provenance).encode()  # not JSON? Say so now and not after scoring.
+            # If the provenance is not JSON, this raises now rather than when the first rows have been scored.
+            Manifest("", 0, 0, 0, "", "", self._provenance).encode()
             try:
                 self._folder.create()
             except OSError as error:
-                raise self._refused(error) from error
-        self._others = OtherJournals(self._folder.directory, self.writer)
+                raise self._cannot_write(error) from error
+        self._other_journals = OtherJournals(self._folder.directory, self.writer)
         self.refresh()
         if mode == "a":
             self._recover()
 
     def __len__(self) -> int:
-        """Number of different rows, waiting ones included."""
-        unpublished = list(self._waiting.rows.keys() | self._others.rows.keys())
-        return len(self._published.index) + len(unpublished) - len(self._those_published(unpublished))
+        """Number of different rows, including those that are not published yet."""
+        unpublished = list(self._buffer.rows.keys() | self._other_journals.rows.keys())
+        return len(self._shards.index) + len(unpublished) - len(self._published_among(unpublished))
 
     @property
     def writer(self) -> str:
-        """A name that no other writer has."""
-        return self._waiting.journal.name
+        """The unique name of this writer."""
+        return self._buffer.journal.name
 
     @property
     def provenances(self) -> list[Mapping[str, Any]]:
-        """What the writers of all published shards have said of themselves."""
-        return [manifest.provenance for manifest in self._published.manifests.values()]
+        """The provenance of each published shard."""
+        return [manifest.provenance for manifest in self._shards.manifests.values()]
 
     def add_provenance(self, **values: Any) -> None:
-        """Say more of where the rows come from that are published from now on. JSON values."""
+        """Add JSON values to the provenance of the rows that are published from now on."""
         self._provenance.update(values)
 
     @property
     def other_writers(self) -> list[str]:
-        """Names of those that had put rows at the last `refresh`, as far as they are seen from here."""
-        return list(self._others.names)
+        """The names of the writers whose journals the last `refresh` has found."""
+        return list(self._other_journals.names)
 
     # Reading
 
     def contains(self, keys: Sequence[bytes]) -> NDArray[np.bool_]:
-        """Which of these keys the store has: bool `[keys]`."""
+        """Whether the store has a row for each of these keys: bool `[keys]`."""
         self._check_open()
-        found = self._published.index.find(as_key_array(keys)).found
-        if self._waiting.rows or self._others.rows:
+        found = self._shards.index.find(as_key_array(keys)).found
+        if self._buffer.rows or self._other_journals.rows:
             for i in np.flatnonzero(~found).tolist():
-                found[i] = keys[i] in self._waiting.rows or keys[i] in self._others.rows
+                found[i] = keys[i] in self._buffer.rows or keys[i] in self._other_journals.rows
         return found
 
     def lookup(self, keys: Sequence[bytes]) -> list[NDArray[np.float32] | None]:
         """
-        The rows with these keys: of each a copy, float32 `[tokens]` in nats, or `None` where the store does not have
-        it. A key may be asked for more than once.
+        The rows with these keys. Each is a copy, float32 `[tokens]` in nats, or `None` if the store does not have it.
+        A key may occur more than once.
         """
         self._check_open()
-        rows = self._published.rows(as_key_array(keys))
-        for unpublished in (self._waiting.rows, self._others.rows):
+        rows = self._shards.rows(as_key_array(keys))
+        for unpublished in (self._buffer.rows, self._other_journals.rows):
             if unpublished:
                 rows = [unpublished.get(key) if row is None else row for key, row in zip(keys, rows, strict=True)]
         return [None if row is None else row.copy() for row in rows]
 
     def refresh(self) -> None:
         """
-        Take in what others have published since, and what they have put where this process sees it: in the same
-        directory or, of a remote store, on the same machine.
+        Read what other writers have published since the last time. Rows that they have put but not published are read
+        as well, if their journals can be seen: those of a local store, or of a remote store on the same machine.
         """
         self._check_open()
-        self._others.look()  # first: what is published in between is seen twice rather than not at all
+        self._other_journals.refresh()  # before the shards, so that rows published in between are not missed
         self._refresh_published()
 
     # Writing
 
     def ensure_room(self, tokens: int) -> None:
         """
-        Refuse early, before they are scored, log-probs that are known not to fit.
+        Check, before rows are scored, that there is room for their log-probs.
 
         Args:
             tokens (`int`): Number of log-probs that are going to be put.
 
         Raises:
-            [`StoreWriteError`]: The disk has less room than that.
+            [`StoreWriteError`]: The disk has too little room.
         """
         try:
             self._folder.ensure_room(tokens * np.dtype(np.float32).itemsize)
         except OSError as error:
-            raise self._refused(error) from error
+            raise self._cannot_write(error) from error
 
     def put(self, keys: Sequence[bytes], rows: Sequence[NDArray[np.float32]]) -> None:
         """
-        Add rows. Those the store has already are left as they are.
+        Add rows. A row whose key the store already has is ignored, also if another writer has put it and not published
+        it yet.
+
+        When this returns, the rows survive a kill of this process. When the next `flush` returns, they are visible to
+        everyone and survive a power cut.
 
         Args:
             keys (`Sequence[bytes]`): A key for each row.
-            rows (`Sequence[NDArray[np.float32]]`): Log-probs of the scored tokens of each row, 1-D, finite. Copied.
+            rows (`Sequence[NDArray[np.float32]]`): The log-probs of each row's scored tokens, 1-D and finite. They are
+                copied.
 
         Raises:
-            [`InvalidLogProbsError`]: A row is not finite, not float32 or not 1-D. Nothing of this call is added.
-            [`StoreWriteError`]: A shard could not be published. The rows still wait, for this process to read and for
-                the next `flush`.
-
-        When it returns, the rows survive this process; after the next `flush` they survive the machine, too, and
-        others see them. Rows that another writer has put already are that writer's to publish.
+            [`InvalidLogProbsError`]: A row is not finite, not float32 or not 1-D. No row of this call is added.
+            [`StoreWriteError`]: A shard could not be published. This process keeps the rows and can read them, and the
+                next `flush` tries again.
         """
         if self.mode != "a":
             raise StoreError(f'the store {self.location!r} is open for reading; open it with mode="a"')
@@ -185,42 +192,43 @@ class LogProbStore:
                 raise InvalidLogProbsError(
                     f"row {key.hex()}: log-probs must be float32 [tokens], got {row.dtype} {list(row.shape)}"
                 )
-        values = np.concatenate([_NO_VALUES, *rows])  # the copy that is kept
+        values = np.concatenate([_NO_VALUES, *rows])  # this is the copy that is kept
         if not np.isfinite(values).all():
             bad = next(key for key, row in zip(keys, rows, strict=True) if not np.isfinite(row).all())
             raise InvalidLogProbsError(f"row {bad.hex()}: log-probs must be finite")
         ends = np.cumsum([len(row) for row in rows]).tolist()
         for i in np.flatnonzero(~self.contains(keys)).tolist():
-            if keys[i] in self._waiting.rows:  # the same row twice in one call
+            if keys[i] in self._buffer.rows:  # the same key occurs twice in this call
                 continue
-            self._waiting.add(keys[i], values[ends[i] - len(rows[i]) : ends[i]])
-            if self._waiting.full:
+            self._buffer.add(keys[i], values[ends[i] - len(rows[i]) : ends[i]])
+            if self._buffer.full:
                 self._publish()
-        if self._waiting.overdue:
+        if self._buffer.overdue:
             self._publish()
-        self._waiting.write_journal()
+        self._buffer.write_journal()
 
     def flush(self) -> None:
         """
-        Publish the rows that wait, as one shard, less those that others have published in the meantime. When it
-        returns they survive this machine. Rows of writers that were killed are published, too.
+        Publish all rows that are not published yet, as one shard. Rows that another writer has published in the
+        meantime are left out, and rows in the journals of killed writers are published, too. When this returns, the
+        rows survive a power cut.
 
         Raises:
-            [`StoreWriteError`]: That failed. The rows still wait.
+            [`StoreWriteError`]: That failed. This process keeps the rows.
         """
         self._check_open()
         self._publish()
-        if self.mode == "a" and self._others.names:  # what was left to a writer that is gone by now
+        if self.mode == "a" and self._other_journals.names:  # a writer that had put some of our rows may have died
             self._recover()
 
     def close(self) -> None:
-        """[`flush`], and let go of all shards. May be called more than once."""
+        """[`flush`], and release all shards. This may be called more than once."""
         if self._closed:
             return
         self.flush()
-        self._waiting.journal.close()
+        self._buffer.journal.close()
         self._closed = True
-        self._published = Catalogue(self._folder)
+        self._shards = PublishedShards(self._folder)
 
     def __enter__(self) -> LogProbStore:
         return self
@@ -230,49 +238,49 @@ class LogProbStore:
     ) -> None:
         self.close()
 
-    # Behind both
+    # Internals
 
     def _publish(self) -> None:
-        if self._waiting.rows:
-            self._leave_to_others()
-        if not self._waiting.rows:
+        if self._buffer.rows:
+            self._drop_published_by_others()
+        if not self._buffer.rows:
             return
-        manifest, data = self._waiting.encoded(self._provenance)
-        manifest_file, shard_file = files_of(manifest.name)
+        manifest, data = self._buffer.to_shard(self._provenance)
+        manifest_file, shard_file = shard_file_names(manifest.name)
         try:
             self._folder.publish(shard_file, data)
-            self._folder.publish(manifest_file, manifest.encode())  # from here on the rows count
+            self._folder.publish(manifest_file, manifest.encode())  # from here on the rows are published
         except OSError as error:
             raise self._write_error(error) from error
-        for name, reason in self._published.add([manifest.name]).items():
-            self._leave_out(name, reason)
+        for name, reason in self._shards.add([manifest.name]).items():
+            self._exclude_damaged_shard(name, reason)
             raise self._write_error(f"a shard reads back otherwise than it was written: {reason}") from reason
-        self._waiting.published(self._waiting.rows)
+        self._buffer.discard(self._buffer.rows)
 
     def _refresh_published(self) -> None:
-        with reading(self.location):
-            damaged = self._published.refresh()
+        with explain_read_errors(self.location):
+            damaged = self._shards.refresh()
         for name, reason in damaged.items():
-            self._leave_out(name, reason)
-        self._others.forget(self._those_published(list(self._others.rows)))
+            self._exclude_damaged_shard(name, reason)
+        self._other_journals.discard(self._published_among(list(self._other_journals.rows)))
 
-    def _those_published(self, keys: Sequence[bytes]) -> list[bytes]:
-        found = self._published.index.find(as_key_array(keys)).found
+    def _published_among(self, keys: Sequence[bytes]) -> list[bytes]:
+        found = self._shards.index.find(as_key_array(keys)).found
         return [keys[i] for i in np.flatnonzero(found).tolist()]
 
-    def _leave_to_others(self) -> None:
-        """Drop what waits and is published: of processes that score the same rows at once, the first one counts."""
+    def _drop_published_by_others(self) -> None:
+        """Drop the rows that another process has scored at the same time and has already published."""
         try:
             self.refresh()
         except StoreError:
-            return  # it costs only a row that is there twice, and publishing says more clearly what is wrong
-        self._waiting.published(self._those_published(list(self._waiting.rows)))
+            return  # at worst some rows are stored twice; if the store is broken, publishing has the clearer error
+        self._buffer.discard(self._published_among(list(self._buffer.rows)))
 
     def _recover(self) -> None:
-        """Publish what writers that are gone had put and not published."""
-        with abandoned(self._folder.directory) as rows:
+        """Publish the rows in the journals of writers that have died."""
+        with abandoned_rows(self._folder.directory) as rows:
             if rows:
-                self._others.forget(key for key, _ in rows)  # or `put` would leave them to a writer that is gone
+                self._other_journals.discard(key for key, _ in rows)  # or `put` would ignore them
                 self.put([key for key, _ in rows], [row for _, row in rows])
                 self._publish()
 
@@ -280,19 +288,19 @@ class LogProbStore:
         if self._closed:
             raise StoreError(f"the store {self.location!r} is closed")
 
-    def _refused(self, cause: Exception) -> StoreWriteError:
+    def _cannot_write(self, cause: Exception) -> StoreWriteError:
         return StoreWriteError(f"cannot write to the store {self.location!r}: {cause}. Use another path")
 
     def _write_error(self, cause: object) -> StoreWriteError:
         return StoreWriteError(
-            f"cannot publish {len(self._waiting.rows):,} rows to the store {self.location!r}: {cause}. The "
-            f"{sum(manifest.rows for manifest in self._published.manifests.values()):,} rows published before are kept"
+            f"cannot publish {len(self._buffer.rows):,} rows to the store {self.location!r}: {cause}. The "
+            f"{sum(manifest.rows for manifest in self._shards.manifests.values()):,} rows published before are kept"
         )
 
-    def _leave_out(self, name: str, error: Exception) -> None:
+    def _exclude_damaged_shard(self, name: str, error: Exception) -> None:
         done = "ignored"
-        # An error of the file system may pass; a wrong checksum does not.
-        if self.mode == "a" and isinstance(error, DamagedFileError) and self._folder.set_aside(files_of(name)):
+        # A wrong checksum is permanent. An error of the file system may be temporary, so the files stay.
+        if self.mode == "a" and isinstance(error, DamagedFileError) and self._folder.set_aside(shard_file_names(name)):
             done = "set aside"
         warnings.warn(
             f"shard {name} of the store {self.location!r} is damaged and was {done}, its rows are missing: {error}",

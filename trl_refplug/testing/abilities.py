@@ -40,7 +40,7 @@ class AbilityTests(Setting):
         provider = attached.provider
         if not isinstance(provider, ScoresInBulk):
             pytest.skip("the provider has no bulk_scorer(), so a store asks it for one batch after the other")
-        padded = PaddedRows.of(attached.batch)
+        padded = PaddedRows.from_batch(attached.batch)
         expected = attached.ask_rows(attached.batch)
         found: dict[int, torch.Tensor] = {}
         with torch.no_grad(), provider.bulk_scorer() as scorer:

@@ -51,7 +51,7 @@ class BatchScorer:
 
     def _score(self, rows: Sequence[Row]) -> list[Values]:
         padded = PaddedRows.flush_left(rows)
-        return list(padded.gather(self._source.log_probs(padded.batch(self._device))))
+        return list(padded.values_by_row(self._source.log_probs(padded.to_batch(self._device))))
 
 
 def _batches(rows: Iterator[Row]) -> Iterator[list[tuple[int, Row]]]:

@@ -22,15 +22,22 @@ from trl_refplug.models.causal_lm import causal_lm
 from trl_refplug.models.probe import Probe, probe_batch
 from trl_refplug.models.tolerances import Tolerance
 from trl_refplug.models.weights import WeightMark, changed_weights, mark_weights
-from trl_refplug.provider import BulkScorer, ReferenceBatch, ReferenceContext, ReferenceProvider, ScoresInBulk
+from trl_refplug.provider import (
+    BulkScorer,
+    ReferenceBatch,
+    ReferenceContext,
+    ReferenceProvider,
+    SampleCheck,
+    ScoresInBulk,
+)
 from trl_refplug.providers.cached.batch_scorer import BatchScorer
 from trl_refplug.providers.cached.missing_rows import MissingRows, RowBlock, find_missing, planned_blocks
 from trl_refplug.providers.cached.row_keys import BatchRows, RowKeys, select
 from trl_refplug.providers.cached.sharing import SharedWork
-from trl_refplug.providers.cached.verifying import SampleCheck, check_sample
+from trl_refplug.providers.cached.verifying import check_sample
 from trl_refplug.providers.scorers import trainer_precision
 from trl_refplug.rows import Row, Values
-from trl_refplug.runtime.ranks import any_rank, least
+from trl_refplug.runtime.ranks import any_rank, min_over_ranks
 from trl_refplug.store import LogProbStore
 
 
@@ -152,7 +159,7 @@ class Filler:
         if self._in_step and self.waits_for_training:
             # One rank may see more of the store than others, and all do the same.
             missing = any_rank(missing)
-            found.sample = found.sample[: least(len(found.sample))]
+            found.sample = found.sample[: min_over_ranks(len(found.sample))]
         check = None
         source_needed = (missing and self._fill != "never") or bool(self._verify)
         if (source_needed or self._source.at_hand) and not self._obstacle():
@@ -218,7 +225,7 @@ class Filler:
         except MissingRowError as error:
             raise MissingRowError(f"{what}, and {error}") from None
         self._refuse_moved_source(store)
-        return list(rows.padded.take(missing).gather(log_probs))
+        return list(rows.padded.select(missing).values_by_row(log_probs))
 
     def _refuse_moved_source(self, store: LogProbStore) -> None:
         """What a source scores while training goes on is stored for later runs, so it must be what it was."""
@@ -233,7 +240,8 @@ class Filler:
             raise ReferenceMismatchError(
                 f"The reference {self._source.identity()}, which scores rows that {store.location!r} misses while "
                 f"training goes on, is not what it was when training began{shown}. Nothing of this batch was stored. "
-                "A callback, or the code around the trainer, changed it."
+                "A callback, or the code around the trainer, changed it: remove what does, or use a source that "
+                'shares nothing with the policy: {"source": "frozen"}.'
             )
 
     def _refuse_cast_policy(self) -> None:

@@ -16,12 +16,11 @@ from trl_refplug.errors import ConfigurationError
 from trl_refplug.models.adapters import is_peft
 from trl_refplug.models.tolerances import AUTOCAST_DTYPES, rounds_float32, tolerance_for
 from trl_refplug.models.traits import traits_of
-from trl_refplug.provider import ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
+from trl_refplug.provider import ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider, SampleCheck
 from trl_refplug.providers.cached.filling import Filler
 from trl_refplug.providers.cached.missing_rows import check_known_ahead
 from trl_refplug.providers.cached.policy_source import PolicySource
 from trl_refplug.providers.cached.row_keys import RowKeys
-from trl_refplug.providers.cached.verifying import SampleCheck
 from trl_refplug.providers.frozen import FrozenProvider
 from trl_refplug.providers.options import CACHED_CAPABILITIES, CachedOptions
 from trl_refplug.runtime.caches import cache_directory
@@ -49,8 +48,7 @@ class CachedProvider(ReferenceProvider):
         self._source: ReferenceProvider | None = None
         self._store: Any = None
         self._hits = self._misses = 0
-        self.sample_check: SampleCheck | None = None
-        """How far the stored rows that were scored again at the start are from what the store has."""
+        self._sample_check: SampleCheck | None = None
         chosen = self.options
         if model is not None and chosen.source is not None:
             raise ConfigurationError(
@@ -76,6 +74,10 @@ class CachedProvider(ReferenceProvider):
     @property
     def module(self) -> nn.Module | None:
         return self._source.module if self._source is not None else None
+
+    @property
+    def sample_check(self) -> SampleCheck | None:
+        return self._sample_check
 
     @property
     def _scored_by(self) -> ReferenceProvider:
@@ -135,7 +137,7 @@ class CachedProvider(ReferenceProvider):
             self._prepare()
 
     def _prepare(self) -> None:
-        self.sample_check = self._filler.prepare(self._store)
+        self._sample_check = self._filler.prepare(self._store)
         accelerator = self._context.accelerator
         if accelerator.num_processes > 1 and self.options.fill == "ahead":
             accelerator.wait_for_everyone()
@@ -171,7 +173,7 @@ class CachedProvider(ReferenceProvider):
                 values[index] = found
             facts = self._keys.packed if self._scores_packed else self._keys.exact
             self._store.put(rows.keys(facts, missing), scored)
-        return rows.padded.place(values).to(batch.input_ids.device)
+        return rows.padded.to_log_probs(values).to(batch.input_ids.device)
 
     def counters(self) -> dict[str, float]:
         return {"hits": self._hits, "misses": self._misses}

@@ -115,7 +115,7 @@ class RowKeys:
             )
         self._check_length(batch.input_ids.shape[1])
         try:
-            padded = PaddedRows.of(batch)
+            padded = PaddedRows.from_batch(batch)
         except ValueError as error:
             raise UnsupportedInputError(
                 f"ref_provider='cached' stores rows that are plain token sequences; this batch has {error}. Use "

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
 from trl_refplug.errors import ReferenceMismatchError
 from trl_refplug.models.tolerances import Tolerance
-from trl_refplug.provider import ReferenceProvider
+from trl_refplug.provider import ReferenceProvider, SampleCheck
 from trl_refplug.providers.cached.missing_rows import MissingRows
 from trl_refplug.rows import PaddedRows
 
 
 _AT_ONCE = 4  # rows
-
-
-@dataclass(frozen=True)
-class SampleCheck:
-    """How far stored rows are from the same rows scored again: nats per token, at most and on average."""
-
-    rows: int
-    largest: float
-    mean: float
 
 
 def check_sample(
@@ -42,7 +31,7 @@ def check_sample(
     for start in range(0, len(sample), _AT_ONCE):
         some = sample[start : start + _AT_ONCE]
         padded = PaddedRows.flush_left([row for row, _ in some])
-        again = padded.gather(source.log_probs(padded.batch(device)))
+        again = padded.values_by_row(source.log_probs(padded.to_batch(device)))
         differences += [
             np.abs(values.astype(np.float64) - stored) for values, (_, stored) in zip(again, some, strict=True)
         ]

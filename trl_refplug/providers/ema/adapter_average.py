@@ -19,7 +19,7 @@ from trl_refplug.models.adapters import (
     policy_adapter,
 )
 from trl_refplug.models.identity import adapter_attributes, adapter_tensor_name
-from trl_refplug.models.sharding import Part, fill, full_shape, gathered, reshard
+from trl_refplug.models.sharding import Part, full_shape, gathered, reshard, write_part
 from trl_refplug.providers.ema.lora import (
     added_by,
     base_weight,
@@ -145,7 +145,7 @@ class AdapterAverage:
                     self._values[name] = value.clone()
                 else:
                     self._values[name].mul_(1.0 - alpha).add_(value, alpha=alpha)
-            fill(ours, self._values[name])
+            write_part(ours, self._values[name])
 
     def counters(self) -> dict[str, float]:
         """The largest rank in use, and the largest bound on the relative error that recompression has left."""
@@ -240,7 +240,7 @@ class AdapterAverage:
                 self._write(layer, self._products[name])
             for name, _, ours in self._other_parameters():
                 self._values[name].copy_(reader.whole(name, tuple(self._values[name].shape)))
-                fill(ours, self._values[name])
+                write_part(ours, self._values[name])
 
     @property
     def _model(self) -> Any:
@@ -271,13 +271,13 @@ class AdapterAverage:
             left = matrix.left
             with base_weight(layer, left.device) as weight:
                 magnitude = product.scale * matrix.row_norms(weight)
-            fill(layer.lora_magnitude_vector[REFERENCE_ADAPTER].weight, magnitude)
+            write_part(layer.lora_magnitude_vector[REFERENCE_ADAPTER].weight, magnitude)
         padded_left = left.new_zeros(full_shape(left_parameter))
         padded_left[:, : product.matrix.rank] = left
         padded_right = right.new_zeros(full_shape(right_parameter))
         padded_right[: product.matrix.rank] = right
-        fill(left_parameter, padded_left)
-        fill(right_parameter, padded_right)
+        write_part(left_parameter, padded_left)
+        write_part(right_parameter, padded_right)
 
 
 def _owned(matrix: LowRank) -> LowRank:

@@ -8,7 +8,7 @@ from typing import Any
 
 from trl_refplug.errors import ConfigurationError, did_you_mean
 from trl_refplug.provider import STATE_DIRECTORY
-from trl_refplug.runtime.aside import written_aside
+from trl_refplug.runtime.files import written_aside
 
 
 _BESIDE_A_MODEL = (

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from trl_refplug.errors import ConfigurationError, did_you_mean
-from trl_refplug.models.identity import strip_wrappers
-from trl_refplug.models.sharding import full_shape, is_sharded, local, named_parameters, part_of, refresh
+from trl_refplug.models.identity import canonical_parameters, strip_wrappers
+from trl_refplug.models.sharding import discard_gathered, full_shape, is_sharded, local_part, part_of
 from trl_refplug.providers.ema.tensor_files import TensorReader, write_tensors
 from trl_refplug.runtime.ranks import sum_over_ranks
 
@@ -70,8 +70,8 @@ class ModelAverage:
         self._policy = policy
         self._masters: dict[str, Tensor] = {}
         with torch.no_grad():
-            for name, tensor in named_parameters(reference).items():
-                part = local(tensor)
+            for name, tensor in canonical_parameters(reference).items():
+                part = local_part(tensor)
                 wide = torch.promote_types(dtype, part.dtype)
                 if part.is_floating_point() and (part.dtype != wide or part.device != (device or part.device)):
                     self._masters[name] = part.to(device=device, dtype=wide, copy=True)
@@ -80,7 +80,7 @@ class ModelAverage:
     def update(self, alpha: float) -> None:
         """Move the reference towards the policy. No communication: every rank updates its own shards."""
         for name, ours, theirs in self._pairs():
-            reference, part = local(ours), local(theirs)
+            reference, part = local_part(ours), local_part(theirs)
             if reference.shape != part.shape:
                 raise ConfigurationError(
                     f"ref_provider='ema': {name} is sharded differently in the policy ({list(part.shape)} on this "
@@ -93,7 +93,7 @@ class ModelAverage:
                 average.copy_(part)
             if average is not reference:
                 reference.copy_(average)
-            refresh(ours)
+            discard_gathered(ours)
         buffers = _named_buffers(self._policy())
         for name, buffer in _named_buffers(self._reference).items():
             if name in buffers:
@@ -114,8 +114,8 @@ class ModelAverage:
         """`|policy - reference| / |policy|` over all parameters. Reduces two scalars over ranks if sharded."""
         sums: dict[bool, list[Tensor]] = {True: [], False: []}  # by whether the tensor is sharded
         for name, ours, theirs in self._pairs():
-            part = local(theirs)
-            average = self._masters.get(name, local(ours)).to(part.device)
+            part = local_part(theirs)
+            average = self._masters.get(name, local_part(ours)).to(part.device)
             if part.is_floating_point():
                 difference = torch.linalg.vector_norm(part.to(average.dtype) - average, dtype=torch.float32)
                 size = torch.linalg.vector_norm(part, dtype=torch.float32)
@@ -139,7 +139,7 @@ class ModelAverage:
     @property
     def sharded(self) -> bool:
         """Whether every rank holds, and saves, another part of the reference."""
-        return any(is_sharded(tensor) for tensor in named_parameters(self._reference).values())
+        return any(is_sharded(tensor) for tensor in canonical_parameters(self._reference).values())
 
     @torch.no_grad()
     def save(self, directory: Path, *, rank: int, writes: bool) -> None:
@@ -147,8 +147,8 @@ class ModelAverage:
         if not (writes or self.sharded):
             return
         tensors = (
-            (name, self._masters.get(name, local(tensor)), part_of(tensor), tensor.dtype)
-            for name, tensor in named_parameters(self._reference).items()
+            (name, self._masters.get(name, local_part(tensor)), part_of(tensor), tensor.dtype)
+            for name, tensor in canonical_parameters(self._reference).items()
         )
         buffers = (
             (name, buffer, part_of(buffer), buffer.dtype)
@@ -167,18 +167,18 @@ class ModelAverage:
             ReferenceMismatchError: Something is missing, or is not a reference of this shape.
         """
         with TensorReader(directory) as reader:
-            for name, tensor in named_parameters(self._reference).items():
-                reference = local(tensor)
+            for name, tensor in canonical_parameters(self._reference).items():
+                reference = local_part(tensor)
                 average = self._masters.get(name, reference)
-                average.copy_(part_of(tensor).of(reader.whole(name, full_shape(tensor))))
+                average.copy_(part_of(tensor).slice_of(reader.whole(name, full_shape(tensor))))
                 if average is not reference:
                     reference.copy_(average)
-                refresh(tensor)
+                discard_gathered(tensor)
             for name, buffer in _named_buffers(self._reference, persistent=True).items():
                 buffer.copy_(reader.whole(name, tuple(buffer.shape)))
 
     def _pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        references, policies = named_parameters(self._reference), named_parameters(self._policy())
+        references, policies = canonical_parameters(self._reference), canonical_parameters(self._policy())
         if references.keys() != policies.keys():
             odd = sorted(references.keys() ^ policies.keys())
             missing_in = "reference" if odd[0] in policies else "policy"

@@ -110,7 +110,7 @@ class TensorReader:
         whole = torch.empty(cut, dtype=parts[0][0].get_tensor(name).dtype)
         # A part is known by its offset: replicas write the same one more than once.
         for file, part in parts:
-            part.of(whole).copy_(file.get_tensor(name))
+            part.slice_of(whole).copy_(file.get_tensor(name))
         if sum({part.offset: prod(part.size) for _, part in parts if prod(part.size)}.values()) != prod(cut):
             raise ReferenceMismatchError(
                 f"{self._directory} lacks parts of {name!r}: a rank's file is missing, the checkpoint is damaged."

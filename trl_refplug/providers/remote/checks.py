@@ -16,10 +16,7 @@ from trl_refplug.models.positions import absolute_positions, batch_length_limit
 from trl_refplug.models.tolerances import TOLERANCES, tolerance_for
 from trl_refplug.provider import ReferenceContext, ReferenceIdentity
 from trl_refplug.rows import Row
-from trl_refplug.serving.client import RefPlugClient, ScoringClient
-from trl_refplug.serving.served_model import tokenizer_digest
-from trl_refplug.serving.transport import Transport
-from trl_refplug.serving.vllm import VllmClient
+from trl_refplug.serving import RefPlugClient, ScoringClient, Transport, VllmClient, tokenizer_digest
 
 
 if TYPE_CHECKING:
@@ -39,7 +36,7 @@ def connect(
         ReferenceMismatchError: It serves something else.
     """
     client = RefPlugClient(transport)
-    facts = client.facts
+    facts = client.served_model
     if options.starts_as_policy:
         expected = _policy_digests(context)
         if facts.digest not in expected:
@@ -83,7 +80,7 @@ def connect_vllm(
     client = VllmClient(
         transport,
         model=options.model,
-        known=None if context.probe_rows is None else Row(context.probe_rows[0], context.probe_rows[0]),
+        probe_row=None if context.probe_rows is None else Row(context.probe_rows[0], context.probe_rows[0]),
         tolerance=tolerance,
         left_padding=not absolute_positions(model),
         batch_limit=batch_length_limit(model),
@@ -98,7 +95,7 @@ def connect_vllm(
 def dtype_of(client: ScoringClient, options: RemoteOptions) -> str | None:
     """The dtype that a server computes in; `None` for that of the policy."""
     if isinstance(client, RefPlugClient):
-        return client.facts.dtype
+        return client.served_model.dtype
     return None if options.starts_as_policy else "bfloat16"  # nothing says what an unknown server computes in
 
 
@@ -112,7 +109,7 @@ def check_tokenizer(client: ScoringClient, processing_class: Any) -> None:
     if not isinstance(client, RefPlugClient):
         return
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    ours, facts = tokenizer_digest(tokenizer), client.facts
+    ours, facts = tokenizer_digest(tokenizer), client.served_model
     if ours is not None and len(tokenizer) > facts.vocab_size:
         raise ReferenceMismatchError(
             f"The tokenizer has {len(tokenizer):,} tokens, and the reference that is served ({facts.model}) only "

@@ -17,13 +17,11 @@ from trl_refplug.errors import ConfigurationError, UnsupportedInputError, requir
 from trl_refplug.provider import BulkScorer, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
 from trl_refplug.providers.options import REMOTE_CAPABILITIES, RemoteOptions
 from trl_refplug.rows import PaddedRows
-from trl_refplug.serving.api_key import read_key
-from trl_refplug.serving.background import in_background
+from trl_refplug.serving import in_background, read_api_key
 
 
 if TYPE_CHECKING:  # what talks to servers needs an extra, and is imported when it is there for certain
-    from trl_refplug.serving.client import ScoringClient
-    from trl_refplug.serving.transport import Transport
+    from trl_refplug.serving import ScoringClient, Transport
 
 
 class RemoteProvider(ReferenceProvider):
@@ -43,7 +41,7 @@ class RemoteProvider(ReferenceProvider):
         require_extra("ref_provider='remote'", "serve", "httpx", "msgspec", "tenacity", "zstandard")
         self._urls = _checked_urls(options.url)
         option = "ref_provider='remote': option 'api_key_env'"
-        self._key = None if options.api_key_env is None else read_key(options.api_key_env, option)
+        self._key = None if options.api_key_env is None else read_api_key(options.api_key_env, option)
         if options.model is not None and options.protocol != "vllm":
             raise ConfigurationError(
                 "ref_provider='remote': option 'model' is for protocol='vllm'. A server of `trl-refplug serve` has "
@@ -76,7 +74,7 @@ class RemoteProvider(ReferenceProvider):
 
     def pin(self, context: ReferenceContext) -> None:
         from trl_refplug.providers.remote import checks
-        from trl_refplug.serving.transport import Transport
+        from trl_refplug.serving import Transport
 
         options = self.options
         self._transport = Transport(
@@ -110,9 +108,9 @@ class RemoteProvider(ReferenceProvider):
     @contextmanager
     def bulk_scorer(self) -> Iterator[BulkScorer]:
         """Scores streams of rows with several requests in flight."""
-        from trl_refplug.serving import bulk
+        from trl_refplug.serving import RemoteBulkScorer
 
-        yield bulk.BulkScorer(self._asked, self._temperature)
+        yield RemoteBulkScorer(self._asked, self._temperature)
 
     def counters(self) -> dict[str, float]:
         stats = self._asked.transport.stats
@@ -138,7 +136,7 @@ class RemoteProvider(ReferenceProvider):
 
     def _rows(self, batch: ReferenceBatch) -> PaddedRows:
         try:
-            return PaddedRows.of(batch)
+            return PaddedRows.from_batch(batch)
         except ValueError as error:
             raise UnsupportedInputError(
                 f"ref_provider='remote' sends rows that are plain token sequences; this batch has {error}. Use "
@@ -151,7 +149,7 @@ class RemoteProvider(ReferenceProvider):
         with self._lock:
             self._tokens += rows.tokens
             self._seconds += time.perf_counter() - started
-        return rows.place(values).to(device)
+        return rows.to_log_probs(values).to(device)
 
 
 def _checked_urls(given: str | list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The plugin. It registers the provider, and does not import torch, so that plugins can be listed at once."""
+"""The plugin: what it registers. It imports no torch, so that listing plugins stays instant."""
 
 from trl_refplug import hookimpl
 from trl_refplug.hookspecs import Register

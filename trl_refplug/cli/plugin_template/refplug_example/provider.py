@@ -14,18 +14,18 @@ from refplug_example.options import CAPABILITIES, ExampleOptions
 
 
 class ExampleProvider(ReferenceProvider):
-    """Scores with a copy of the policy, made before training."""
+    """Scores with a copy of the policy."""
 
     Options = ExampleOptions
     capabilities = CAPABILITIES
     options: ExampleOptions
 
     def pin(self, context: ReferenceContext) -> nn.Module:
-        # The policy is still exactly as it was passed in. Later it may have been changed or loaded from a checkpoint.
+        # The policy is exactly as it was passed in. What is seen later need not be the start of training.
         policy: Any = context.policy
         adapter = policy.active_adapter if hasattr(policy, "peft_config") else None
         self._digest = digest_model(policy, adapter)
-        return copy.deepcopy(context.policy)  # TRL moves it to its device, or shards it with DeepSpeed or FSDP
+        return copy.deepcopy(context.policy)  # for TRL to place: device, DeepSpeed, FSDP
 
     def declared_model(self, context: ReferenceContext) -> AbstractContextManager[nn.Module | None]:
         # Training asks the reference about a few rows now and then, and compares its answers with what the model that
@@ -33,13 +33,13 @@ class ExampleProvider(ReferenceProvider):
         return super().declared_model(context) if self.options.sharpness == 1 else nullcontext()
 
     def setup(self, context: ReferenceContext) -> None:
-        assert context.reference_model is not None  # this is the model that pin() returned, on its device
+        assert context.reference_model is not None  # what pin() returned, placed
         self._model = context.reference_model
         self._model.eval()
         self._temperature = context.temperature
 
     def identity(self) -> ReferenceIdentity:
-        # The identity holds everything that changes a value, and nothing else.
+        # All that changes a value, and nothing else.
         sharpness = self.options.sharpness
         return ReferenceIdentity("example", f"{self._digest}-{sharpness}", {"sharpness": sharpness})
 
