@@ -19,6 +19,7 @@ from trl_refplug.errors import PluginError, RefPlugError
 DIFFERS = 1
 CANNOT_BE_DONE = 2
 INTERRUPTED = 130
+LAUNCHED_DIFFERS = 3  # how a launched process says DIFFERS, as Python itself ends with 1 after a defect
 
 _DATA_COLUMNS = ("prompt", "chosen", "rejected", "completion", "label")
 _LOOKS_FOR_FILES = ("huggingface_hub.", "datasets.", "transformers.")  # libraries whose errors users can understand

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from trl_refplug.cli.failures import CANNOT_BE_DONE, INTERRUPTED, report
+from trl_refplug.cli.failures import INTERRUPTED, LAUNCHED_DIFFERS, report
 from trl_refplug.cli.tasks import Task, decode
 from trl_refplug.cli.trl_scripts import PREFIXES, load, make_parser, our_classes, use_file
 
@@ -96,7 +96,8 @@ def _main() -> None:
     except Exception as error:
         error = task.explain(error) if task is not None else error
         status = report(error)
-        sys.exit(task.status_of(error) if task is not None and status == CANNOT_BE_DONE else status)
+        differs = task is not None and task.means_difference(error)
+        sys.exit(LAUNCHED_DIFFERS if differs else status)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from trl_refplug.cli.failures import CANNOT_BE_DONE, DIFFERS
 from trl_refplug.errors import ConfigurationError, MissingRowError, ReferenceMismatchError
 from trl_refplug.plugins import plugin_manager
 from trl_refplug.provider import VerifiesStoredRows
@@ -56,9 +55,9 @@ class Task(ABC):
         """The error that a user of this command should see in the place of `error`."""
         return error
 
-    def status_of(self, error: Exception) -> int:
-        """The exit status of the command if it fails with this error."""
-        return CANNOT_BE_DONE
+    def means_difference(self, error: Exception) -> bool:
+        """Whether this error says that what the command compared differs, and not that it cannot be done."""
+        return False
 
     def encode(self) -> str:
         """The task as one argument of a command line. [`decode`] reads it."""
@@ -104,8 +103,8 @@ class Verify(Task):
     def explain(self, error: Exception) -> Exception:
         return _rows_are_missing(error, self.path)
 
-    def status_of(self, error: Exception) -> int:
-        return DIFFERS if isinstance(error, ReferenceMismatchError) else CANNOT_BE_DONE
+    def means_difference(self, error: Exception) -> bool:
+        return isinstance(error, ReferenceMismatchError)
 
     def run(self, trainer: Any) -> str:
         provider = trainer.ref_model.provider

@@ -19,7 +19,7 @@ import typer
 from trl_refplug.arguments import ReferenceArguments
 from trl_refplug.cli import launched
 from trl_refplug.cli.checks import check_run
-from trl_refplug.cli.failures import CANNOT_BE_DONE, DIFFERS, INTERRUPTED
+from trl_refplug.cli.failures import CANNOT_BE_DONE, DIFFERS, INTERRUPTED, LAUNCHED_DIFFERS
 from trl_refplug.cli.given_flags import GivenFlags, read_flags, refuse
 from trl_refplug.cli.tasks import Precompute, Task
 from trl_refplug.cli.trl_scripts import PREFIXES, make_parser
@@ -186,17 +186,17 @@ def _run(launch_command: Any, launch_args: Any) -> None:
     except CalledProcessError as error:
         raise typer.Exit(_status(error.returncode)) from None
     except ChildFailedError as error:
-        if not all(failure.exitcode in _OWN_STATUSES for failure in error.failures.values()):
+        if not all(failure.exitcode in _STATUSES for failure in error.failures.values()):
             print(error, file=sys.stderr)  # a process was killed, and this says which and how
         raise typer.Exit(_status(error.get_first_failure()[1].exitcode)) from None
 
 
-_OWN_STATUSES = (DIFFERS, CANNOT_BE_DONE, INTERRUPTED)
+_STATUSES = {LAUNCHED_DIFFERS: DIFFERS, CANNOT_BE_DONE: CANNOT_BE_DONE, INTERRUPTED: INTERRUPTED}
 
 
 def _status(code: int) -> int:
     """The exit status of a command whose process ended so. A process that was killed could not do its work."""
-    return code if code in _OWN_STATUSES else CANNOT_BE_DONE
+    return _STATUSES.get(code, CANNOT_BE_DONE)
 
 
 def _check(
