@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from tests import tiny
 from tests.cli.processes import ROOT, environment_with, run_python
 from tests.conftest import FakeSite
+from trl_refplug import Capabilities
 
 
 PACKAGES = ROOT / "tests" / "packages"
@@ -53,10 +55,7 @@ def test_pip_installed_plugins_are_listed(python: Path) -> None:
         "plugin": "uniform",
         "distribution": "refplug-uniform",
         "target": "refplug_uniform.provider:UniformProvider",
-        "capabilities": dict.fromkeys(
-            ("local_model", "moving", "overlap", "temperature", "multimodal", "offline"), False
-        )
-        | {"temperature": True, "offline": True},
+        "capabilities": asdict(Capabilities(temperature=True, offline=True)),
         "options": [
             {
                 "name": "scale",

@@ -50,6 +50,18 @@ def was_interrupted(error: BaseException | None) -> bool:
     return any(isinstance(cause, KeyboardInterrupt) for cause in _chain(error))
 
 
+def concerns_data(error: BaseException) -> bool:
+    """Whether a data set that could not be read, or a column that it lacks, caused this error."""
+    return any(
+        type(cause).__module__.startswith("datasets.") or (isinstance(cause, KeyError) and _names_a_column(cause))
+        for cause in _chain(error)
+    )
+
+
+def _names_a_column(error: KeyError) -> bool:
+    return bool(error.args) and error.args[0] in _DATA_COLUMNS
+
+
 def in_one_line(error: BaseException) -> str | None:
     """The message for a mistake of data, paths or the machine, in one line; `None` for any other exception."""
     if isinstance(error, RefPlugError):
@@ -66,7 +78,7 @@ def _explained(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, ValueError) and "chat_template" in text:
         return no_chat_template("The model")
-    if isinstance(error, KeyError) and error.args and error.args[0] in _DATA_COLUMNS:
+    if isinstance(error, KeyError) and _names_a_column(error):
         return (
             f"The data have no column {error.args[0]!r}, which this trainer needs. Data formats of TRL: "
             "https://huggingface.co/docs/trl/dataset_formats."

@@ -8,9 +8,10 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from trl_refplug.cli.failures import INTERRUPTED, LAUNCHED_DIFFERS, report
+from trl_refplug.cli.failures import INTERRUPTED, LAUNCHED_DIFFERS, concerns_data, report
 from trl_refplug.cli.tasks import Task, decode
 from trl_refplug.cli.trl_scripts import PREFIXES, load, make_parser, our_classes, use_file
+from trl_refplug.data_files import check_data_file
 
 
 class _DoneError(Exception):
@@ -65,7 +66,9 @@ def train(method: str, arguments: Sequence[str], task: Task | None = None) -> No
     """
     *parsed, _ = make_parser(method).parse_args_and_config(list(arguments), return_remaining_strings=True)
     script_args, training_args, model_args, mixture = parsed
+    file = None
     if script_args.dataset_name and not mixture.datasets and Path(script_args.dataset_name).is_file():
+        file = Path(script_args.dataset_name)
         use_file(script_args, mixture)
     if task is not None:
         task.configure(training_args)
@@ -74,6 +77,10 @@ def train(method: str, arguments: Sequence[str], task: Task | None = None) -> No
     try:
         with our_classes(method), nullcontext() if task is None else _instead_of_training(method, task):
             load(method).main(script_args, training_args, model_args, mixture)
+    except Exception as error:
+        if file is not None and concerns_data(error):
+            check_data_file(file, method, None)  # all rows, to say which one is wrong
+        raise
     finally:
         if not existed:
             with suppress(OSError):  # it is not empty, so it is kept

@@ -80,19 +80,13 @@ def _difference(saved: ReferenceIdentity, current: ReferenceIdentity) -> str:
     """What to do about two identities that differ. What differs in the details for people is named."""
     if saved.provider != current.provider:
         return f"another provider. Use --ref_provider {saved.provider}, or start anew."
-    names = [
-        name for name in {**saved.details, **current.details} if saved.details.get(name) != current.details.get(name)
-    ]
-    if names:
-        was = ", ".join(f"{name}={saved.details.get(name)}" for name in names)
-        now = ", ".join(f"{name}={current.details.get(name)}" for name in names)
-        return (
-            f"it had {was}, and has {now} now. Pass the policy as it was passed when training started, and the same "
-            "reference options."
-        )
+    values = {**saved.details, **current.details}
+    names = [name for name in values if saved.details.get(name) != current.details.get(name)]
+    was, now = (", ".join(f"{name}={identity.details.get(name)}" for name in names) for identity in (saved, current))
+    what = f"it had {was}, and has {now} now" if names else "another model, revision, adapter or precision"
     return (
-        "another model, revision, adapter or precision. Pass the policy as it was passed when training started (not "
-        "the checkpoint itself: `resume_from_checkpoint` loads that), and the same reference options."
+        f"{what}. Pass the policy as it was passed when training started (not the checkpoint itself: "
+        "`resume_from_checkpoint` loads that), and the same reference options."
     )
 
 
