@@ -142,6 +142,34 @@ def test_unusable_lazy_target_names_plugin_distribution_and_target(site: FakeSit
     manager.provider_class("frozen")
 
 
+@pytest.mark.parametrize(
+    ("module", "told"),
+    [
+        (PROVIDER, ""),
+        ("if True:\n    Provider = 1", ""),  # this may be right, and only an import would tell
+        ("from somewhere_else import *", "acme_lazy imports 'somewhere_else', which is not installed"),
+        ("import missing_dependency", "acme_lazy imports 'missing_dependency', which is not installed"),
+        ("try:\n    import missing\nexcept ImportError:\n    missing = None", ""),
+        ("class Provide: pass", "acme_lazy has no 'Provider'. Did you mean 'Provide'?"),
+        ("class Provider(", "SyntaxError in "),
+        (None, "there is no module 'acme_lazy'"),
+    ],
+)
+def test_what_the_source_of_a_lazy_target_tells(site: FakeSite, module: str | None, told: str) -> None:
+    modules = {"acme_mod": LAZY} | ({} if module is None else {"acme_lazy": module})
+    site.install("acme-refs", plugins={"acme": "acme_mod"}, modules=modules)
+    problem = PluginManager().providers["uniform"].problem()
+    assert told in problem
+    assert bool(problem) == bool(told)
+    assert "acme_lazy" not in sys.modules
+
+
+def test_built_in_targets_are_there() -> None:
+    assert {
+        name: provider.problem() for name, provider in PluginManager().providers.items() if provider.problem()
+    } == {}
+
+
 HOOK = "from trl_refplug import hookimpl\n@hookimpl"
 
 HOOK_ONLY = f"{HOOK}\ndef refplug_scored(): pass"

@@ -94,6 +94,7 @@ class Capabilities:
             adapter disabled. Whatever casts or changes those changes the reference's values.
         before_training_only (`bool`): Can be asked only before the first step, as a policy that is its own reference.
             Such a provider cannot be selected; it fills a store.
+        needs_peft (`bool`): Answers for a PEFT policy only.
     """
 
     local_model: bool = False
@@ -106,6 +107,7 @@ class Capabilities:
     accepts_model: bool = False
     scores_policy: bool = False
     before_training_only: bool = False
+    needs_peft: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_refplug.bench.workloads import synthetic_pairs, tokenize_pairs, workload
-from trl_refplug.preference_files import read_pairs
+from trl_refplug.data_files import read_pairs
 from trl_refplug.rows import PaddedRows, Row
 from trl_refplug.scoring import Scorer
 from trl_refplug.scoring.exact import exact_log_probs

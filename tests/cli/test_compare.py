@@ -47,7 +47,7 @@ def results(output: Path) -> Any:
 
 def test_a_provider_that_fails_is_named_and_the_others_are_compared(compared: tuple[Path, Any]) -> None:
     output, completed = compared
-    assert completed.returncode == 1
+    assert completed.returncode == 2
     assert completed.stderr == ""
     failure = completed.stdout.splitlines()[-1]
     assert failure.startswith("cached (fill=never) failed: ")
@@ -154,7 +154,7 @@ def test_interrupted(endless: Any, tmp_path: Path) -> None:
     process, workers = endless
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 230
     assert "Interrupted. Finished runs are kept in" in stdout
     assert "Traceback" not in stderr
     assert workers
@@ -170,5 +170,5 @@ def test_a_killed_run_is_a_failed_one(endless: Any) -> None:
     process, workers = endless
     next(worker for worker in workers if "spawn_main" in " ".join(worker.cmdline())).kill()
     stdout, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert "adapter failed: its process was killed, most likely because memory ran out" in stdout

@@ -59,9 +59,9 @@ def test_error_is_a_message() -> None:
 
 def test_error_with_traceback_on_request() -> None:
     completed = run_command("raise OptionsError('seven')", TRL_REFPLUG_TRACEBACK="1")
-    assert completed.returncode == 1
+    assert completed.returncode == 2
     assert "Traceback (most recent call last)" in completed.stderr
-    assert completed.stderr.rstrip().endswith("OptionsError: seven")
+    assert completed.stderr.rstrip().endswith("OptionsError: seven\nError: seven")
 
 
 def test_error_of_a_plugin_comes_with_the_plugins_traceback() -> None:
@@ -91,7 +91,7 @@ def test_warning_is_one_line() -> None:
 
 def test_other_exceptions_are_not_hidden() -> None:
     completed = run_command("raise ValueError('a defect')")
-    assert completed.returncode == 1
+    assert completed.returncode == 2  # 1 would mean that what was compared differs
     assert "Traceback" in completed.stderr
 
 

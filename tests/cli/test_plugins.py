@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from tests import tiny
 from tests.cli.processes import ROOT, environment_with, run_python
 from tests.conftest import FakeSite
+from trl_refplug import Capabilities
 
 
 PACKAGES = ROOT / "tests" / "packages"
@@ -53,10 +55,7 @@ def test_pip_installed_plugins_are_listed(python: Path) -> None:
         "plugin": "uniform",
         "distribution": "refplug-uniform",
         "target": "refplug_uniform.provider:UniformProvider",
-        "capabilities": dict.fromkeys(
-            ("local_model", "moving", "overlap", "temperature", "multimodal", "offline"), False
-        )
-        | {"temperature": True, "offline": True},
+        "capabilities": asdict(Capabilities(temperature=True, offline=True)),
         "options": [
             {
                 "name": "scale",
@@ -121,6 +120,38 @@ def test_provider_that_cannot_be_imported_is_listed_with_its_reason(site: FakeSi
     table = run_python(sys.executable, "-m", "trl_refplug", "plugins", PYTHONPATH=path).stdout
     assert "hello from a plugin" not in table
     assert "ModuleNotFoundError" in table
+
+
+def test_a_class_that_is_not_there_is_not_ok(site: FakeSite) -> None:
+    """Its options and capabilities are registered with it, so that the listing does not import it."""
+    source = """
+        from dataclasses import dataclass
+        from trl_refplug import Capabilities, hookimpl
+
+        @dataclass(frozen=True)
+        class Options:
+            pass
+
+        @hookimpl
+        def refplug_register_providers(register):
+            register("lazy", "acme_lazy:Provider", options=Options, capabilities=Capabilities())
+    """
+    site.install(
+        "acme-refs", plugins={"acme": "acme_mod"}, modules={"acme_mod": source, "acme_lazy": "class Other: 1"}
+    )
+    listing = listed(sys.executable, PYTHONPATH=os.pathsep.join([str(site.path), str(ROOT)]))
+    assert listing["plugins"]["acme"]["status"] == "failed"
+    assert "acme_lazy has no 'Provider'" in listing["plugins"]["acme"]["reason"]
+
+
+@pytest.mark.parametrize("variable", ["TRL_REFPLUG_BLOCK", "TRL_REFPLUG_LOAD"])
+def test_a_misspelt_name_of_a_plugin_is_warned_about_once(variable: str) -> None:
+    completed = run_python(sys.executable, "-m", "trl_refplug", "plugins", **{variable: "bultin"})
+    assert completed.returncode == 0
+    assert completed.stderr == (
+        f"Warning: {variable} names 'bultin', but no such plugin or distribution is installed. Did you mean "
+        "'builtin'?\n"
+    )
 
 
 TRAIN = """

@@ -55,8 +55,8 @@ def test_serves_a_base_and_its_adapter(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no/such-model"], "Cannot serve 'no/such-model'"),
-        (["/no/such/directory"], "Cannot serve '/no/such/directory': there is no such directory"),
+        (["no/such-model"], "MODEL no/such-model: there is no such directory. As a name on the hub,"),
+        (["/no/such/directory"], "MODEL /no/such/directory: there is no such directory."),
         (
             ["m", "--api-key-env", "NO_SUCH_KEY"],
             "--api-key-env names the environment variable 'NO_SUCH_KEY', which",

@@ -139,7 +139,8 @@ def test_failure_of_the_launched_process(model: str, tmp_path: Path, asked: str)
     """The process shows its error, with a traceback if the user asked for it. The launcher adds no traceback."""
     data = write(tiny.preference_data(), tmp_path / "data.jsonl")
     arguments = flags(model, data, tmp_path / "out")
-    arguments += ["--ref_provider", "adapter"]  # the policy has no adapter
+    arguments += ["--use_peft", "--ref_provider", "adapter"]
+    arguments += ["--ref_provider_kwargs", '{"adapter": "other"}']  # the policy has no adapter of that name
     completed = run_here("dpo", *arguments, TRL_REFPLUG_TRACEBACK=asked)
     assert completed.returncode == 2, completed.stderr
     assert completed.stderr.count("Error:") == 1 + int(asked)  # a traceback ends with the error, too
@@ -154,8 +155,11 @@ def refusal(*arguments: str) -> str:
     return str(outcome.exception)
 
 
-# This model and these data do not exist. A check that complains of them would come too late.
-NOWHERE = ["--model_name_or_path", "no/model", "--dataset_name", "no/data", "--use_cpu"]
+@pytest.fixture(scope="module")
+def named(model: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags that name a model and data that exist."""
+    data = write(tiny.preference_data(), tmp_path_factory.mktemp("named") / "data.jsonl")
+    return ["--model_name_or_path", model, "--dataset_name", str(data), "--use_cpu", "--reward_funcs", "a.b"]
 
 
 @pytest.mark.parametrize(
@@ -172,43 +176,47 @@ NOWHERE = ["--model_name_or_path", "no/model", "--dataset_name", "no/data", "--u
         (["--config", "missing.yaml"], "missing.yaml"),
     ],
 )
-def test_mistakes_are_found_before_the_launch(arguments: list[str], message: str) -> None:
-    assert message in refusal("dpo", *arguments, *NOWHERE)
+def test_mistakes_are_found_before_the_launch(arguments: list[str], message: str, named: list[str]) -> None:
+    assert message in refusal("dpo", *arguments, *named[:-2])
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_checks_its_reference(method: str) -> None:
-    assert "Did you mean 'frozen'?" in refusal(method, *NOWHERE, "--ref_provider", "frosen")
+def test_every_method_checks_its_reference(method: str, named: list[str]) -> None:
+    assert "Did you mean 'frozen'?" in refusal(method, *named, "--ref_provider", "frosen")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--dataset_name", "no/data"], "--model_name_or_path"),
-        (["--model_name_or_path", "no/model"], "--dataset_name"),
-        (["--model_name_or_path", "no/model", "--dataset_name", "missing.jsonl"], "there is no such file"),
-        (["--model_name_or_path", "no/model", "--dataset_name", "no/such/data"], "no/such/data: there is no such"),
-        (["--model_name_or_path", "./modle", "--dataset_name", "no/data"], "./modle: there is no such file or dir"),
-        (["--model_name_or_path", "no/model", "--dataset_name", __file__], "expected a file that ends in"),
+        (["--model_name_or_path", "MODEL"], "--dataset_name"),
+        (["--model_name_or_path", "MODEL", "--dataset_name", "missing.jsonl"], "there is no such file"),
+        (["--model_name_or_path", "MODEL", "--dataset_name", "no/such/data"], "no/such/data: there is no such"),
+        (["--model_name_or_path", "./modle", "--dataset_name", "no/data"], "./modle: there is no such directory"),
+        (["--model_name_or_path", "MODEL", "--dataset_name", __file__], "expected a file that ends in"),
     ],
 )
-def test_model_and_data_must_be_named(arguments: list[str], message: str) -> None:
+def test_model_and_data_must_be_named(arguments: list[str], message: str, model: str) -> None:
+    arguments = [model if argument == "MODEL" else argument for argument in arguments]
     assert message in refusal("dpo", "--use_cpu", *arguments)
 
 
-def test_misspelled_files_are_not_taken_for_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_misspelled_file_is_suggested(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tiny.preference_data(), tmp_path / "pairs.jsonl")
     monkeypatch.chdir(tmp_path)
-    message = refusal("dpo", "--use_cpu", "--model_name_or_path", "no/model", "--dataset_name", "pairs.jsnl")
-    assert message == "--dataset_name pairs.jsnl: there is no such file. Did you mean 'pairs.jsonl'?"
+    message = refusal("dpo", "--use_cpu", "--model_name_or_path", model, "--dataset_name", "pairs.jsnl")
+    expected = (
+        "--dataset_name pairs.jsnl: there is no such file or directory. Did you mean 'pairs.jsonl'? As a name on"
+    )
+    assert message.startswith(expected)
 
 
-def test_single_file_has_no_evaluation_split(tmp_path: Path) -> None:
+def test_single_file_has_no_evaluation_split(model: str, tmp_path: Path) -> None:
     data = write(tiny.preference_data(), tmp_path / "data.jsonl")
     arguments = [
         "--use_cpu",
         "--model_name_or_path",
-        "no/model",
+        model,
         "--dataset_name",
         str(data),
         "--eval_strategy",

@@ -26,8 +26,16 @@ HEAD = """\
 
 <!-- Written by `python -m tests.docs.commands`. -->
 
-`trl-refplug COMMAND --help` shows the same. Errors are a message and exit status 2 (1 where several processes were
-launched); `TRL_REFPLUG_TRACEBACK=1` shows the traceback as well.
+`trl-refplug COMMAND --help` shows the same.
+
+| exit status | |
+|---|---|
+| 0 | the command did what was asked, and what it compared agrees |
+| 1 | what it compared differs: `check`, `store verify`. `serve`: the GPU was lost |
+| 2 | it cannot be done. A mistake is a message of one line or a short list; a defect comes with its traceback |
+| 130 | it was interrupted by Ctrl-C |
+
+`TRL_REFPLUG_TRACEBACK=1` shows the traceback of every error, and changes no status.
 """
 REFERENCE_FLAGS = """
 ## Reference flags
@@ -63,7 +71,7 @@ def _section(path: tuple[str, ...], command: Any) -> str:
     usage = [name, *(argument.name.upper() for argument in arguments)]
     if options:
         usage.append("[OPTIONS]")
-    if command.add_help_option is COMMAND_SETTINGS["add_help_option"]:  # passes everything on to TRL
+    if command.context_settings == COMMAND_SETTINGS["context_settings"]:  # passes everything on to TRL
         usage.append("[METHOD] [TRL'S FLAGS]" if path == ("precompute",) else "[TRL'S FLAGS]")
     lines = [f"### {name}", "", "```text", " ".join(usage), "```", "", inspect.cleandoc(command.help)]
     if arguments or options:

@@ -1,6 +1,7 @@
 """Checkpoints say which reference they were trained with, and a resumed run must have the same."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from trl_refplug import Capabilities, ReferenceIdentity, ReferenceMismatchError, ReferenceProvider
+from trl_refplug.trainers.checkpoint import compare_with_checkpoint
 
 from .. import tiny
 from .runs import KINDS, build, train
@@ -71,6 +73,30 @@ def test_another_reference_is_refused(tmp_path):
     trainer = build("dpo", out, str(out / "checkpoint-2"), args=SAVING)
     with pytest.raises(ReferenceMismatchError, match="not the checkpoint itself"):
         trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("provider", "details", "told"),
+    [
+        ("ema", {"alpha": 0.5, "sync_steps": 8}, "it had alpha=0.6, and has alpha=0.5 now. Pass the policy"),
+        ("ema", {"alpha": 0.6, "sync_steps": 8}, "another model, revision, adapter or precision. Pass the policy"),
+        ("frozen", {}, "another provider. Use --ref_provider ema, or start anew."),
+    ],
+)
+def test_what_differs_is_named(provider, details, told, tmp_path):
+    saved = ReferenceIdentity("ema", "1", {"alpha": 0.6, "sync_steps": 8})
+    (tmp_path / "refplug").mkdir()
+    (tmp_path / "refplug" / "reference.json").write_text(json.dumps({"identity": saved.to_dict()}))
+
+    class Resumed(ReferenceProvider):
+        def identity(self):
+            return ReferenceIdentity(provider, "2", details)
+
+        def log_probs(self, batch):
+            raise AssertionError
+
+    with pytest.raises(ReferenceMismatchError, match=re.escape(told)):
+        compare_with_checkpoint(str(tmp_path), Resumed())
 
 
 def test_the_same_reference_from_another_provider(tmp_path):

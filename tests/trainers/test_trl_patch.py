@@ -166,6 +166,23 @@ class TestMisuse:
         with pytest.raises(UnknownProviderError, match="Did you mean 'frozen'"):
             build("dpo", tmp_path, str(tmp_path / "no-such-model"), args={"ref_provider": "frosen"})
 
+    def test_pin_returns_what_trl_cannot_place(self, tmp_path):
+        class Two(Uniform):
+            def pin(self, context):
+                return torch.nn.ModuleList([context.policy, context.policy])
+
+        with pytest.raises(
+            ConfigurationError, match=r"Two\.pin\(\) returned a ModuleList; expected None, or one model"
+        ):
+            build("dpo", tmp_path, tiny.saved(tmp_path), reference=Two())
+
+        class Named(Uniform):
+            def pin(self, context):
+                return "the name of a model"
+
+        with pytest.raises(ConfigurationError, match=r"Named\.pin\(\) returned a str"):
+            build("dpo", tmp_path, tiny.saved(tmp_path), reference=Named())
+
     def test_unknown_option_before_anything_is_loaded(self, tmp_path):
         args = {"ref_provider": "frozen", "ref_provider_kwargs": {"modle": "x"}}
         with pytest.raises(OptionsError, match="Did you mean 'model'"):

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trl_refplug.cli.checks import check_writable
 from trl_refplug.cli.common import Dtype, exit_on_interrupt, make_output_directory, torch_dtype
-from trl_refplug.errors import require_extra
-from trl_refplug.preference_files import read_pairs
+from trl_refplug.data_files import read_pairs
+from trl_refplug.errors import ConfigurationError, did_you_mean, require_extra
+from trl_refplug.runtime.names import check_name
 
 
 if TYPE_CHECKING:
@@ -69,6 +71,10 @@ def score(
     """
     require_extra("The plot of the benchmark", "demo", "matplotlib")
     started = time.monotonic()
+    _check_shapes(shape or [])
+    check_name("--model", model)
+    file_pairs = None if data is None else read_pairs(data, None if sample else rows)
+    check_writable("--output", output)
 
     import torch
     from tqdm import tqdm  # type: ignore[import-untyped]
@@ -83,7 +89,7 @@ def score(
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype(dtype)).eval()
         if torch.cuda.is_available():
             loaded = loaded.to("cuda")
-        pairs = _pairs(model, loaded, data, rows, sample)
+        pairs = _pairs(model, loaded, file_pairs, rows, sample)
         works = [workload(name, pairs, max_length) for name in shape or DEFAULT_SHAPES]
 
         results: list[Result] = []
@@ -107,15 +113,26 @@ def score(
         )
 
 
-def _pairs(model: str, loaded: Any, data: Path | None, rows: int, sample: bool) -> list[Pair]:
+def _check_shapes(names: list[str]) -> None:
+    """Refuse a shape that does not exist, before the model is loaded."""
+    if not names:
+        return
+    from trl_refplug.bench.workloads import SHAPES
+
+    for name in names:
+        if name not in SHAPES:
+            known = ", ".join(SHAPES)
+            raise ConfigurationError(f"--shape {name}: expected one of {known}.{did_you_mean(name, SHAPES)}")
+
+
+def _pairs(model: str, loaded: Any, pairs: list[dict[str, Any]] | None, rows: int, sample: bool) -> list[Pair]:
     """The pairs to score: those of the file, or random ones if there is none."""
     from transformers import AutoTokenizer
 
     from trl_refplug.bench.workloads import synthetic_pairs, tokenize_pairs
 
-    if data is None:
+    if pairs is None:
         return synthetic_pairs(rows, loaded.config.get_text_config().vocab_size)
-    pairs = read_pairs(data, None if sample else rows)
     if sample:
         pairs = random.Random(0).sample(pairs, min(rows, len(pairs)))
     return tokenize_pairs(pairs, AutoTokenizer.from_pretrained(model))

@@ -12,9 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trl_refplug.arguments import ReferenceArguments
+from trl_refplug.cli.checks import check_chat_template
 from trl_refplug.cli.common import Dtype, torch_dtype
+from trl_refplug.data_files import read_pairs
 from trl_refplug.errors import ConfigurationError
-from trl_refplug.preference_files import read_pairs
+from trl_refplug.plugins import check_reference_flags
+from trl_refplug.runtime.names import check_name
 
 
 if TYPE_CHECKING:
@@ -111,12 +115,20 @@ def check(
     The data goes through the pipeline of the real trainer. The plain model is loaded in float32 and called as TRL
     calls its reference. The exit code is 0 if they agree, 1 if they differ, and 2 if the check cannot be made.
     """
+    flags = ReferenceArguments(ref_provider=provider, ref_provider_kwargs=kwargs)
+    check_reference_flags(flags, policy_is_peft=lora, peft_flag="--lora")
+    pairs = read_pairs(data, rows)
+    check_name("--model", model)
+    if reference is not None:
+        check_name("--reference", reference)
+    if isinstance(pairs[0]["prompt"], list):
+        check_chat_template("--model", model)
+
     from trl_refplug.models.tolerances import Tolerance, tolerance_for
 
     allowed = tolerance_for("no", torch_dtype(dtype), "cpu")
     if tolerance is not None:
         allowed = Tolerance(largest=tolerance, mean=tolerance)
-    pairs = read_pairs(data, rows)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the verdict only
         identity, batches, answers = _score(model, pairs, provider, kwargs, max_length, dtype, lora)
         plain = _score_plainly(reference or model, batches)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trl_refplug.cli.checks import check_chat_template, check_writable
 from trl_refplug.cli.common import exit_on_interrupt, make_output_directory
+from trl_refplug.cli.failures import CANNOT_BE_DONE
 from trl_refplug.cli.training_runs import ModelOption, SeedOption, StepsOption, resolve_model, step_progress
 from trl_refplug.compare.job import Job, Run, Step
 from trl_refplug.compare.provider_choice import DEFAULT_PROVIDERS, ProviderChoice, parse_choices
 from trl_refplug.errors import require_extra
+from trl_refplug.runtime.names import check_name
 
 
 if TYPE_CHECKING:
@@ -51,15 +55,21 @@ def compare(
 
     require_extra("The plot of the comparison", "demo", "matplotlib")
     console = Console(highlight=False)
+    choices = parse_choices(provider or list(DEFAULT_PROVIDERS))
+    job = Job(model or "", None if data is None else str(data), steps, seed, max_length)
+    pairs = job.pairs()  # this raises if there is a mistake in the file
+    if model is not None:
+        check_name("--model", model)
+        if isinstance(pairs[0]["prompt"], list):
+            check_chat_template("--model", model)
+    check_writable("--output-dir", output_dir)
     with console.status("Loading PyTorch and TRL"):
         from trl_refplug.compare import comparison, pictures
 
-        choices = parse_choices(provider or list(DEFAULT_PROVIDERS))
-        if data is not None:
-            Job("", str(data), steps, seed, max_length).pairs()  # this raises if there is a mistake in the file
+        for choice in choices:
+            choice.check_combination()
+    job = replace(job, model=resolve_model(console, model))
     make_output_directory("--output-dir", output_dir)
-    model = resolve_model(console, model)
-    job = Job(model, None if data is None else str(data), steps, seed, max_length)
 
     folders = {choice.label: output_dir / "runs" / choice.folder for choice in choices}
     with exit_on_interrupt(f"Finished runs are kept in {output_dir}: the same command continues from there."):
@@ -86,7 +96,7 @@ def compare(
     for label, message in failures.items():
         console.print(f"{label} failed: {message} ({folders[label] / 'log.txt'})", style="red", soft_wrap=True)
     if failures:
-        raise typer.Exit(1)
+        raise typer.Exit(CANNOT_BE_DONE)
 
 
 def _run_all(

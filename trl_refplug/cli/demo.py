@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trl_refplug.cli.checks import check_chat_template, check_writable
 from trl_refplug.cli.common import exit_on_interrupt, make_output_directory
 from trl_refplug.cli.training_runs import ModelOption, SeedOption, StepsOption, resolve_model, step_progress
 from trl_refplug.compare.job import Job, Step
 from trl_refplug.compare.provider_choice import ProviderChoice
 from trl_refplug.errors import require_extra
+from trl_refplug.runtime.names import check_name
 
 
 if TYPE_CHECKING:
@@ -43,12 +45,17 @@ def demo(
 
     require_extra("The plot of the demo", "demo", "matplotlib")
     console = Console(highlight=False)
+    choice = ProviderChoice(ref_provider, ref_provider_kwargs)
+    choice.check()
+    if model is not None:
+        check_name("--model", model)
+        check_chat_template("--model", model)
+    check_writable("--output-dir", output_dir)
     with console.status("Loading PyTorch and TRL"):
         from trl_refplug.compare.demo import summary
         from trl_refplug.compare.pictures import draw_demo_curves
 
-        choice = ProviderChoice(ref_provider, ref_provider_kwargs)
-        choice.check()
+        choice.check_combination()
     with exit_on_interrupt("Nothing was written."):
         job = Job(resolve_model(console, model), None, steps, seed)
         make_output_directory("--output-dir", output_dir)

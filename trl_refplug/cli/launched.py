@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from trl_refplug.cli.common import traceback_wanted
+from trl_refplug.cli.failures import INTERRUPTED, LAUNCHED_DIFFERS, concerns_data, report
 from trl_refplug.cli.tasks import Task, decode
 from trl_refplug.cli.trl_scripts import PREFIXES, load, make_parser, our_classes, use_file
-from trl_refplug.errors import RefPlugError
+from trl_refplug.data_files import check_data_file
 
 
 class _DoneError(Exception):
@@ -67,12 +66,25 @@ def train(method: str, arguments: Sequence[str], task: Task | None = None) -> No
     """
     *parsed, _ = make_parser(method).parse_args_and_config(list(arguments), return_remaining_strings=True)
     script_args, training_args, model_args, mixture = parsed
+    file = None
     if script_args.dataset_name and not mixture.datasets and Path(script_args.dataset_name).is_file():
+        file = Path(script_args.dataset_name)
         use_file(script_args, mixture)
     if task is not None:
         task.configure(training_args)
-    with our_classes(method), nullcontext() if task is None else _instead_of_training(method, task):
-        load(method).main(script_args, training_args, model_args, mixture)
+    output_dir = Path(training_args.output_dir)
+    existed = output_dir.exists()
+    try:
+        with our_classes(method), nullcontext() if task is None else _instead_of_training(method, task):
+            load(method).main(script_args, training_args, model_args, mixture)
+    except Exception as error:
+        if file is not None and concerns_data(error):
+            check_data_file(file, method, None)  # all rows, to say which one is wrong
+        raise
+    finally:
+        if not existed:
+            with suppress(OSError):  # it is not empty, so it is kept
+                output_dir.rmdir()
 
     from torch import distributed
 
@@ -86,13 +98,13 @@ def _main() -> None:
     method, *arguments = sys.argv[1:] if task is None else sys.argv[2:]
     try:
         train(method, arguments, task)
-    except RefPlugError as error:
-        if traceback_wanted():
-            traceback.print_exc()
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        error = task.explain(error) if task is not None else error
+        status = report(error)
+        differs = task is not None and task.means_difference(error)
+        sys.exit(LAUNCHED_DIFFERS if differs else status)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-import traceback
 import warnings
 from typing import Annotated, Any
 
@@ -12,8 +11,8 @@ import typer
 
 import trl_refplug
 from trl_refplug.cli import bench, check, compare, demo, ema, new_plugin, plugins, serve, store, train
-from trl_refplug.cli.common import traceback_wanted
-from trl_refplug.errors import PluginError, RefPlugError, RefPlugWarning
+from trl_refplug.cli.failures import INTERRUPTED, report
+from trl_refplug.errors import RefPlugWarning
 
 
 _python_format = warnings.formatwarning
@@ -27,14 +26,15 @@ _PLUGINS = "Providers and plugins"
 app = typer.Typer(
     name="trl-refplug",
     help="Pluggable reference models for TRL.",
-    epilog="Errors are shown without a traceback, unless TRL_REFPLUG_TRACEBACK=1 is set.",
+    epilog="Exit status: 0 done, or what was compared agrees; 1 it differs; 2 it cannot be done. A mistake is shown "
+    "without a traceback, unless TRL_REFPLUG_TRACEBACK=1 is set.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 for _method in (train.dpo, train.kto, train.grpo, train.rloo):
     app.command(_method.__name__, rich_help_panel=_TRAIN, **train.COMMAND_SETTINGS)(_method)
 app.command("demo", rich_help_panel=_TRAIN)(demo.demo)
-app.command("precompute", rich_help_panel=_REFERENCES, **train.COMMAND_SETTINGS)(train.precompute)
+app.command("precompute", rich_help_panel=_REFERENCES, **train.PRECOMPUTE_SETTINGS)(train.precompute)
 app.add_typer(store.app, name="store", rich_help_panel=_REFERENCES)
 app.add_typer(ema.app, name="ema", rich_help_panel=_REFERENCES)
 app.command("serve", rich_help_panel=_REFERENCES)(serve.serve)
@@ -64,7 +64,8 @@ def main() -> None:
     """
     Run the command line.
 
-    A [`RefPlugError`] is shown as a message and ends it with exit code 2. Ctrl-C ends it with exit code 130.
+    Exit codes: 0 if it did what was asked and what it compared agrees, 1 if what it compared differs, 2 if it cannot
+    be done, 130 after Ctrl-C.
     """
     warnings.formatwarning = _formatted_warning
     for stream in (sys.stdout, sys.stderr):
@@ -73,23 +74,9 @@ def main() -> None:
     try:
         app(prog_name="trl-refplug")
     except KeyboardInterrupt:
-        sys.exit(130)
-    except RefPlugError as error:
-        if traceback_wanted():
-            raise
-        _print_error(error)
-        sys.exit(2)
+        sys.exit(INTERRUPTED)
     except Exception as error:
-        if not _was_interrupted(error):
-            raise
-        sys.exit(130)
-
-
-def _was_interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C caused this error. While a C extension is imported, it comes out as an `ImportError`."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
+        sys.exit(report(error))
 
 
 def _formatted_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
@@ -97,17 +84,6 @@ def _formatted_warning(message: Warning | str, category: type[Warning], *place: 
     if issubclass(category, RefPlugWarning):
         return f"Warning: {message}\n"
     return _python_format(message, category, *place, **more)
-
-
-def _print_error(error: RefPlugError) -> None:
-    from rich.console import Console
-
-    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
-    if isinstance(error, PluginError) and error.__cause__ is not None and error.__cause__.__traceback__ is not None:
-        # The traceback shows the author of the selected plugin where it failed.
-        cause = error.__cause__
-        console.print("".join(traceback.format_exception(type(cause), cause, cause.__traceback__)))
-    console.print(f"Error: {error}", style="red")
 
 
 if __name__ == "__main__":

@@ -39,10 +39,19 @@ def _listing() -> dict[str, list[dict[str, Any]]]:
     from trl_refplug.plugins import plugin_manager
 
     manager = plugin_manager()
-    return {
-        "plugins": [_described_plugin(record) for record in manager.records],
-        "providers": [_described_provider(provider) for provider in manager.providers.values()],
-    }
+    for problem in manager.setting_problems():
+        typer.echo(f"Warning: {problem}", err=True)
+    providers = [_described_provider(provider) for provider in manager.providers.values()]
+    plugins = [_described_plugin(record) for record in manager.records]
+    for plugin in plugins:
+        broken = [provider["error"] for provider in providers if provider["error"] and _is_of(provider, plugin)]
+        if broken and plugin["status"] == "ok":  # its hooks are called, but what it brings cannot be selected
+            plugin |= {"status": "failed", "reason": " ".join(broken)}
+    return {"plugins": plugins, "providers": providers}
+
+
+def _is_of(provider: dict[str, Any], plugin: dict[str, Any]) -> bool:
+    return (provider["plugin"], provider["distribution"]) == (plugin["name"], plugin["distribution"])
 
 
 def _described_plugin(record: PluginRecord) -> dict[str, Any]:
@@ -61,6 +70,8 @@ def _described_provider(provider: RegisteredProvider) -> dict[str, Any]:
         "options": [],
         "error": "",
     }
+    if problem := provider.problem():
+        return described | {"error": problem}
     try:
         described["capabilities"] = asdict(provider.capabilities)
         described["options"] = [asdict(option) for option in describe_options(provider.options)]

@@ -12,6 +12,7 @@ import typer
 
 from trl_refplug.cli.common import Dtype
 from trl_refplug.errors import ConfigurationError, require_extra
+from trl_refplug.runtime.names import check_name
 from trl_refplug.serving import read_api_key
 
 
@@ -55,7 +56,6 @@ def serve(
 
     After Ctrl-C or SIGTERM, it answers the requests it has accepted and then ends.
     """
-    _check_directory(model)
     key = read_api_key(api_key_env, "--api-key-env") if api_key_env is not None else None
     if ssl_keyfile and not ssl_certfile:
         raise ConfigurationError("--ssl-keyfile needs --ssl-certfile.")
@@ -70,6 +70,10 @@ def serve(
     except OSError as error:
         raise ConfigurationError(f"Cannot listen on {host} port {port}: {error.strerror or error}.") from None
     with listener:
+        check_name("MODEL", model)
+        if adapter is not None:
+            check_name("--adapter", adapter)
+
         from trl_refplug.serving import load_engine, make_app
 
         logging.basicConfig(format="%(levelname)s: %(message)s")
@@ -108,12 +112,6 @@ def serve(
         server.run(sockets=[listener])
         if app.state.device_lost():
             raise typer.Exit(1)  # the log says why; what started this process can restart it
-
-
-def _check_directory(model: str) -> None:
-    """Refuse a path that does not exist, before torch is imported."""
-    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
-        raise ConfigurationError(f"Cannot serve {model!r}: there is no such directory.")
 
 
 def _check_certificate(certfile: Path, keyfile: Path | None) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trl_refplug.cli.checks import check_output
 from trl_refplug.cli.tasks import Export, Verify
 from trl_refplug.cli.train import launch_task
 
@@ -83,7 +85,8 @@ def verify(
 
     The exit code is 1 if anything is wrong. With a training command, its model also scores a sample of the rows again:
     `trl-refplug store verify ref-store -- dpo --model_name_or_path ...`. A store holds no tokens, so the tokens of
-    these rows come from the training command. The exit code is 2 if the new log-probs differ.
+    these rows come from the training command. The exit code is 1, too, if the new log-probs differ, and 2 if the store
+    cannot be read or nothing can be scored again.
     """
     from trl_refplug.store import verify as verify_store
 
@@ -126,8 +129,10 @@ def export(
     """
     from trl_refplug.store import summarize
 
+    task = Export(location, output, split)
     summarize(location)  # this raises if there is no store, before anything is loaded
-    launch_task(Export(location, output, split), command, usage="trl-refplug store export PATH OUTPUT --")
+    check_output("OUTPUT", Path(output))
+    launch_task(task, command, usage="trl-refplug store export PATH OUTPUT --")
 
 
 def _sources(summary: StoreSummary) -> list[str]:

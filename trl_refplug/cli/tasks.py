@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from trl_refplug.errors import ConfigurationError
+from trl_refplug.errors import ConfigurationError, MissingRowError, ReferenceMismatchError
+from trl_refplug.plugins import plugin_manager
 from trl_refplug.provider import VerifiesStoredRows
+from trl_refplug.runtime.files import written_aside
 
 
 @dataclass(frozen=True)
@@ -30,30 +32,48 @@ class Task(ABC):
         Raises:
             ConfigurationError: `training_args` select a provider that has no store.
         """
-        from trl_refplug.plugins import plugin_manager
-
-        provider, with_store = training_args.ref_provider, plugin_manager().able("stored")
-        if provider not in ("auto", *with_store):
-            store = with_store[0]
+        name = training_args.ref_provider
+        stored = plugin_manager().able("stored")
+        if name not in ("auto", *stored):
             raise ConfigurationError(
-                f"`trl-refplug {self.name}` needs the store of ref_provider={store!r}; found --ref_provider "
-                f"{provider}. To store what this provider answers, make it the source: --ref_provider {store} "
-                f'--ref_provider_kwargs \'{{"source": "{provider}"}}\'.'
+                f"`trl-refplug {self.name}` needs the store of --ref_provider {' or '.join(stored)}; found "
+                f"--ref_provider {name}. To store what this provider answers, make it the source: --ref_provider "
+                f'{stored[0]} --ref_provider_kwargs \'{{"source": "{name}"}}\'.'
             )
-        training_args.ref_provider = with_store[0] if provider == "auto" else provider
+        training_args.ref_provider = stored[0] if name == "auto" else name
         training_args.ref_provider_kwargs = {**(training_args.ref_provider_kwargs or {}), **self._options()}
 
     @abstractmethod
     def _options(self) -> dict[str, Any]:
-        """The options of `cached` that the task sets."""
+        """The options of the provider that the task sets."""
 
     @abstractmethod
     def run(self, trainer: Any) -> str:
         """Do the task. This is called in every process, and returns the text to print."""
 
+    def explain(self, error: Exception) -> Exception:
+        """The error that a user of this command should see in the place of `error`."""
+        return error
+
+    def means_difference(self, error: Exception) -> bool:
+        """Whether this error says that what the command compared differs, and not that it cannot be done."""
+        return False
+
     def encode(self) -> str:
         """The task as one argument of a command line. [`decode`] reads it."""
         return json.dumps({"task": self.name, **asdict(self)})
+
+
+def _rows_are_missing(error: Exception, path: str) -> Exception:
+    """A missing row, as a command that reads a store should tell of it."""
+    if not isinstance(error, MissingRowError):
+        return error
+    found = str(error).partition(";")[0].partition(". ")[0]
+    return MissingRowError(
+        f"{found}. Either the store was filled for another model, other data or another precision, or it is not "
+        f"complete: `trl-refplug precompute` with the same training command and --ref_provider_kwargs "
+        f"'{json.dumps({'path': path})}' scores what is missing."
+    )
 
 
 @dataclass(frozen=True)
@@ -79,6 +99,12 @@ class Verify(Task):
 
     def _options(self) -> dict[str, Any]:
         return {"path": self.path, "fill": "never", "verify": self.sample}
+
+    def explain(self, error: Exception) -> Exception:
+        return _rows_are_missing(error, self.path)
+
+    def means_difference(self, error: Exception) -> bool:
+        return isinstance(error, ReferenceMismatchError)
 
     def run(self, trainer: Any) -> str:
         provider = trainer.ref_model.provider
@@ -116,13 +142,17 @@ class Export(Task):
     def _options(self) -> dict[str, Any]:
         return {"path": self.path, "fill": "never"}
 
+    def explain(self, error: Exception) -> Exception:
+        return _rows_are_missing(error, self.path)
+
     def run(self, trainer: Any) -> str:
         from trl_refplug.trainers.reference_columns import reference_columns
 
         if not trainer.is_world_process_zero():
             return ""
         table = reference_columns(trainer, self.split)
-        getattr(table, self.WRITERS.get(Path(self.output).suffix, "save_to_disk"))(self.output)
+        with written_aside(Path(self.output)) as path:
+            getattr(table, self.WRITERS.get(path.suffix, "save_to_disk"))(str(path))
         columns = [name for name in table.column_names if name.startswith("ref_")]
         return f"{len(table):,} rows with {' and '.join(columns)} in {self.output}"
 

@@ -11,7 +11,6 @@ import warnings
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from subprocess import CalledProcessError
 from typing import Any
 
@@ -19,9 +18,13 @@ import typer
 
 from trl_refplug.arguments import ReferenceArguments
 from trl_refplug.cli import launched
+from trl_refplug.cli.checks import check_run
+from trl_refplug.cli.failures import CANNOT_BE_DONE, DIFFERS, INTERRUPTED, LAUNCHED_DIFFERS
+from trl_refplug.cli.given_flags import GivenFlags, read_flags, refuse
 from trl_refplug.cli.tasks import Precompute, Task
-from trl_refplug.cli.trl_scripts import LOADERS, PREFIXES, make_parser
+from trl_refplug.cli.trl_scripts import PREFIXES, make_parser
 from trl_refplug.errors import ConfigurationError, RefPlugError, did_you_mean
+from trl_refplug.plugins import check_reference_flags
 
 
 # Everything on the command line goes to TRL's parser unchanged. Its `--help` has a thousand lines and takes seconds to
@@ -30,6 +33,10 @@ COMMAND_SETTINGS: dict[str, Any] = {
     "add_help_option": False,
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
 }
+PRECOMPUTE_SETTINGS: dict[str, Any] = {"context_settings": COMMAND_SETTINGS["context_settings"]}
+
+ONLINE = ("grpo", "rloo")
+STORED = tuple(name for name in PREFIXES if name not in ONLINE)  # methods whose rows are known before training
 
 
 def dpo(context: typer.Context) -> None:
@@ -72,10 +79,15 @@ def launch_task(task: Task, command: Sequence[str], *, usage: str) -> None:
         usage (`str`): What a user writes before the method on the command line. Error messages show it.
     """
     method = command[0] if command else None
-    if method not in PREFIXES:
+    if method in ONLINE:
+        raise ConfigurationError(
+            f"`{usage} {method}` cannot work: {method} generates its completions while it trains, so there are no "
+            f"rows to score before. Methods: {', '.join(STORED)}."
+        )
+    if method not in STORED:
         raise ConfigurationError(
             f"Found {method or 'nothing'}; expected a method and its arguments, as in `{usage} dpo "
-            f"--model_name_or_path ...`. Methods: {', '.join(PREFIXES)}.{did_you_mean(str(method), PREFIXES)}"
+            f"--model_name_or_path ...`. Methods: {', '.join(STORED)}.{did_you_mean(str(method), STORED)}"
         )
     _launch(method, command[1:], task)
 
@@ -85,18 +97,32 @@ def _launch(method: str, arguments: Sequence[str], task: Task | None = None) -> 
     if arguments[:1] in (["--help"], ["-h"]):
         print(_help(method))
         return
+    arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
+    given = None
+    if "--help" not in arguments:
+        given = read_flags(arguments)
+        if task is not None:
+            task.configure(given.reference)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the launched processes show the warnings
+            check_reference_flags(given.reference, policy_is_peft=given.use_peft)
+            check_run(method, given)
+
     from accelerate.commands.launch import launch_command, launch_command_parser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-    arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
     parser = make_parser(method)
+    parser.error = refuse
     *parsed, from_config, from_cli = _parse(parser, arguments)
     if task is not None:
         task.configure(parsed[1])
-    _check(method, *parsed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _check(method, given, *parsed)
 
     # Flags that TRL's parser does not know are meant for `accelerate launch`, or are mistakes.
     launch_parser = launch_command_parser()
+    launch_parser.error = refuse
     _check_launch_flags([*from_config, *from_cli], launch_parser, parser)
     try:
         launch_flags = resolve_accelerate_config_argument([*from_config, *from_cli])
@@ -158,61 +184,51 @@ def _run(launch_command: Any, launch_args: Any) -> None:
     try:
         launch_command(launch_args)
     except CalledProcessError as error:
-        raise typer.Exit(error.returncode) from None
+        raise typer.Exit(_status(error.returncode)) from None
     except ChildFailedError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(1) from None
+        if not all(failure.exitcode in _STATUSES for failure in error.failures.values()):
+            print(error, file=sys.stderr)  # a process was killed, and this says which and how
+        raise typer.Exit(_status(error.get_first_failure()[1].exitcode)) from None
 
 
-def _check(method: str, script_args: Any, training_args: Any, model_args: Any, mixture: Any) -> None:
+_STATUSES = {LAUNCHED_DIFFERS: DIFFERS, CANNOT_BE_DONE: CANNOT_BE_DONE, INTERRUPTED: INTERRUPTED}
+
+
+def _status(code: int) -> int:
+    """The exit status of a command whose process ended so. A process that was killed could not do its work."""
+    return _STATUSES.get(code, CANNOT_BE_DONE)
+
+
+def _check(
+    method: str, checked: GivenFlags | None, script_args: Any, training_args: Any, model_args: Any, mixture: Any
+) -> None:
     """
     Check what would otherwise fail after the launch, or after a model and data are loaded.
 
+    Most of it was checked before TRL was imported. Abbreviated flags, and what TRL's flags mean, are known only now.
+
     Raises:
-        RefPlugError: The reference flags cannot work, or the model or the data set is not named or does not exist.
+        RefPlugError: The reference flags cannot work, or something that is named is missing or does not fit.
     """
     from trl_refplug.trainers.selection import check_reference
 
-    check_reference(training_args, policy_is_peft=model_args.use_peft, online=method in ("grpo", "rloo"))
-    if model_args.model_name_or_path is None:
-        raise ConfigurationError("No model: pass --model_name_or_path with a directory or hub id.")
-    _check_exists("--model_name_or_path", model_args.model_name_or_path)
-    name = script_args.dataset_name
-    if mixture.datasets:
-        return
-    if name is None:
-        raise ConfigurationError("No data: pass --dataset_name with a file, a directory or a hub id.")
-    if not Path(name).is_file():
-        _check_exists("--dataset_name", name)
-        return
-    if Path(name).suffix not in LOADERS:
-        raise ConfigurationError(f"--dataset_name {name}: expected a file that ends in {', '.join(LOADERS)}.")
-    if training_args.eval_strategy != "no":
-        raise ConfigurationError(
-            f"--dataset_name {name} is a single file, which has no evaluation split. Pass a directory with one file "
-            "for each split (train.jsonl and test.jsonl, say), or --eval_strategy no."
-        )
-
-
-def _check_exists(flag: str, name: str) -> None:
-    """
-    Check that a model or a data set exists.
-
-    A name that is not a path on this machine is taken for a hub id, unless it looks like a misspelled path.
-    """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    path = Path(name)
-    if path.exists() or "://" in name:
-        return
-    meant = did_you_mean(path.name, [entry.name for entry in path.parent.glob("*")])
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        raise ConfigurationError(f"{flag} {name}: there is no such file or directory.{meant}") from None
-    if path.suffix in LOADERS or (path.suffix and meant):
-        raise ConfigurationError(f"{flag} {name}: there is no such file.{meant}")
+    check_reference(training_args, policy_is_peft=model_args.use_peft, online=method in ONLINE)
+    given = GivenFlags(
+        reference=checked.reference if checked else training_args,
+        model=model_args.model_name_or_path,
+        dataset=script_args.dataset_name,
+        output_dir=training_args.output_dir,
+        checkpoint=training_args.resume_from_checkpoint,
+        mixture=bool(mixture.datasets),
+        reward=bool(
+            getattr(script_args, "reward_funcs", None) or getattr(script_args, "reward_model_name_or_path", None)
+        ),
+        use_peft=model_args.use_peft,
+        evaluates=training_args.eval_strategy != "no",
+    )
+    if given != checked:
+        check_reference_flags(training_args, policy_is_peft=given.use_peft)
+        check_run(method, given)
 
 
 def _check_launch_flags(arguments: list[str], launch_parser: Any, parser: Any) -> None:

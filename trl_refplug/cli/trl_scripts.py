@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from trl_refplug.data_files import LOADERS
 from trl_refplug.errors import SeamError
 
 
 PREFIXES = {"dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO"}  # prefixes of TRL's class names
-LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import trl_refplug
 from trl_refplug.compare.pairs import load_pairs
 from trl_refplug.compare.provider_choice import ProviderChoice
-from trl_refplug.preference_files import read_pairs
+from trl_refplug.data_files import read_pairs
 
 
 PAIRS_PER_STEP = 2

@@ -10,6 +10,7 @@ from typing import Any
 
 from trl_refplug.arguments import ReferenceArguments
 from trl_refplug.errors import ConfigurationError
+from trl_refplug.plugins import check_reference_flags
 
 
 DEFAULT_PROVIDERS = ("adapter", "frozen", "cached")
@@ -36,10 +37,20 @@ class ProviderChoice:
 
     def check(self) -> None:
         """
-        Check that the provider exists and that the options fit it, as far as that is possible without a model.
+        Check that the provider exists and that the options fit it. This imports no torch, unless the provider does.
 
         Raises:
             RefPlugError: The provider is unknown, or the options do not fit it.
+        """
+        flags = ReferenceArguments(ref_provider=self.name, ref_provider_kwargs=self.kwargs)
+        check_reference_flags(flags, policy_is_peft=True)
+
+    def check_combination(self) -> None:
+        """
+        Check what the provider itself says about its options. This imports the provider.
+
+        Raises:
+            RefPlugError: The options contradict each other.
         """
         from trl_refplug.trainers.selection import check_reference
 

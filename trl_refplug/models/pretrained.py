@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from trl_refplug.errors import ConfigurationError
+from trl_refplug.runtime.names import check_name
 
 
 def load_pretrained(model: str, loading: Mapping[str, Any]) -> nn.Module:
@@ -25,6 +26,7 @@ def load_pretrained(model: str, loading: Mapping[str, Any]) -> nn.Module:
     """
     from trl.trainer.utils import create_model_from_path
 
+    check_name("model", model)
     revision = loading.get("revision")
     base = base_of_adapter(model, revision)
     if base is None:

@@ -7,10 +7,13 @@ all is well.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Container, Iterator
+from pathlib import Path
 from typing import Any
 
 import pluggy
@@ -142,3 +145,62 @@ def class_problems(provider: object, options: object = None, capabilities: objec
             f"{capabilities!r}."
         )
     return problems
+
+
+def target_problem(target: str) -> str:
+    """
+    Why a lazy target cannot be imported, as far as its source says so; an empty string if nothing speaks against it.
+
+    Nothing is imported but the packages around the target's module, so that listing stays fast. A module that raises
+    when it is imported is not found out.
+    """
+    module, _, name = target.partition(":")
+    try:
+        spec = importlib.util.find_spec(module)
+    except Exception as error:  # the code of a package around it
+        return f"{type(error).__name__}: {error}"
+    if spec is None:
+        return f"there is no module {module!r}"
+    if spec.origin is None or not spec.origin.endswith(".py"):
+        return ""
+    try:
+        body = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
+    except (OSError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    except SyntaxError as error:
+        return f"SyntaxError in {spec.origin}, line {error.lineno}: {error.msg}"
+    for package in _imported_packages(body):
+        if importlib.util.find_spec(package) is None:
+            return f"{module} imports {package!r}, which is not installed"
+    names = _defined_names(body)
+    wanted = name.partition(".")[0]
+    if names is not None and wanted not in names:
+        return f"{module} has no {wanted!r}.{did_you_mean(wanted, names)}".rstrip(".")
+    return ""
+
+
+def _imported_packages(body: list[ast.stmt]) -> set[str]:
+    """The top-level packages that a module imports in any case: not in a function, and not under a condition."""
+    packages = set()
+    for statement in body:
+        if isinstance(statement, ast.Import):
+            packages |= {alias.name.partition(".")[0] for alias in statement.names}
+        elif isinstance(statement, ast.ImportFrom) and statement.module and not statement.level:
+            packages.add(statement.module.partition(".")[0])
+    return packages
+
+
+def _defined_names(body: list[ast.stmt]) -> set[str] | None:
+    """The names that a module's plain statements define; `None` if there may be others."""
+    names: set[str] = set()
+    for statement in body:
+        if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            names.add(statement.name)
+        elif isinstance(statement, ast.Import | ast.ImportFrom):
+            names |= {(alias.asname or alias.name).partition(".")[0] for alias in statement.names}
+        elif isinstance(statement, ast.Assign | ast.AnnAssign):
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            names |= {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
+        elif not isinstance(statement, ast.Expr):
+            return None  # a condition or a loop may define anything
+    return None if {"*", "__getattr__"} & names else names

@@ -23,7 +23,13 @@ import pluggy
 import trl_refplug
 from trl_refplug import hookspecs, providers
 from trl_refplug.errors import PluginError
-from trl_refplug.plugins.checks import class_problems, hook_problems, incompatibility, registration_problem
+from trl_refplug.plugins.checks import (
+    class_problems,
+    hook_problems,
+    incompatibility,
+    registration_problem,
+    target_problem,
+)
 from trl_refplug.plugins.failures import load_failure_reason
 from trl_refplug.plugins.installed import PluginRecord, canonical, canonical_names, installed_plugins
 from trl_refplug.provider import Capabilities, ReferenceProvider
@@ -72,6 +78,11 @@ class RegisteredProvider:
     def capabilities(self) -> Capabilities:
         """What the provider can do. If the plugin did not register that, the provider is imported."""
         return self.light_capabilities or self.load().capabilities
+
+    def problem(self) -> str:
+        """Why it cannot be used, as far as that is known without importing it; an empty string if nothing is."""
+        found = target_problem(self.target) if isinstance(self.target, str) else ""
+        return f"Provider {self.name!r} ({self.target}) cannot be imported: {found}." if found else ""
 
     def load(self) -> type[ReferenceProvider]:
         """

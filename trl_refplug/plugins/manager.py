@@ -118,11 +118,17 @@ class PluginManager:
             # The frames of a traceback keep the local variables of all callers in memory, maybe a whole policy. Now
             # that a provider was found and the process goes on, the text of the failure is enough.
             clear_tracebacks(record.exception)
+        for problem in self.setting_problems():
+            self._warn_once(problem)
+
+    def setting_problems(self) -> list[str]:
+        """What is wrong with `TRL_REFPLUG_BLOCK` and `TRL_REFPLUG_LOAD`: names of plugins that are not installed."""
         known = {canonical(word) for record in self.records for word in (record.name, record.distribution)}
-        for variable, setting in self._settings.items():
-            for word in sorted(canonical_names(setting) - known):
-                hint = did_you_mean(word, known)
-                self._warn_once(f"{variable} names {word!r}, but no such plugin or distribution is installed.{hint}")
+        return [
+            f"{variable} names {word!r}, but no such plugin or distribution is installed.{did_you_mean(word, known)}"
+            for variable, setting in self._settings.items()
+            for word in sorted(canonical_names(setting) - known)
+        ]
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

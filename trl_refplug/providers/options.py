@@ -18,7 +18,10 @@ class FrozenOptions:
 
     model: str | None = field(
         default=None,
-        metadata={"help": "Hub id or path of the reference. By default the policy exactly as it was passed in."},
+        metadata={
+            "help": "Hub id or path of the reference. By default the policy exactly as it was passed in.",
+            "names": "model",
+        },
     )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `model`."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = field(
@@ -63,7 +66,7 @@ class AdapterOptions:
 
 
 ADAPTER_CAPABILITIES = Capabilities(
-    local_model=True, temperature=True, multimodal=True, offline=True, scores_policy=True
+    local_model=True, temperature=True, multimodal=True, offline=True, scores_policy=True, needs_peft=True
 )
 
 
@@ -82,7 +85,9 @@ class CachedOptions:
         default=None,
         metadata={
             "help": "Name of the provider that scores missing rows. By default the policy itself, before it is "
-            "trained: no second model."
+            "trained: no second model.",
+            "names": "provider",
+            "options": "source_kwargs",
         },
     )
     source_kwargs: dict[str, Any] | None = field(default=None, metadata={"help": "Options of `source`."})

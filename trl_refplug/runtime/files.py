@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -42,3 +45,26 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = False)
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """
+    Yield a path beside `target` with the same suffix. At the end of the context, what was written becomes `target`.
+
+    If the context fails, for example because the disk is full, what was written is removed and `target` is as before.
+
+    Args:
+        target (`Path`): A file, or a directory that does not exist or is empty.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = temporary_path(target.parent).with_suffix(target.suffix)
+    try:
+        yield aside
+        os.replace(aside, target)
+    except BaseException:
+        if aside.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink(missing_ok=True)
+        raise

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trl_refplug.errors import StoreError
 from trl_refplug.runtime.files import TEMPORARY_PREFIX
 from trl_refplug.store.folder import DAMAGED_SUFFIX, explain_read_errors, open_existing
-from trl_refplug.store.format import SHARD_SUFFIX, DamagedFileError, Manifest, published_shard_names, shard_file_names
+from trl_refplug.store.format import (
+    MANIFEST_SUFFIX,
+    SHARD_SUFFIX,
+    DamagedFileError,
+    Manifest,
+    published_shard_names,
+    shard_file_names,
+)
 from trl_refplug.store.journal import JOURNAL_SUFFIX
 from trl_refplug.store.shards import PublishedShards
 
@@ -97,11 +106,31 @@ class VerifyReport:
         return not self.damaged and not self.conflicts
 
 
+def _require_store(location: object, names: Iterable[str]) -> None:
+    """
+    Check that a directory has files of a store.
+
+    Raises:
+        StoreError: It has none.
+    """
+    files = list(names)
+    shards = [Path(file).with_suffix(MANIFEST_SUFFIX).name for file in files if file.endswith(SHARD_SUFFIX)]
+    if not published_shard_names([*files, *shards]) and not any(
+        file.endswith((JOURNAL_SUFFIX, DAMAGED_SUFFIX)) or file.startswith(TEMPORARY_PREFIX) for file in files
+    ):
+        found = f"found {', '.join(sorted(files)[:3])}{', ...' if len(files) > 3 else ''}" if files else "it is empty"
+        raise StoreError(
+            f"{str(location)!r} is no store: expected shards or journals, {found}. Check the path, or fill a store "
+            "there with `trl-refplug precompute`"
+        )
+
+
 def summarize(location: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None) -> StoreSummary:
     """Read the manifests of a store, without the rows."""
     folder = open_existing(location, cache_dir)
     with explain_read_errors(location):
         present = set(folder.list_files())
+        _require_store(location, present)
         names = published_shard_names(present)
         folder.fetch([shard_file_names(name)[0] for name in names])
     manifests, damaged = [], {}
@@ -141,8 +170,10 @@ def verify(
             rounding. Batches of other shapes change bfloat16 log-probs by up to 6e-3, and other devices by more.
         cache_dir (`str` or `os.PathLike`): The directory for copies of remote shards.
     """
-    published = PublishedShards(open_existing(location, cache_dir))
+    folder = open_existing(location, cache_dir)
+    published = PublishedShards(folder)
     with explain_read_errors(location):
+        _require_store(location, folder.list_files())
         damaged = published.refresh()
     names = list(published.manifests)
     conflicts = []

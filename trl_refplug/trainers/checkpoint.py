@@ -70,12 +70,25 @@ def compare_with_checkpoint(checkpoint: str, provider: ReferenceProvider) -> Any
     current = provider.identity()
     if saved.digest != current.digest:
         raise ReferenceMismatchError(
-            f"{checkpoint} was trained against the reference {saved}, and this run has {current}: another model, "
-            "revision, adapter or precision. Pass the policy as it was passed when training started (not the "
-            "checkpoint itself: `resume_from_checkpoint` loads that), and the same reference options."
+            f"{checkpoint} was trained against the reference {saved}, and this run has {current}: "
+            f"{_difference(saved, current)}"
         )
     provider.load_state(Path(checkpoint) / STATE_DIRECTORY)
     return record.get("probe")
+
+
+def _difference(saved: ReferenceIdentity, current: ReferenceIdentity) -> str:
+    """What to do about two identities that differ. What differs in the details for people is named."""
+    if saved.provider != current.provider:
+        return f"another provider. Use --ref_provider {saved.provider}, or start anew."
+    values = {**saved.details, **current.details}
+    names = [name for name in values if saved.details.get(name) != current.details.get(name)]
+    was, now = (", ".join(f"{name}={identity.details.get(name)}" for name in names) for identity in (saved, current))
+    what = f"it had {was}, and has {now} now" if names else "another model, revision, adapter or precision"
+    return (
+        f"{what}. Pass the policy as it was passed when training started (not the checkpoint itself: "
+        "`resume_from_checkpoint` loads that), and the same reference options."
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def reference_columns(trainer: Any, split: str = "train") -> Dataset:
             f"Found a {type(trainer).__name__} without a reference of this package; expected a trainer like "
             "RefPlugDPOTrainer or RefPlugKTOTrainer, or plug(TrainerClass)(...)."
         )
-    datasets = indexed_datasets(trainer, session.patch_point, split)
+    datasets = indexed_datasets(trainer, session.run.patch_point, split)
     if datasets is None or len(datasets) != 1:
         raise ConfigurationError(
             f"Found {'rows that are not known beforehand' if datasets is None else f'{len(datasets)} data sets'} in "

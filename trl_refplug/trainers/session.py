@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trl_refplug.arguments import ReferenceArguments
 from trl_refplug.errors import ConfigurationError, SeamError
-from trl_refplug.models.adapters import is_peft
+from trl_refplug.models.adapters import base_model_of, is_peft, peft_model_of
 from trl_refplug.models.dropout import disable_functional_dropout, has_dropout
 from trl_refplug.provider import ReferenceBatch, ReferenceProvider
 from trl_refplug.runtime.random_state import rng_kept
@@ -109,7 +109,7 @@ class ReferenceSession:
         context.pinned_policy = policy
         context.probe_rows = self.check.rows
         try:
-            context.reference_model = provider.pin(context)
+            context.reference_model = _checked_model(provider, provider.pin(context))
             self.check.ask_declared(provider, context)
         finally:
             context.pinned_policy = None
@@ -309,6 +309,26 @@ class ReferenceSession:
 
     def _first_call(self, batch: ReferenceBatch, log_probs: Tensor) -> None:
         self.check.first_batch(self.provider, batch, log_probs)
+
+
+def _checked_model(provider: ReferenceProvider, pinned: object) -> nn.Module | None:
+    """
+    Check that TRL can place what `pin` returned.
+
+    Raises:
+        ConfigurationError: It is no model of transformers or PEFT.
+    """
+    from transformers import PreTrainedModel
+
+    if pinned is None:
+        return None
+    if isinstance(pinned, nn.Module) and isinstance(base_model_of(peft_model_of(pinned)), PreTrainedModel):
+        return pinned
+    raise ConfigurationError(
+        f"{type(provider).__name__}.pin() returned a {type(pinned).__name__}; expected None, or one model of "
+        "transformers or PEFT for TRL to place. A provider that is made of several models, or of a module of its own, "
+        "returns None, keeps them, and places each in setup() with `context.place(model)`."
+    )
 
 
 def _close(providers: list[ReferenceProvider]) -> None:

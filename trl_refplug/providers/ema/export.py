@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from trl_refplug.errors import ConfigurationError
+from trl_refplug.errors import ConfigurationError, did_you_mean
 from trl_refplug.provider import STATE_DIRECTORY
+from trl_refplug.runtime.files import written_aside
 
 
 _BESIDE_A_MODEL = (
@@ -34,27 +35,47 @@ def export_reference(checkpoint: Path, out: Path) -> str:
         `str`: What was written, `"model"` or `"adapter"`.
 
     Raises:
-        ConfigurationError: `out` is not empty, or the model's class is not one of transformers.
+        ConfigurationError: There is no such checkpoint, `out` is in use, or the model's class is not one of
+            transformers.
         ReferenceMismatchError: The checkpoint has no such reference, or is damaged.
     """
-    from trl_refplug.providers.ema.provider import read_state
-
     directory = checkpoint / STATE_DIRECTORY
-    state = read_state(directory)
+    _check_checkpoint(checkpoint)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigurationError(f"{out} exists already and would be mixed with the reference. Name a new directory.")
-    out.mkdir(parents=True, exist_ok=True)
-    if state["kind"] == "adapter":
-        shutil.copytree(directory / "adapter", out, dirs_exist_ok=True)
-    else:
-        _load_model(directory, state["architecture"]).save_pretrained(out)
-    for pattern in _BESIDE_A_MODEL:
-        for path in checkpoint.glob(pattern):
-            shutil.copy(path, out)
+    from trl_refplug.providers.ema.provider import read_state  # this imports torch
+
+    state = read_state(directory)
+    with written_aside(out) as aside:
+        if state["kind"] == "adapter":
+            shutil.copytree(directory / "adapter", aside)
+        else:
+            _model(directory, state["architecture"]).save_pretrained(aside)
+        for pattern in _BESIDE_A_MODEL:
+            for path in checkpoint.glob(pattern):
+                shutil.copy(path, aside)
     return str(state["kind"])
 
 
-def _load_model(directory: Path, architecture: str) -> Any:
+def _check_checkpoint(checkpoint: Path) -> None:
+    if not checkpoint.is_dir():
+        raise ConfigurationError(
+            f"{checkpoint}: there is no such directory.{did_you_mean(checkpoint.name, _names_in(checkpoint.parent))}"
+        )
+    if not (checkpoint / STATE_DIRECTORY).is_dir():
+        inside = [name for name in _names_in(checkpoint) if name.startswith("checkpoint-")]
+        there = f" It contains {', '.join(inside)}: name one of them." if inside else ""
+        raise ConfigurationError(
+            f"{checkpoint} has no state of a moving reference ({STATE_DIRECTORY}), so there is nothing to export. "
+            f"Name a checkpoint that was written with ref_provider='ema'.{there}"
+        )
+
+
+def _names_in(directory: Path) -> list[str]:
+    return sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
+
+
+def _model(directory: Path, architecture: str) -> Any:
     import torch
     import transformers
 

@@ -5,7 +5,7 @@ from trl_refplug.hookspecs import Register
 
 from refplug_example.options import CAPABILITIES, ExampleOptions
 
-API_VERSION = 1  # the plugin interface this was written for
+API_VERSION = 1  # the version of the plugin interface that this plugin was written for
 
 
 @hookimpl

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from trl_refplug.data_files import read_pairs
 from trl_refplug.errors import ConfigurationError
-from trl_refplug.preference_files import read_pairs
 
 
 def test_pairs_of_a_file(tmp_path: Path) -> None:
