@@ -34,7 +34,8 @@ class ReferenceArguments:
         ref_prefetch (`int`, *optional*, defaults to `2`):
             How many batches ahead of the policy the reference is asked, by DPO and KTO and where the provider can
             answer while the policy works (another device or machine). 1 hides an answer that takes no longer than a
-            step; 2 also where one batch takes longer than the next. 0 asks when the answer is needed.
+            step; 2 also where one batch takes longer than the next. With any number above 0, GRPO and RLOO compute
+            their rewards while the reference answers. 0 asks when the answer is needed.
     """
 
     ref_provider: str = field(
@@ -62,7 +63,8 @@ class ReferenceArguments:
         default=2,
         metadata={
             "help": "How many batches ahead of the policy the reference is asked (DPO and KTO), where the provider "
-            "can answer while the policy works: on another device or machine. 0 asks when the answer is needed."
+            "can answer while the policy works: on another device or machine. GRPO and RLOO compute their rewards "
+            "meanwhile. 0 asks when the answer is needed."
         },
     )
 

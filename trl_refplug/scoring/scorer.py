@@ -116,7 +116,7 @@ class Scorer:
         self.stats.padded_tokens += batch.input_ids.numel()
         with self._timed():
             if self.mode == "exact":
-                return self._exact(batch)
+                return self._in_passes(batch)
             try:
                 if reason := self._untrusted(lambda: _token_ids(batch)):
                     raise UnsafeError(reason)
@@ -125,7 +125,8 @@ class Scorer:
                 self._warn(str(error))
             except PackedError as error:
                 self._distrust(error)
-            return self._exact(batch)
+            # In lockstep every rank makes one pass, whether it packs or not
+            return self._exact(batch) if self._packed.lockstep else self._in_passes(batch)
 
     def score_rows(self, rows: Iterable[Row]) -> Iterator[tuple[int, Tensor]]:
         """
@@ -243,6 +244,10 @@ class Scorer:
         for index, scored in chain.from_iterable(self._packed.run(padded.rows)):
             values[index] = scored.float().numpy()
         return padded.place(values).to(batch.labels.device)
+
+    def _in_passes(self, batch: ReferenceBatch) -> Tensor:
+        answers = [self._exact(part) for part in batch.in_passes()]
+        return answers[0] if len(answers) == 1 else torch.cat(answers)
 
     def _exact(self, batch: ReferenceBatch) -> Tensor:
         with evaluation_mode(self._model):

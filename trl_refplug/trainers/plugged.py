@@ -15,6 +15,7 @@ from trl_refplug.provider import ReferenceProvider
 from trl_refplug.trainers import policy as policies
 from trl_refplug.trainers.callback import SessionCallback
 from trl_refplug.trainers.checkpoint import write_to_checkpoint
+from trl_refplug.trainers.online import AsksForWholeGenerations, AwaitsAnswers
 from trl_refplug.trainers.open_session import open_session
 from trl_refplug.trainers.session import ReferenceSession
 from trl_refplug.trainers.trl_patch import PatchPoint, flags_masked, unsupported_trl
@@ -52,9 +53,10 @@ def plug(trainer_class: type[T]) -> type[T]:
     plugged = _plugged_owner(patch_point.owner)
     # Seated between the user's class and TRL's, so that the user's `__init__` sees the trainer with its reference.
     bases = (plugged,) if trainer_class is patch_point.owner else (trainer_class, plugged)
+    outermost = (_Outermost, AwaitsAnswers) if patch_point.online else (_Outermost,)
     return type(
         f"RefPlug{trainer_class.__name__}",
-        (_Outermost, *bases),
+        (*outermost, *bases),
         {
             "__doc__": trainer_class.__doc__,
             "__module__": trainer_class.__module__,
@@ -182,4 +184,6 @@ class Plugged:
 
 @cache
 def _plugged_owner(owner: type) -> type:
-    return type(f"Plugged{owner.__name__}", (Plugged, owner), {"_refplug_patch_point": PatchPoint.of(owner)})
+    patch_point = PatchPoint.of(owner)
+    bases = (Plugged, AsksForWholeGenerations, owner) if patch_point.online else (Plugged, owner)
+    return type(f"Plugged{owner.__name__}", bases, {"_refplug_patch_point": patch_point})

@@ -36,6 +36,13 @@ def unpaired_requests(inputs: Mapping[str, Any]) -> list[ReferenceBatch]:
     return requests
 
 
+def generated_labels(input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_tokens: int) -> torch.Tensor:
+    """GRPO and RLOO: the last `completion_tokens` positions are scored, unless they are padding or masked."""
+    labels = input_ids.masked_fill(attention_mask == 0, -100)
+    labels[:, :-completion_tokens] = -100
+    return labels
+
+
 def predicted_requests(inputs: Any) -> list[ReferenceBatch]:
     """What the trainer will ask for a batch of its loader; nothing where it is not made as TRL's collators make it."""
     if not isinstance(inputs, Mapping) or not _REQUIRED.issubset(inputs):

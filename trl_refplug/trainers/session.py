@@ -22,6 +22,7 @@ from trl_refplug.runtime.ranks import all_ranks
 from trl_refplug.trainers import policy as policies
 from trl_refplug.trainers.checkpoint import compare_with_checkpoint
 from trl_refplug.trainers.context import Run, TrainerContext
+from trl_refplug.trainers.online import WholeGenerations
 from trl_refplug.trainers.placement import place
 from trl_refplug.trainers.prefetch import Prefetcher
 from trl_refplug.trainers.rank_check import compare_ranks
@@ -66,6 +67,7 @@ class ReferenceSession:
         self.check = ReferenceCheck(self.flags.ref_check, self.run)
         self.reference_model: ReferenceModel | None = None
         self.prefetcher: Prefetcher | None = None
+        self.generations: WholeGenerations | None = None
         self._ref_model = ref_model
         self._processing_class = processing_class
         self._train_dataset = train_dataset
@@ -169,6 +171,8 @@ class ReferenceSession:
             self._output_dtype(trainer.accelerator),
             policies.output_device(trainer.model),
         )
+        if self.run.patch_point.online:
+            self.generations = WholeGenerations(self.reference_model, overlap=overlap and self.flags.ref_prefetch > 0)
         return self.reference_model
 
     def _set_up(self, provider: ReferenceProvider, context: TrainerContext, trainer: Any) -> None:
