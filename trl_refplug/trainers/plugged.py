@@ -95,6 +95,12 @@ class _Outermost:
         with session.prefetcher.around(self, epoch_iterator) as batches:
             return super().get_batch_samples(batches, *args, **kwargs)  # type: ignore[misc]
 
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        session = self._refplug_session  # type: ignore[attr-defined]
+        if session is not None and session.monitor is not None:
+            session.monitor.look(self, inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+
 
 class Plugged:
     """Mixed in right above the class of TRL that loads the reference."""
@@ -136,7 +142,9 @@ class Plugged:
                 session.pin(model)
             with flags_masked(config), policies.default_adapter_known(model), session.loading_replaced(self):
                 super().__init__(*bound.args[1:], **bound.kwargs)
-            self.ref_model = session.start(self, adapters_before)
+            reference_model = session.start(self, adapters_before)
+            if session.asked_by_trainer:
+                self.ref_model = reference_model
         except BaseException:  # Ctrl-C while a store is filled, too
             session.close()
             raise

@@ -76,12 +76,6 @@ class ReferenceModel(nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         batch = ReferenceBatch(input_ids, attention_mask, labels, extras, rows_sliceable=ROW_WISE.issuperset(extras))
-        provider = self.provider
-        if not batch.rows_sliceable and not provider.capabilities.multimodal:
-            raise UnsupportedInputError(
-                f"Reference provider {provider.identity().provider!r} scores text only, and this batch has "
-                f"{sorted(set(extras) - ROW_WISE)}. Use ref_provider='frozen' or 'adapter'."
-            )
         return FusedCausalLMOutput(log_probs=self.ask(batch))
 
     def ask(self, batch: ReferenceBatch, coming: Sequence[Future[Tensor]] | None = None) -> Tensor:
@@ -111,12 +105,24 @@ class ReferenceModel(nn.Module):
         plugin_manager().scored(identity=self.provider.identity(), batch=batch, log_probs=log_probs, seconds=seconds)
         return log_probs.to(self._device, self._dtype)
 
+    def look(self, batch: ReferenceBatch) -> Tensor:
+        """The answer to a batch that somebody else than the trainer asks about: timed, and not counted."""
+        started = time.perf_counter()
+        log_probs = self.answered(batch)
+        self.seconds += time.perf_counter() - started
+        return log_probs
+
     def submit(self, batch: ReferenceBatch) -> list[Future[Tensor]]:
         """Have the provider start on a batch, for `ask` to wait for. Only with `capabilities.overlap`."""
         return [self.provider.submit(part) for part in self._parts(batch)]
 
     def answered(self, batch: ReferenceBatch, coming: Sequence[Future[Tensor]] | None = None) -> Tensor:
         """The provider's own answer to a batch, its form checked."""
+        if not batch.rows_sliceable and not self.provider.capabilities.multimodal:
+            raise UnsupportedInputError(
+                f"Reference provider {self.provider.identity().provider!r} scores text only, and this batch has "
+                f"{sorted(set(batch.extras) - ROW_WISE)}. Use ref_provider='frozen' or 'adapter'."
+            )
         parts = self._parts(batch)
         if coming is None:
             answers = [self._checked(part, self.provider.log_probs(part)) for part in parts]

@@ -22,6 +22,7 @@ from trl_refplug.runtime.ranks import all_ranks
 from trl_refplug.trainers import policy as policies
 from trl_refplug.trainers.checkpoint import compare_with_checkpoint
 from trl_refplug.trainers.context import Run, TrainerContext
+from trl_refplug.trainers.monitor import DriftMonitor
 from trl_refplug.trainers.online import WholeGenerations
 from trl_refplug.trainers.placement import place
 from trl_refplug.trainers.prefetch import Prefetcher
@@ -68,6 +69,8 @@ class ReferenceSession:
         self.reference_model: ReferenceModel | None = None
         self.prefetcher: Prefetcher | None = None
         self.generations: WholeGenerations | None = None
+        self.monitor: DriftMonitor | None = None
+        self.asked_by_trainer = patch_point.needs_reference(args)  # else by the monitor alone
         self._ref_model = ref_model
         self._processing_class = processing_class
         self._train_dataset = train_dataset
@@ -126,7 +129,8 @@ class ReferenceSession:
         """TRL's loading of its own reference replaced by ours."""
 
         def expected() -> int:
-            return int(self._ref_model is None and not is_peft_model(trainer.model))  # what TRL asks
+            loads = self._ref_model is None and not is_peft_model(trainer.model)  # what TRL asks
+            return int(loads and self.asked_by_trainer)
 
         return loading_replaced(
             self.run.patch_point,
@@ -156,7 +160,8 @@ class ReferenceSession:
                 self._set_up(provider, context, trainer)
             self._set_up(self.provider, self._context, trainer)
         policies.remove_unused_reference_adapter(trainer.model, adapters_before, self.providers)
-        self._match_dropout(trainer)
+        if self.asked_by_trainer:
+            self._match_dropout(trainer)
         compare_ranks(trainer.accelerator, self.provider, self.name)
         weakref.finalize(trainer, _close, self.providers)
         check_capabilities(self.provider, self.name, temperature=self.run.temperature)  # as it is, set up
@@ -171,6 +176,8 @@ class ReferenceSession:
             self._output_dtype(trainer.accelerator),
             policies.output_device(trainer.model),
         )
+        if self.flags.ref_monitor_steps:
+            self.monitor = DriftMonitor(self.reference_model, self.flags.ref_monitor_steps)
         if self.run.patch_point.online:
             self.generations = WholeGenerations(self.reference_model, overlap=overlap and self.flags.ref_prefetch > 0)
         return self.reference_model
@@ -242,6 +249,8 @@ class ReferenceSession:
         """The policy is placed, and loaded if training goes on from a checkpoint."""
         assert self.reference_model is not None
         self._began = True
+        if self.monitor is not None:
+            self.monitor.training_begins()
         if not self.run.policy_moved:
             self.reference_model.checked = False  # an evaluation may have been long ago
         with rng_kept():
@@ -266,19 +275,23 @@ class ReferenceSession:
         """An optimiser step is over."""
         self.run.policy_moved = True
         assert self.reference_model is not None
-        if self.run.trainer.ref_model is not self.reference_model:
+        if self.asked_by_trainer:
+            self._check_that_it_was_asked(self.reference_model, step)
+        if self.provider.capabilities.moving:
+            self.provider.on_step_end(step)
+
+    def _check_that_it_was_asked(self, reference: ReferenceModel, step: int) -> None:
+        if self.run.trainer.ref_model is not reference:
             raise SeamError(
                 f"By the end of step {step} `trainer.ref_model` had been replaced by a "
                 f"{type(self.run.trainer.ref_model).__name__}, so training went on against another reference than the "
                 "one that was declared. Declare it instead: `ref_model=`, or option 'model' of a provider."
             )
-        if self.reference_model.calls == self._calls_before:
+        if reference.calls == self._calls_before:
             raise SeamError(
                 f"Step {step} ended and the trainer never asked for its reference. It was trained without one: "
                 f"{type(self.run.trainer).__name__} overrides the loss, or ref_model was replaced after construction."
             )
-        if self.provider.capabilities.moving:
-            self.provider.on_step_end(step)
 
     def checkpoint_begins(self, step: int) -> None:
         """A checkpoint is about to be written: it must not be one that was trained against another reference."""
