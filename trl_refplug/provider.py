@@ -369,7 +369,10 @@ class ReferenceProvider(ABC):
 
     @property
     def scoring(self) -> Literal["exact", "packed"]:
-        """How `log_probs` scores: in the trainer's own shapes, or packed. A store keeps the two apart."""
+        """
+        How `log_probs` scores: in the trainer's own shapes, or packed. A store keeps the two apart. GRPO and RLOO ask
+        a local model that scores exactly in the trainer's slices, and any other about a whole generation batch.
+        """
         return "exact"
 
     @property

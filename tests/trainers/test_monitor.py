@@ -42,11 +42,12 @@ class TestTrainingDoesNotChange:
         assert_same(ours, theirs)
         assert all(len(entry) == 4 for entry in measured(ours.trainer))
 
+    @pytest.mark.parametrize("args", [{}, {"bf16": True, "gradient_checkpointing": True}], ids=["float32", "bf16"])
     @pytest.mark.parametrize("kind", ONLINE)
-    def test_beside_a_reference_that_the_trainer_asks(self, kind, tmp_path):
+    def test_beside_a_reference_that_the_trainer_asks(self, kind, args, tmp_path):
         model = tiny.saved(tmp_path)
-        theirs = train(kind, tmp_path / "trl", model, ours=False)
-        ours = train(kind, tmp_path / "ours", model, args={"ref_monitor_steps": 1})
+        theirs = train(kind, tmp_path / "trl", model, ours=False, args=args)
+        ours = train(kind, tmp_path / "ours", model, args={**args, "ref_monitor_steps": 1})
         assert_same(ours, theirs)
         assert ours.trainer.ref_model.calls == 3  # the trainer's own questions
 

@@ -160,6 +160,8 @@ class AwaitsAnswers:
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
         rewards = super()._calculate_rewards(*args, **kwargs)  # type: ignore[misc]
-        if self._refplug_session is not None:  # type: ignore[attr-defined]
-            self._refplug_session.generations.rewards_are_there()  # type: ignore[attr-defined]
+        session = self._refplug_session  # type: ignore[attr-defined]
+        if session is not None:
+            with self.accelerator.autocast():  # type: ignore[attr-defined]
+                session.generations.rewards_are_there()
         return rewards
