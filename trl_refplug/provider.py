@@ -62,7 +62,7 @@ class ReferenceBatch:
 
     def _rows(self, start: int, end: int) -> ReferenceBatch:
         rows = len(self.input_ids)
-        row_wise = {name for name, value in self.extras.items() if hasattr(value, "shape") and len(value) == rows}
+        row_wise = {name for name, value in self.extras.items() if tuple(value.shape[:1]) == (rows,)}
         return replace(
             self,
             input_ids=self.input_ids[start:end],

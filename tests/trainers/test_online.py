@@ -247,12 +247,15 @@ class TestPasses:
         return ReferenceBatch(ids, torch.ones_like(ids), ids, **kwargs)
 
     def test_of_the_trainers_size(self):
-        batch = self.batch(5, rows_per_pass=2, extras={"token_type_ids": torch.arange(5).unsqueeze(1)})
+        batch = self.batch(
+            5, rows_per_pass=2, extras={"token_type_ids": torch.arange(5).unsqueeze(1), "scale": torch.ones(())}
+        )
         passes = batch.in_passes()
         assert [len(part.input_ids) for part in passes] == [2, 2, 1]
         for name in ("input_ids", "attention_mask", "labels"):
             assert torch.equal(torch.cat([getattr(part, name) for part in passes]), getattr(batch, name))
         assert [part.extras["token_type_ids"].flatten().tolist() for part in passes] == [[0, 1], [2, 3], [4]]
+        assert all(part.extras["scale"] is batch.extras["scale"] for part in passes)
 
     def test_whole_where_it_cannot_be_cut_or_need_not_be(self):
         for batch in (
