@@ -195,6 +195,17 @@ class TestFailures:
         held = Held(lambda future, batch: future.cancel())
         self.trained(kind, tmp_path, held, RefPlugError, "had been cancelled")
 
+    def test_a_question_that_cannot_be_asked(self, kind, tmp_path):
+        class Full(Held):
+            capabilities = Capabilities(temperature=True, overlap=True, local_model=True)  # asked in two slices
+
+            def submit(self, batch):
+                if self.futures:
+                    raise OSError("no more room")
+                return super().submit(batch)
+
+        self.trained(kind, tmp_path, Full(), OSError, "no more room", args={"steps_per_generation": 2})
+
     def test_an_answer_that_is_not_finite(self, kind, tmp_path):
         def answer(future, batch):
             future.set_result(torch.full(batch.labels[:, 1:].shape, torch.nan))

@@ -114,7 +114,15 @@ class ReferenceModel(nn.Module):
 
     def submit(self, batch: ReferenceBatch) -> list[Future[Tensor]]:
         """Have the provider start on a batch, for `ask` to wait for. Only with `capabilities.overlap`."""
-        return [self.provider.submit(part) for part in self._parts(batch)]
+        coming: list[Future[Tensor]] = []
+        try:
+            for part in self._parts(batch):
+                coming.append(self.provider.submit(part))
+        except BaseException:
+            for answer in coming:
+                answer.cancel()
+            raise
+        return coming
 
     def answered(self, batch: ReferenceBatch, coming: Sequence[Future[Tensor]] | None = None) -> Tensor:
         """The provider's own answer to a batch, its form checked."""
