@@ -43,6 +43,8 @@ class ReferenceBatch:
         extras (`Mapping[str, Tensor]`): further model inputs (`pixel_values`, `token_type_ids`, ...).
         rows_sliceable (`bool`): `False` where `extras` are indexed by patch or tile and not by row, so that the batch
             can only be scored whole.
+        rows_per_pass (`int` or `None`): How many rows the trainer itself would score in one forward pass, where that
+            is less than all of them. A provider that scores more at a time answers for the memory that it takes.
     """
 
     input_ids: Tensor
@@ -50,6 +52,25 @@ class ReferenceBatch:
     labels: Tensor
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     rows_sliceable: bool = True
+    rows_per_pass: int | None = None
+
+    def in_passes(self) -> list[ReferenceBatch]:
+        """The batch in pieces of `rows_per_pass` rows, as the trainer itself would score it."""
+        rows, size = len(self.input_ids), self.rows_per_pass
+        if size is None or size >= rows or not self.rows_sliceable:
+            return [self]
+        return [self._rows(start, start + size) for start in range(0, rows, size)]
+
+    def _rows(self, start: int, end: int) -> ReferenceBatch:
+        rows = len(self.input_ids)
+        row_wise = {name for name, value in self.extras.items() if tuple(value.shape[:1]) == (rows,)}
+        return replace(
+            self,
+            input_ids=self.input_ids[start:end],
+            attention_mask=self.attention_mask[start:end],
+            labels=self.labels[start:end],
+            extras={name: value[start:end] if name in row_wise else value for name, value in self.extras.items()},
+        )
 
     def copy(self) -> ReferenceBatch:
         """A copy of the batch, which shares no memory with it."""
@@ -378,7 +399,11 @@ class ReferenceProvider(ABC):
 
     @property
     def scoring(self) -> Literal["exact", "packed"]:
-        """Whether `log_probs` scores batches as the trainer padded them, or packed. A store keeps the two apart."""
+        """
+        Whether `log_probs` scores batches as the trainer padded them, or packed. A store keeps the two apart. GRPO and
+        RLOO ask a local model that scores exactly in the trainer's slices, and any other about a whole generation
+        batch.
+        """
         return "exact"
 
     @property

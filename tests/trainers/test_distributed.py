@@ -32,6 +32,24 @@ def test_two_ranks_equal_trl(tmp_path):
     assert ranks[0][0]["sums"] == ranks[1][0]["sums"]
 
 
+def test_online_references_are_hidden_and_the_drift_is_measured_on_two_ranks(tmp_path):
+    """Both trainers, a reference on a thread of its own, whole generation batches: TRL's numbers on both ranks."""
+    args = {"steps_per_generation": 2, "num_iterations": 2, "max_steps": 4}
+    args |= {"eval_strategy": "steps", "eval_steps": 2}
+    jobs = []
+    for kind in ("grpo", "rloo"):
+        job = {"kind": kind, "eval_rows": 4}
+        jobs.append({**job, "reference": "Ahead", "args": {**args, "ref_monitor_steps": 1}})
+        jobs.append({**job, "ours": False, "args": args})
+        jobs.append({**job, "args": {**args, "beta": 0.0, "ref_monitor_steps": 1}})
+        jobs.append({**job, "ours": False, "args": {**args, "beta": 0.0}})
+    for results in on_two_ranks(tmp_path, *jobs):
+        for ours, theirs in zip(results[::2], results[1::2], strict=True):
+            assert theirs["logs"]
+            assert (ours["logs"], ours["sums"]) == (theirs["logs"], theirs["sums"])
+        assert all(results[asked]["ahead"] > 0 for asked in (0, 4))
+
+
 def sharded(tmp_path, *jobs):
     """The results of rank 0 for every job, run under FSDP2."""
     results, _ = on_two_ranks(tmp_path, *({"fsdp": True, **job} for job in jobs))
@@ -44,7 +62,7 @@ def test_sharded_policies_equal_trl(tmp_path):
     cases += [("dpo", "adapter", True), ("dpo", "frozen", True), ("grpo", "adapter", True)]
     jobs = []
     for kind, provider, lora in cases:
-        jobs.append({"kind": kind, "lora": lora, "args": {"ref_provider": provider}})
+        jobs.append({"kind": kind, "lora": lora, "args": {"ref_provider": provider, "ref_monitor_steps": 2}})
         jobs.append({"kind": kind, "lora": lora, "ours": False})
     results = sharded(tmp_path, *jobs)
     for case, ours, theirs in zip(cases, results[::2], results[1::2], strict=True):

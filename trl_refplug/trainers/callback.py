@@ -56,5 +56,7 @@ class SessionCallback(TrainerCallback):  # type: ignore[misc]
             "ref/time_share": self._reference_seconds / max(self._step_seconds, 1e-9),
         }
         logs.update({f"ref/{name}": float(value) for name, value in self.session.provider.counters().items()})
+        if self.session.monitor is not None:
+            logs.update({f"ref/{name}": value for name, value in self.session.monitor.take().items()})
         self._reset()
         return logs

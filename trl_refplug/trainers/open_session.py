@@ -45,11 +45,11 @@ def open_session(
     flags = ReferenceArguments.of(args)
     explicit = reference is not None or flags.ref_provider != "auto" or (ref_model is not None and patch_point.online)
     check_flags(patch_point, args)
-    if not patch_point.needs_reference(args):
+    if not patch_point.needs_reference(args) and not flags.ref_monitor_steps:
         if explicit:
             logger.warning(
                 "`beta=0.0` needs no reference, so %s is not used and nothing is built. Set `beta` to a non-zero "
-                "value to use it.",
+                "value to use it, or `ref_monitor_steps` to log the distance from it.",
                 _asked_for(flags, reference, ref_model),
             )
         return None

@@ -15,6 +15,7 @@ from trl_refplug.provider import ReferenceProvider
 from trl_refplug.trainers import policy as policies
 from trl_refplug.trainers.callback import SessionCallback
 from trl_refplug.trainers.checkpoint import write_to_checkpoint
+from trl_refplug.trainers.online import AsksForWholeGenerations, AwaitsAnswers
 from trl_refplug.trainers.open_session import open_session
 from trl_refplug.trainers.session import ReferenceSession
 from trl_refplug.trainers.trl_patch import PatchPoint, flags_masked, unsupported_trl
@@ -53,9 +54,10 @@ def plug(trainer_class: type[T]) -> type[T]:
     # `plugged` comes between the user's class and TRL's, so that the user's `__init__`, once it has called
     # `super().__init__()`, finds the reference in its place.
     bases = (plugged,) if trainer_class is patch_point.owner else (trainer_class, plugged)
+    outermost = (_Outermost, AwaitsAnswers) if patch_point.online else (_Outermost,)
     return type(
         f"RefPlug{trainer_class.__name__}",
-        (_Outermost, *bases),
+        (*outermost, *bases),
         {
             "__doc__": trainer_class.__doc__,
             "__module__": trainer_class.__module__,
@@ -99,6 +101,12 @@ class _Outermost:
         with session.prefetcher.around(self, epoch_iterator) as batches:
             return super().get_batch_samples(batches, *args, **kwargs)  # type: ignore[misc]
 
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        session = self._refplug_session  # type: ignore[attr-defined]
+        if session is not None and session.monitor is not None:
+            session.monitor.look(self, inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+
 
 class Plugged:
     """The mixin that comes right before the class of TRL that loads the reference."""
@@ -140,7 +148,9 @@ class Plugged:
                 session.pin(model)
             with flags_masked(config), policies.default_adapter_known(model), session.loading_replaced(self):
                 super().__init__(*bound.args[1:], **bound.kwargs)
-            self.ref_model = session.start(self, adapters_before)
+            reference_model = session.start(self, adapters_before)
+            if session.asked_by_trainer:
+                self.ref_model = reference_model
         except BaseException:  # also for Ctrl-C while a store is being filled
             session.close()
             raise
@@ -189,4 +199,6 @@ class Plugged:
 
 @cache
 def _plugged_owner(owner: type) -> type:
-    return type(f"Plugged{owner.__name__}", (Plugged, owner), {"_refplug_patch_point": PatchPoint.find_in(owner)})
+    patch_point = PatchPoint.find_in(owner)
+    bases = (Plugged, AsksForWholeGenerations, owner) if patch_point.online else (Plugged, owner)
+    return type(f"Plugged{owner.__name__}", bases, {"_refplug_patch_point": patch_point})

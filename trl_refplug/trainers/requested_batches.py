@@ -18,6 +18,11 @@ ROW_WISE = frozenset({"token_type_ids", "mm_token_type_ids", "position_ids"})
 _PREFERENCE_NON_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
 _REQUIRED = {"input_ids", "attention_mask", "completion_mask"}
 _PLANNED_ROWS = 64  # rows read at a time: more than in a batch of the trainer's, because that is faster
+_GENERATED = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask"}
+_GENERATED_MODEL = (
+    *("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes", "token_type_ids"),
+    *("mm_token_type_ids", "image_position_ids"),
+)
 _UNPAIRED_NON_MODEL = {"completion_mask", "label", "ref_logps", "ref_KL_logps"}
 
 
@@ -34,6 +39,33 @@ def unpaired_requests(inputs: Mapping[str, Any]) -> list[ReferenceBatch]:
         kl = {**main, **{k[3:]: v for k, v in inputs.items() if k.startswith("KL_") and k != "KL_completion_mask"}}
         requests.insert(0, _request(kl, inputs["KL_completion_mask"]))
     return requests
+
+
+def generated_labels(input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_tokens: int) -> torch.Tensor:
+    """GRPO and RLOO: the last `completion_tokens` positions are scored, unless they are padding or masked."""
+    labels = input_ids.masked_fill(attention_mask == 0, -100)
+    labels[:, :-completion_tokens] = -100
+    return labels
+
+
+def generated_request(inputs: Mapping[str, Any]) -> ReferenceBatch:
+    """GRPO and RLOO, as they train: the completions, without what a tool or an environment said."""
+    input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    tokens = inputs["completion_ids"].shape[1]
+    labels = generated_labels(input_ids, attention_mask, tokens)
+    if "tool_mask" in inputs:
+        labels[:, -tokens:].masked_fill_(inputs["tool_mask"] == 0, -100)
+    extras = {name: inputs[name] for name in _GENERATED_MODEL if inputs.get(name) is not None}
+    return ReferenceBatch(input_ids, attention_mask, labels, extras, rows_sliceable=ROW_WISE.issuperset(extras))
+
+
+def completions_at_hand(inputs: Any) -> ReferenceBatch | None:
+    """The completions that a loss is about to be computed on; `None` where they are not TRL's."""
+    if isinstance(inputs, Mapping) and _GENERATED.issubset(inputs):
+        return generated_request(inputs)
+    requests = predicted_requests(inputs)
+    return requests[-1] if requests else None
 
 
 def predicted_requests(inputs: Any) -> list[ReferenceBatch]:

@@ -22,7 +22,9 @@ from trl_refplug.runtime.ranks import all_ranks
 from trl_refplug.trainers import policy as policies
 from trl_refplug.trainers.checkpoint import compare_with_checkpoint
 from trl_refplug.trainers.context import Run, TrainerContext
+from trl_refplug.trainers.monitor import DriftMonitor
 from trl_refplug.trainers.moving_callbacks import refuse_moving_callbacks
+from trl_refplug.trainers.online import WholeGenerations
 from trl_refplug.trainers.placement import place
 from trl_refplug.trainers.prefetch import Prefetcher
 from trl_refplug.trainers.rank_check import compare_ranks
@@ -67,6 +69,9 @@ class ReferenceSession:
         self.check = ReferenceCheck(self.flags.ref_check, self.run)
         self.reference_model: ReferenceModel | None = None
         self.prefetcher: Prefetcher | None = None
+        self.generations: WholeGenerations | None = None
+        self.monitor: DriftMonitor | None = None
+        self.asked_by_trainer = patch_point.needs_reference(args)  # else by the monitor alone
         self._ref_model = ref_model
         self._processing_class = processing_class
         self._train_dataset = train_dataset
@@ -126,7 +131,8 @@ class ReferenceSession:
 
         def expected() -> int:
             # TRL loads a reference under the same condition.
-            return int(self._ref_model is None and not is_peft_model(trainer.model))
+            loads = self._ref_model is None and not is_peft_model(trainer.model)
+            return int(loads and self.asked_by_trainer)
 
         return loading_replaced(
             self.run.patch_point,
@@ -156,7 +162,8 @@ class ReferenceSession:
                 self._set_up(provider, context, trainer)
             self._set_up(self.provider, self._context, trainer)
         policies.remove_unused_reference_adapter(trainer.model, adapters_before, self.providers)
-        self._match_dropout(trainer)
+        if self.asked_by_trainer:
+            self._match_dropout(trainer)
         compare_ranks(trainer.accelerator, self.provider, self.name)
         weakref.finalize(trainer, _close, self.providers)
         # Once more, because setup may have changed the capabilities.
@@ -173,6 +180,10 @@ class ReferenceSession:
             self._output_dtype(trainer.accelerator),
             policies.output_device(trainer.model),
         )
+        if self.flags.ref_monitor_steps:
+            self.monitor = DriftMonitor(self.reference_model, self.flags.ref_monitor_steps)
+        if self.run.patch_point.online:
+            self.generations = WholeGenerations(self.reference_model, overlap=overlap and self.flags.ref_prefetch > 0)
         return self.reference_model
 
     def _set_up(self, provider: ReferenceProvider, context: TrainerContext, trainer: Any) -> None:
@@ -250,6 +261,8 @@ class ReferenceSession:
         """To be called as training begins: the policy is placed, and the checkpoint is loaded if there is one."""
         assert self.reference_model is not None
         self._began = True
+        if self.monitor is not None:
+            self.monitor.training_begins()
         if not self.run.policy_moved:
             # It may have been checked in an evaluation, and the policy may have been changed since.
             self.reference_model.checked = False
@@ -281,19 +294,23 @@ class ReferenceSession:
         """
         self.run.policy_moved = True
         assert self.reference_model is not None
-        if self.run.trainer.ref_model is not self.reference_model:
+        if self.asked_by_trainer:
+            self._check_that_it_was_asked(self.reference_model, step)
+        if self.provider.capabilities.moving:
+            self.provider.on_step_end(step)
+
+    def _check_that_it_was_asked(self, reference: ReferenceModel, step: int) -> None:
+        if self.run.trainer.ref_model is not reference:
             raise SeamError(
                 f"By the end of step {step} `trainer.ref_model` had been replaced by a "
                 f"{type(self.run.trainer.ref_model).__name__}, so training went on against another reference than the "
                 "one that was declared. Declare it instead: `ref_model=`, or option 'model' of a provider."
             )
-        if self.reference_model.calls == self._calls_before:
+        if reference.calls == self._calls_before:
             raise SeamError(
                 f"Step {step} ended and the trainer never asked for its reference. It was trained without one: "
                 f"{type(self.run.trainer).__name__} overrides the loss, or ref_model was replaced after construction."
             )
-        if self.provider.capabilities.moving:
-            self.provider.on_step_end(step)
 
     def checkpoint_begins(self, step: int) -> None:
         """To be called before a checkpoint is written: it must not have been trained with another reference."""

@@ -21,6 +21,7 @@ import trl
 from trl.trainer.utils import get_config_model_id
 
 from trl_refplug.errors import ConfigurationError, SeamError
+from trl_refplug.trainers.reach import why_not
 
 
 SUPPORTED = ">=1.15"
@@ -61,6 +62,11 @@ class PatchPoint:
             if _LOADER in names and "ref_model" in names and hasattr(module, _LOADER):
                 signature = inspect.signature(init)
                 return cls(candidate, signature, online="ref_model" not in signature.parameters)
+        if reason := why_not(trainer_class):
+            raise SeamError(
+                f"{trainer_class.__name__} cannot take its reference from a provider: {reason}. Use it as it is, "
+                "without `plug`. The page 'Which trainers' lists what works."
+            )
         raise unsupported_trl(
             f"{trainer_class.__name__} does not load a reference in the way of TRL's DPO, KTO, GRPO or RLOO"
         )
