@@ -185,6 +185,9 @@ class TestSameRun:
 
             released = threading.Event()
 
+            def probe(self, batch):
+                return None  # it is busy at the end, when it would be asked
+
             def submit(self, batch):
                 if self.ahead == 1:
                     self._thread.submit(self.released.wait)

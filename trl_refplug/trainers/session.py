@@ -319,6 +319,8 @@ class ReferenceSession:
 
     def training_ended(self, step: int) -> None:
         """To be called when training is over, as planned or early."""
+        if self.prefetcher is not None:
+            self.prefetcher.cancel()  # the probe must not wait for answers that nobody needs any more
         for provider in self.providers:
             provider.on_train_end()
         with rng_kept():
