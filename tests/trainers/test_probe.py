@@ -123,6 +123,14 @@ class TestWeights:
         before = mark_weights([("w", tensor)])
         assert changed_weights(before, [("w", tensor.flip(1))])[0] == ["w"]
 
+    def test_placing_may_cast_and_divide(self):
+        tensor = torch.randn(10, 10, generator=torch.Generator().manual_seed(0))
+        before = mark_weights([("w", tensor)])
+        for placed in (tensor.double(), tensor[:5]):
+            assert changed_weights(before, [("w", placed)], placed=True) == ([], True)
+            assert changed_weights(before, [("w", placed)]) == (["w"], False)
+        assert changed_weights(before, []) == (["w"], False)
+
     def test_shared(self):
         model = tiny.model()
         other = tiny.model(seed=1)

@@ -26,12 +26,14 @@ class WeightMark:
     Args:
         total (`int`): A checksum of all its bits.
         sample (`Tensor`): Some of its values: float64 `[sample]` on the CPU.
-        is_float32 (`bool`): Whether its dtype is float32, which is precise enough to tell rounding from a real change.
+        dtype (`torch.dtype`): Its dtype. Float32 is precise enough to tell rounding from a real change.
+        count (`int`): How many values it has: in a sharded tensor, those of this rank.
     """
 
     total: int
     sample: Tensor
-    is_float32: bool
+    dtype: torch.dtype
+    count: int
 
 
 def mark_weights(weights: Iterable[tuple[str, Tensor]]) -> dict[str, WeightMark]:
@@ -47,24 +49,37 @@ def mark_weights(weights: Iterable[tuple[str, Tensor]]) -> dict[str, WeightMark]
         }
 
 
-def changed_weights(before: dict[str, WeightMark], weights: Iterable[tuple[str, Tensor]]) -> tuple[list[str], bool]:
+def changed_weights(
+    before: dict[str, WeightMark], weights: Iterable[tuple[str, Tensor]], *, placed: bool = False
+) -> tuple[list[str], bool]:
     """
     Find the tensors that have changed since they were remembered.
+
+    Args:
+        placed (`bool`): Whether the model was placed since then, which may have cast its tensors or divided them
+            among ranks. Such tensors cannot be compared, and do not count.
 
     Returns:
         `tuple[list[str], bool]`: Their names, and whether all of them changed only as much as rounding may change
         them.
     """
     after = mark_weights(weights)
-    changed = [name for name, mark in before.items() if name in after and after[name].total != mark.total]
-    return changed, all(_rounded(before[name], after[name]) for name in changed)
+    alike = {name for name, mark in before.items() if name in after and _comparable(mark, after[name])}
+    changed = [
+        name for name, mark in before.items() if (after[name].total != mark.total if name in alike else not placed)
+    ]
+    return changed, all(name in alike and _rounded(before[name], after[name]) for name in changed)
+
+
+def _comparable(before: WeightMark, after: WeightMark) -> bool:
+    return (before.dtype, before.count) == (after.dtype, after.count)
 
 
 def _rounded(before: WeightMark, after: WeightMark) -> bool:
     """Whether a tensor changed as a whole, and by very little. A change that the sample does not show is local."""
     off = (after.sample - before.sample).abs().max()
     size = before.sample.square().mean().sqrt()
-    return before.is_float32 and bool(0 < off <= _ROUNDING * size)
+    return before.dtype == torch.float32 and bool(0 < off <= _ROUNDING * size)
 
 
 def _mark(tensor: Tensor) -> WeightMark:
@@ -72,7 +87,7 @@ def _mark(tensor: Tensor) -> WeightMark:
     step = max(1, flat.numel() // _SAMPLE)
     values = flat[::step][:_SAMPLE]
     sample = values.double().cpu() if values.is_floating_point() else values.cpu().double()
-    return WeightMark(_total(flat), sample, tensor.dtype == torch.float32)
+    return WeightMark(_total(flat), sample, tensor.dtype, flat.numel())
 
 
 def _total(flat: Tensor) -> int:

@@ -180,7 +180,7 @@ class ReferenceCheck:
     def _compare_weights(self, provider: ReferenceProvider, when: str) -> None:
         if id(provider) not in self._marks:
             return
-        changed, rounded = changed_weights(self._marks[id(provider)], provider.weights())
+        changed, rounded = changed_weights(self._marks[id(provider)], provider.weights(), placed=when == _BEGUN)
         if not changed:
             return
         message = (
