@@ -1,4 +1,4 @@
-"""`ref_provider_kwargs` become a provider's options, or an error that tells everything that is wrong with them."""
+"""`ref_provider_kwargs` become the options of a provider, or an error that says all that is wrong with them."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Plugins are discovered, isolated, blocked and resolved; see `tests/cli/test_plugins.py` for pip-installed ones."""
+"""Finding, isolating, blocking and resolving plugins. `tests/cli/test_plugins.py` does it with pip-installed ones."""
 
 import gc
 import itertools
@@ -24,7 +24,7 @@ from trl_refplug.trainers.selection import Selection
 
 
 UNDECIDED = Selection(args=SimpleNamespace(), policy_is_peft=False, has_ref_model=False, online=False)
-"""What `auto` is asked about where TRL's own arguments leave it open."""
+"""A selection that TRL's own arguments leave open, so that plugins are asked."""
 
 
 PROVIDER = """
@@ -40,7 +40,7 @@ class Provider(ReferenceProvider):
 
 
 def registering(*names: str) -> str:
-    """Source of a plugin that registers providers of these names."""
+    """The source of a plugin that registers providers with these names."""
     calls = "".join(f"    register({name!r}, Provider)\n" for name in names)
     return f"{PROVIDER}\n@hookimpl\ndef refplug_register_providers(register):\n{calls}"
 
@@ -234,7 +234,8 @@ def test_broken_plugin_stays_outside(site: FakeSite, source: str, told: str) -> 
     record = record_of(manager, "acme")
     assert record.status == "failed"
     assert told in record.reason
-    assert "PluginError" not in record.reason  # our own findings are sentences
+    # What we find wrong ourselves is said in a sentence, without the name of an exception.
+    assert "PluginError" not in record.reason
     assert record.exception is not None
     assert not any(provider.plugin.name == "acme" for provider in manager.providers.values())
 
@@ -259,13 +260,13 @@ def test_selected_broken_plugin_shows_its_own_traceback(site: FakeSite) -> None:
     site.install("acme-refs", plugins={"acme": "acme_mod"}, modules={"acme_mod": source})
     manager = PluginManager()
     assert record_of(manager, "acme").providers == ("uniform",)  # registered before it failed
-    assert "uniform" not in manager.providers  # in or out as a whole
+    assert "uniform" not in manager.providers  # a plugin is used as a whole or not at all
     with pytest.raises(PluginError, match="ZeroDivisionError") as caught:
         manager.provider_class("uniform")
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert "the culprit" in "".join(traceback.format_exception(caught.value))
 
-    # After another provider was used only the text is kept, and shown all the same
+    # Once another provider is in use, only the text of the traceback is kept. It is shown all the same.
     with pytest.warns(RefPlugWarning):
         manager.provider_class("frozen")
     with pytest.raises(PluginError) as caught:
@@ -276,7 +277,7 @@ def test_selected_broken_plugin_shows_its_own_traceback(site: FakeSite) -> None:
 
 @pytest.mark.parametrize("value", ["acme_gone", "acme_gone.plugin:plugin", "acme_mod.sub", "acme_mod:absent"])
 def test_stale_registration_is_one_line_without_traceback(site: FakeSite, value: str) -> None:
-    """The distribution's module, or the name in it, does not exist any more."""
+    """The module of the distribution, or the name in that module, does not exist any more."""
     site.install("acme-refs", "1.2", plugins={"acme": value}, modules={"acme_mod": registering("uniform")})
     manager = PluginManager()
     record = record_of(manager, "acme")
@@ -290,7 +291,7 @@ def test_stale_registration_is_one_line_without_traceback(site: FakeSite, value:
 
 
 def test_module_that_is_there_is_not_stale(site: FakeSite) -> None:
-    """A syntax error is raised before any line of the plugin runs; the message has the place."""
+    """A syntax error is raised before any line of the plugin runs. The message says where it is."""
     site.install("acme-refs", plugins={"acme": "acme_mod"}, modules={"acme_mod": "def :"})
     record = record_of(PluginManager(), "acme")
     assert "(acme_mod.py, line 1). Upgrade or reinstall acme-refs" in record.reason
@@ -340,7 +341,7 @@ def test_broken_plugin_keeps_no_caller_alive(site: FakeSite, last: str) -> None:
 
 
 def test_stale_plugin_keeps_no_caller_alive(site: FakeSite) -> None:
-    """The exception that it failed with has another one, with frames, for its context."""
+    """The exception that the plugin failed with has another one as its context, which has frames, too."""
     site.install("acme-refs", plugins={"acme": "acme_mod.sub"}, modules={"acme_mod": ""})
     error = record_of(PluginManager(), "acme").exception
     assert error is not None
@@ -569,7 +570,7 @@ def test_order_is_that_of_the_names_and_not_of_the_path(make_site: Callable[[str
     assert [record.name for record in PluginManager().records] == ["builtin", "a", "b", "c"]
 
 
-# Names nobody has
+# Names that no plugin registers
 
 
 def test_unknown_provider_lists_what_is_installed(site: FakeSite) -> None:

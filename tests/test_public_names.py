@@ -1,4 +1,4 @@
-"""Every public name is there and documented, and asking for the package is cheap."""
+"""All public names exist and are documented, and importing the package is fast."""
 
 import inspect
 import subprocess
@@ -42,7 +42,7 @@ def test_public_names_are_listed_once_and_others_do_not_exist() -> None:
 
 
 def loaded_by(code: str) -> set[str]:
-    """Which of the heavy packages running `code` in a fresh interpreter imports."""
+    """The heavy packages that are imported when `code` runs in a fresh interpreter."""
     heavy = "{'torch', 'transformers', 'trl', 'peft', 'accelerate', 'datasets', 'pydantic', 'numpy'}"
     code = f"{code}\nimport sys\nprint(','.join(sorted({heavy} & set(sys.modules))))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

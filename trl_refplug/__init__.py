@@ -1,11 +1,11 @@
 """
-trl-refplug: where a TRL trainer's reference log-probabilities come from is a plugin that one flag selects.
+trl-refplug: the log-probabilities of a TRL trainer's reference come from a plugin, which one flag selects.
 
 ```python
 from trl_refplug import RefPlugDPOConfig, RefPlugDPOTrainer  # was: from trl import DPOConfig, DPOTrainer
 ```
 
-Importing this package loads no torch: what needs it is imported when it is first asked for.
+Importing this package does not import torch. What needs torch is imported when it is used for the first time.
 """
 
 from __future__ import annotations

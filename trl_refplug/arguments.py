@@ -1,4 +1,4 @@
-"""The flags that select a reference. Imports no TRL, so that showing them is instant."""
+"""The flags that select a reference. This module does not import TRL, so that `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,12 @@ class ReferenceArguments:
         ref_prefetch (`int`, *optional*, defaults to `2`):
             How many batches ahead of the policy the reference is asked, by DPO and KTO and where the provider can
             answer while the policy works (another device or machine). 1 hides an answer that takes no longer than a
-            step; 2 also where one batch takes longer than the next. 0 asks when the answer is needed.
+            step; 2 also where one batch takes longer than the next. With any number above 0, GRPO and RLOO compute
+            their rewards while the reference answers. 0 asks when the answer is needed.
+        ref_monitor_steps (`int`, *optional*, defaults to `0`):
+            How many optimizer steps from one measurement of the policy's distance from its reference to the next, in
+            the logs as `ref/kl`, `ref/kl_k3`, `ref/kl_p99` and `ref/kl_max`. Training does not change with it. Works
+            with `beta=0` too, where the selected reference is then built for this alone. 0 measures nothing.
     """
 
     ref_provider: str = field(
@@ -62,7 +67,16 @@ class ReferenceArguments:
         default=2,
         metadata={
             "help": "How many batches ahead of the policy the reference is asked (DPO and KTO), where the provider "
-            "can answer while the policy works: on another device or machine. 0 asks when the answer is needed."
+            "can answer while the policy works: on another device or machine. GRPO and RLOO compute their rewards "
+            "meanwhile. 0 asks when the answer is needed."
+        },
+    )
+    ref_monitor_steps: int = field(
+        default=0,
+        metadata={
+            "help": "How many optimizer steps from one measurement of the policy's distance from its reference to the "
+            "next, in the logs as `ref/kl`, `ref/kl_k3`, `ref/kl_p99` and `ref/kl_max`. Training does not change with "
+            "it. Works with `beta=0` too. 0 measures nothing."
         },
     )
 
@@ -84,6 +98,11 @@ class ReferenceArguments:
                 f"`ref_prefetch` must be a number of batches, 0 or more, got {self.ref_prefetch!r}. 0 asks the "
                 "reference only when its answer is needed."
             )
+        if not isinstance(self.ref_monitor_steps, int) or self.ref_monitor_steps < 0:
+            raise ConfigurationError(
+                f"`ref_monitor_steps` must be a number of optimizer steps, 0 or more, got {self.ref_monitor_steps!r}. "
+                "0 measures nothing."
+            )
         # The configurations of TRL have a __post_init__ of their own further along the MRO.
         after = getattr(super(), "__post_init__", None)
         if after is not None:
@@ -91,7 +110,9 @@ class ReferenceArguments:
 
     @classmethod
     def of(cls, args: Any) -> ReferenceArguments:
-        """The reference flags of any training arguments; TRL's own configurations have the defaults."""
+        """
+        The reference flags of any training arguments. For one of TRL's own configurations, they are the defaults.
+        """
         if isinstance(args, cls):
             return args
         return cls()

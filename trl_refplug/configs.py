@@ -1,4 +1,4 @@
-"""The four trainer configurations of TRL with the flags that select a reference."""
+"""TRL's four trainer configurations, extended by the flags that select a reference."""
 
 from __future__ import annotations
 

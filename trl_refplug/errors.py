@@ -100,17 +100,17 @@ class StoreWriteError(StoreError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`" Did you mean 'frozen'?"` when one of `known` is close to `word`, else an empty string."""
+    """`" Did you mean 'frozen'?"` if one of `known` is spelled almost like `word`, else an empty string."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
 def require_extra(what: str, extra: str, *modules: str) -> None:
     """
-    Check that what an extra of this package installs is there.
+    Check that the modules are there that an extra of this package installs.
 
     Raises:
-        ConfigurationError: A module is missing. It says that `what` needs it, and how to install it.
+        ConfigurationError: A module is missing. The message says that `what` needs it, and how to install it.
     """
     missing = [name for name in modules if find_spec(name) is None]
     if missing:

@@ -108,8 +108,8 @@ def refplug_select_provider(context: SelectionContext) -> str | None:
 @hookspec
 def refplug_scored(identity: ReferenceIdentity, batch: ReferenceBatch, log_probs: Tensor, seconds: float) -> None:
     """
-    Observe an answer of the reference: for monitoring; what is returned is ignored.
+    Observe an answer of the reference, for example to monitor it. What the hook returns is ignored.
 
-    `log_probs` (float32 `[batch, seq - 1]`) is a copy, `batch` is the trainer's own and must not be changed; `seconds`
+    `log_probs` (float32 `[batch, seq - 1]`) is a copy; `batch` is the trainer's own and must not be changed; `seconds`
     is how long the trainer waited. An exception is reported once and does not reach training.
     """

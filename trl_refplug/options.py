@@ -1,4 +1,4 @@
-"""`ref_provider_kwargs` into the options of a provider: a frozen dataclass, validated by pydantic."""
+"""Turning `ref_provider_kwargs` into the options of a provider: a frozen dataclass, validated by pydantic."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ OptionsT = TypeVar("OptionsT")
 @dataclasses.dataclass(frozen=True)
 class OptionDescription:
     """
-    One option, for listings.
+    One option of a provider, as it is shown to people.
 
     Args:
         name (`str`): The key in `ref_provider_kwargs`.
-        type (`str`): Its type as written in the options class.
+        type (`str`): Its type, as it is written in the options class.
         required (`bool`): Whether it has no default.
-        default (`Any`): The default, `None` if required.
+        default (`Any`): The default; `None` if it is required.
         help (`str`): The `help` of the field's metadata.
     """
 
@@ -39,7 +39,7 @@ class OptionDescription:
 
 
 def describe_options(options_class: type) -> list[OptionDescription]:
-    """The options a provider takes, in the order its options class declares them."""
+    """The options that a provider takes, in the order in which its options class declares them."""
     described = []
     for field in dataclasses.fields(options_class):
         if not field.init:
@@ -64,7 +64,7 @@ def parse_options(
     provider_name: str, options_class: type[OptionsT], values: Mapping[str, Any] | str | None = None
 ) -> OptionsT:
     """
-    The options of a provider from what the user wrote.
+    Make the options of a provider from what the user wrote.
 
     Args:
         provider_name (`str`): For messages.
@@ -72,7 +72,7 @@ def parse_options(
         values (`Mapping[str, Any]`, `str` or `None`): The values, or a JSON object as text.
 
     Raises:
-        [`OptionsError`]: Unknown, missing or ill-typed options; all problems at once.
+        [`OptionsError`]: Options are unknown, missing or of the wrong type. The message names all problems at once.
         [`PluginError`]: The options class itself cannot be understood.
     """
     given = _as_mapping(provider_name, values)
@@ -89,7 +89,7 @@ def parse_options(
         takes = "".join(f"\n  {option}" for option in described.values()) or " no options."
         listed = "".join(f"\n  - {problem}" for problem in problems)
         raise OptionsError(f"ref_provider_kwargs do not fit provider {provider_name!r}:{listed}\nIt takes{takes}")
-    assert options is not None  # there are problems otherwise
+    assert options is not None  # it is None only if there are problems
     return options
 
 
@@ -114,8 +114,14 @@ def _as_mapping(provider_name: str, values: Mapping[str, Any] | str | None) -> M
 def _validate(
     provider_name: str, options_class: type[OptionsT], values: Mapping[str, Any]
 ) -> tuple[OptionsT | None, dict[str, list[str]]]:
-    """The options, or what is invalid by option; under an empty name what concerns them together."""
-    import pydantic  # only when there is something to validate: listing providers stays fast
+    """
+    Validate the options.
+
+    Returns:
+        `tuple`: The options, and no problems; or `None`, and the problems by the option they are about. Problems that
+        are about several options together are found under an empty name.
+    """
+    import pydantic  # imported only if there is something to validate, so that listing providers stays fast
 
     try:
         return pydantic.TypeAdapter(options_class).validate_python(values), {}

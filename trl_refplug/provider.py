@@ -1,5 +1,6 @@
 """
-What a reference provider is: the contract between the trainers' seam and whoever answers with log-probabilities.
+What a reference provider is: the contract between the trainers, which ask for the reference's log-probabilities, and
+the providers, which answer.
 
 This module knows no provider and no trainer, and imports no torch, so that listing providers stays instant.
 """
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 STATE_DIRECTORY = "refplug/state"
-"""Where in a trainer's checkpoint is what providers wrote in `save_state`."""
+"""The directory in a trainer's checkpoint in which providers write their state (`save_state`)."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class ReferenceBatch:
         extras (`Mapping[str, Tensor]`): further model inputs (`pixel_values`, `token_type_ids`, ...).
         rows_sliceable (`bool`): `False` where `extras` are indexed by patch or tile and not by row, so that the batch
             can only be scored whole.
+        rows_per_pass (`int` or `None`): How many rows the trainer itself would score in one forward pass, where that
+            is less than all of them. A provider that scores more at a time answers for the memory that it takes.
     """
 
     input_ids: Tensor
@@ -49,9 +52,28 @@ class ReferenceBatch:
     labels: Tensor
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     rows_sliceable: bool = True
+    rows_per_pass: int | None = None
+
+    def in_passes(self) -> list[ReferenceBatch]:
+        """The batch in pieces of `rows_per_pass` rows, as the trainer itself would score it."""
+        rows, size = len(self.input_ids), self.rows_per_pass
+        if size is None or size >= rows or not self.rows_sliceable:
+            return [self]
+        return [self._rows(start, start + size) for start in range(0, rows, size)]
+
+    def _rows(self, start: int, end: int) -> ReferenceBatch:
+        rows = len(self.input_ids)
+        row_wise = {name for name, value in self.extras.items() if tuple(value.shape[:1]) == (rows,)}
+        return replace(
+            self,
+            input_ids=self.input_ids[start:end],
+            attention_mask=self.attention_mask[start:end],
+            labels=self.labels[start:end],
+            extras={name: value[start:end] if name in row_wise else value for name, value in self.extras.items()},
+        )
 
     def copy(self) -> ReferenceBatch:
-        """The batch in memory of its own."""
+        """A copy of the batch, which shares no memory with it."""
         return replace(
             self,
             input_ids=self.input_ids.clone(),
@@ -119,7 +141,7 @@ class ModelTraits:
         absolute_positions (`bool`): Whether padding on the left of a row changes its log-probs.
         length_limit (`int` or `None`): The longest batch in which rows do not depend on each other's length; `None` if
             there is no such limit.
-        dtype (`str`): Of the weights: `"bfloat16"`, ...
+        dtype (`str`): The dtype of its weights: `"bfloat16"`, ...
     """
 
     attention_implementation: str
@@ -129,7 +151,7 @@ class ModelTraits:
 
 
 class BulkScorer(Protocol):
-    """Scores a stream of rows, in whatever passes suit it."""
+    """Scores a stream of rows. It decides itself how many rows one forward pass takes, and in which order."""
 
     def score_passes(self, rows: Iterable[Row]) -> Iterator[list[tuple[int, Tensor]]]:
         """
@@ -139,21 +161,23 @@ class BulkScorer(Protocol):
             rows (`Iterable[Row]`): Read as far ahead as is useful.
 
         Yields:
-            `list[tuple[int, Tensor]]`: The rows of one pass, as soon as it is done: the index of each in `rows`, and
-            the log-probabilities of its scored tokens, in order: float32 `[scored]` on the CPU. Every row comes once,
-            in any order.
+            `list[tuple[int, Tensor]]`: The answers of one forward pass, as soon as it is done. Each has the row's
+            index in `rows` and the log-probabilities of its scored tokens, in order: float32 `[scored]` on the CPU.
+            Every row is answered once; the order of rows is free.
         """
 
 
 @runtime_checkable
 class ScoresInBulk(Protocol):
     """
-    An optional ability of a provider: to score rows outside of the trainer's batches, many at a time. Whoever fills a
-    store uses it where it is there, and asks for one batch after the other where it is not.
+    An optional ability of a provider: to score many rows at a time that are not one of the trainer's batches. A store
+    is filled with it. Without it, the store asks for one batch after the other.
     """
 
     def bulk_scorer(self) -> AbstractContextManager[BulkScorer]:
-        """A scorer of the reference. What it borrows, such as the policy, is borrowed while the context lasts."""
+        """
+        A scorer of the reference. If it uses the policy, the policy must be left alone as long as the context lasts.
+        """
 
 
 @dataclass(frozen=True)
@@ -192,7 +216,7 @@ class ReferenceIdentity:
     parts: tuple[ReferenceIdentity, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The identity as JSON-serialisable values."""
+        """The identity as JSON-serializable values."""
         return asdict(self)
 
     @classmethod
@@ -266,31 +290,33 @@ class ReferenceContext(Protocol):
     @property
     def may_load_late(self) -> bool:
         """
-        In `pin`: whether this provider may never be asked for a log-prob, as when a store has all of them. A model
-        that is named is then better loaded with the first question, if its identity is known without.
+        In `pin`: whether it may happen that this provider is never asked for a log-prob, because a store has all of
+        them. If so, a provider that loads a model had better wait with that until it is asked for the first time,
+        provided that it knows its identity without loading the model.
         """
 
     def create(
         self, name: str, options: Mapping[str, Any] | None = None, *, may_load_late: bool = False
     ) -> ReferenceProvider:
         """
-        Another provider by name, for one that is made of others. Call it in `pin`. The new provider is pinned at once;
-        it is set up, checked and closed with the one that asked.
+        Make another provider, by name: for a provider that is made of others. Call it in `pin`. The new provider is
+        pinned at once, and it is set up, checked and closed together with the one that asked for it.
         """
 
     def adopt(self, provider: ReferenceProvider, *, may_load_late: bool = False) -> ReferenceProvider:
-        """The same for a provider that is made already, under a name that nobody has to know."""
+        """Do the same with a provider instance that exists already, and need not be registered under a name."""
 
     def place(self, module: nn.Module, device: str | None = None) -> nn.Module:
         """
-        Do to a model that was loaded after `pin` what TRL does to its own reference: dropout, LM head, DeepSpeed,
-        FSDP, device (another one if `device` names it).
+        Do to a model that was loaded after `pin` what TRL does to its own reference: switch off dropout, fuse the LM
+        head, wrap it with DeepSpeed or FSDP, and move it to the trainer's device, or to `device` if that is given.
         """
 
     def planned(self, split: str) -> Iterable[ReferenceBatch] | None:
         """
-        The rows that this run will ask for, in batches of any size, where they are known; `None` for GRPO, RLOO and
-        streams. `split` is `"train"`, `"eval"` (all evaluation sets) or the name of one evaluation set.
+        The rows that this run will ask for, in batches of any size. `None` if they are not known beforehand: for GRPO
+        and RLOO, and for data sets that are streams. `split` is `"train"`, `"eval"` (all evaluation sets) or the name
+        of one evaluation set.
         """
 
 
@@ -310,7 +336,7 @@ class ReferenceProvider(ABC):
        seen later is guaranteed to be the start of training.
     3. `setup(context)`: TRL's trainer is built. Connect, check, borrow.
     4. `on_train_begin()`: the policy is where it is trained.
-    5. `log_probs(batch)` (or `submit`) for every batch; `on_step_end(step)` after every optimiser step if `moving`.
+    5. `log_probs(batch)` (or `submit`) for every batch; `on_step_end(step)` after every optimizer step if `moving`.
     6. `save_state`/`load_state` with every checkpoint, `close` at the end.
 
     Example:
@@ -338,7 +364,10 @@ class ReferenceProvider(ABC):
     """
 
     capabilities: Capabilities = Capabilities()
-    """Declared by the class; an instance may have others, from `setup` on at the latest, where its options decide."""
+    """
+    What the provider can do, declared by the class. If that depends on the options, an instance may have capabilities
+    of its own; they must be final when `setup` returns.
+    """
 
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options
@@ -353,42 +382,54 @@ class ReferenceProvider(ABC):
 
     @property
     def device(self) -> str | None:
-        """Device of the module that `pin` returns; `None` for wherever TRL would put its own reference."""
+        """Device for the module that `pin` returns; `None` for the one that TRL would put its own reference on."""
         return None
 
     @property
     def module(self) -> nn.Module | None:
-        """The in-process copy behind this reference, for `trainer.ref_model.named_parameters()`, if there is one."""
+        """
+        The model in this process that is the reference, if there is one: `trainer.ref_model` shows its parameters.
+        """
         return None
 
     @property
     def reference_adapter(self) -> str | None:
-        """Name of the policy's adapter that is the reference, if one is: it is kept, and not trained."""
+        """Name of the policy's adapter that is the reference, if there is one. It is kept, and not trained."""
         return None
 
     @property
     def scoring(self) -> Literal["exact", "packed"]:
-        """How `log_probs` scores: in the trainer's own shapes, or packed. A store keeps the two apart."""
+        """
+        Whether `log_probs` scores batches as the trainer padded them, or packed. A store keeps the two apart. GRPO and
+        RLOO ask a local model that scores exactly in the trainer's slices, and any other about a whole generation
+        batch.
+        """
         return "exact"
 
     @property
     def model_traits(self) -> ModelTraits | None:
-        """Traits of a model that is not loaded; `None` where `module`, or else the policy, has them."""
+        """
+        Traits of the reference's model if it is not loaded. `None` to take those of `module`, or else of the policy.
+        """
         return None
 
     @property
     def computes_in(self) -> str | None:
-        """Dtype that the reference computes in (`"bfloat16"`, ...), where it has no `module` that says so."""
+        """
+        Dtype that the reference computes in (`"bfloat16"`, ...). `None` to take that of `module`, or of the policy.
+        """
         return None
 
     @property
     def at_hand(self) -> bool:
-        """Whether to score a row takes nothing that is not in this process already: no model to load, no server."""
+        """
+        Whether a row can be scored with what is in this process already: without loading a model or asking a server.
+        """
         return self.capabilities.local_model
 
     @property
     def unavailable(self) -> str:
-        """Why no row can be scored now, as a sentence without its full stop; an empty string where one can."""
+        """Why no row can be scored now, as a sentence without its full stop; an empty string if rows can be scored."""
         return ""
 
     def pin(self, context: ReferenceContext) -> nn.Module | None:
@@ -406,7 +447,7 @@ class ReferenceProvider(ABC):
 
     @abstractmethod
     def identity(self) -> ReferenceIdentity:
-        """Which distribution this is. Callable from `setup` on; the same on every rank and after resume."""
+        """Which distribution this is. It is known from `setup` on, and the same on every rank and after a resume."""
 
     @abstractmethod
     def log_probs(self, batch: ReferenceBatch) -> Tensor:
@@ -423,31 +464,32 @@ class ReferenceProvider(ABC):
 
     def declared_model(self, context: ReferenceContext) -> AbstractContextManager[nn.Module | None]:
         """
-        The model that *is* this reference as it is declared, for as long as the context lasts: it is asked about the
-        probe by its ordinary logits, so that nothing which bends `log_probs` goes unnoticed.
+        The model that *is* this reference as it is declared. While the context lasts, it is asked for its ordinary
+        logits on the rows of the probe. The answers of `log_probs` are compared with these, so that whatever makes
+        them wrong is noticed.
 
-        Called right after `pin` and, where that gave `None`, once more after `setup`. By default it is the policy if
-        `starts_as_policy`, and the module that `pin` returned if not; `None` where there is neither, so that the first
-        answer of `probe` has to serve as the truth.
+        Called right after `pin`, and once more after `setup` if there was no model (`None`) the first time. By
+        default it is the policy if `starts_as_policy`, and otherwise the module that `pin` returned. If there is
+        neither, the first answer of `probe` is taken for the truth.
         """
         return nullcontext(context.policy if self.starts_as_policy else context.reference_model)
 
     def probe(self, batch: ReferenceBatch) -> Tensor | None:
         """
-        Answer the probe in the way in which training is answered: when TRL has built its trainer, as training begins,
-        with every checkpoint, and at the end.
+        Answer the probe, in the same way as the batches of training. Called when TRL has built its trainer, as
+        training begins, with every checkpoint, and at the end of training.
 
         Returns:
-            `Tensor` or `None`: As `log_probs`. `None` where the reference cannot be asked now, or answers with what
-            others have said, which are asked themselves.
+            `Tensor` or `None`: What `log_probs` would return. `None` if the reference cannot be asked now, or if it
+            only repeats the answers of other providers, which are asked themselves.
         """
         return None if self.unavailable else self.log_probs(batch)
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
         """
-        The tensors in this process that decide the answers and that training must not change, by name. They are
-        compared, bit for bit, between the start of training and every checkpoint. By default those of `module`, if the
-        reference does not move.
+        The tensors in this process, by name, that the answers are computed with and that training must not change.
+        They are compared, bit for bit, between the start of training and every checkpoint. By default they are those
+        of `module`, and none if the reference moves.
         """
         if self.module is None or self.capabilities.moving:
             return []
@@ -471,17 +513,19 @@ class ReferenceProvider(ABC):
         """
 
     def on_step_end(self, step: int) -> None:  # noqa: B027 (optional hook)
-        """Called after optimiser step `step` (from 1). Only with `capabilities.moving`."""
+        """Called after optimizer step `step` (from 1). Only with `capabilities.moving`."""
 
     def on_train_end(self) -> None:  # noqa: B027 (optional hook)
-        """Training is over, as planned or early: write what is held back. Evaluation, or more training, may follow."""
+        """
+        Training is over, as planned or early: write what is not on disk yet. Evaluation, or more training, may follow.
+        """
 
     def counters(self) -> dict[str, float]:
         """Numbers for TRL's logs, reported as `ref/<name>` (cache hits, bytes sent, ...)."""
         return {}
 
     def metadata(self) -> dict[str, Any]:
-        """JSON-serialisable facts that every checkpoint carries beside the identity."""
+        """JSON-serializable facts that are written into every checkpoint, beside the identity."""
         return {}
 
     def save_state(self, directory: Path) -> None:  # noqa: B027 (optional hook)

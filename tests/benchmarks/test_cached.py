@@ -135,7 +135,7 @@ def test_filling(tmp_path: Path) -> None:
     keys = RowKeys(facts, facts, traits_of(model))
 
     def blocks() -> Any:
-        return map(keys.of_planned, planned_rows(trainer, PatchPoint.of(type(trainer)), "train") or ())
+        return map(keys.rows_of_plan, planned_rows(trainer, PatchPoint.find_in(type(trainer)), "train") or ())
 
     class Source:
         def bulk_scorer(self) -> Any:

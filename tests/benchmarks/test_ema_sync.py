@@ -64,7 +64,7 @@ def test_full_fine_tuning(dtype: torch.dtype, master_dtype: torch.dtype) -> None
     reference = copy.deepcopy(policy)
     average = ModelAverage(reference, lambda: policy, master_dtype)
     ours, theirs = alternating(
-        lambda: average.update(0.6), lambda: SyncRefModelCallback._sync_target_model(policy, reference, 0.6)
+        lambda: average.move_to_policy(0.6), lambda: SyncRefModelCallback._sync_target_model(policy, reference, 0.6)
     )
     ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
     print(
@@ -87,7 +87,7 @@ def test_adapters(average: str) -> None:
                 if "default" in name:
                     parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
         start = time.perf_counter()
-        moving.update(0.6)
+        moving.move_to_policy(0.6)
         seconds.append(time.perf_counter() - start)
     modules = sum("lora_A.default" in name for name, _ in policy.named_parameters())
     print(f"\nLoRA r=16, {modules} modules, {average}: {1e3 * statistics.median(seconds):.0f} ms a sync")

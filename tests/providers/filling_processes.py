@@ -1,8 +1,9 @@
 """
 Processes that fill a store through a trainer.
 
-Run as a program, this is a server that has imported everything and forks for each line it reads: `fill` and its
-arguments start a process and are answered by its id, `wait` and an id by its exit status.
+Run as a program, this is a server that has imported everything, and reads commands line by line. `fill`, followed by
+arguments, forks a process that fills a store, and is answered with the id of that process. `wait`, followed by such an
+id, is answered with the exit status of the process.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ SHARD_ROWS = 40
 
 def fill(model: str, store: str, out: str, log: str | None = None) -> None:
     """
-    Build a trainer that fills `store`, in forward passes of a few rows; with `log`, note the number of rows in that
-    file when a pass was put.
+    Build a trainer that fills `store`, in forward passes of a few rows. If `log` is given, the number of rows is
+    written into that file whenever the rows of a pass were stored.
     """
     warnings.simplefilter("ignore")
     logging.disable()

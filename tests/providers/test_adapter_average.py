@@ -1,4 +1,4 @@
-"""The moving average of LoRA adapters is that of the weights they make, at the price of adapters."""
+"""The moving average of LoRA adapters is the average of the weights they make, and needs no dense matrix."""
 
 import copy
 
@@ -38,7 +38,7 @@ def averaged(policy, **options):
 
 
 class Training:
-    """Adapter weights that drift, with some noise, as in training."""
+    """Lets the weights of the policy's adapter drift, with some noise, as training does."""
 
     def __init__(self, policy, drift=0.02, noise=0.002):
         self.generator = torch.Generator().manual_seed(0)
@@ -61,7 +61,7 @@ def layers(policy, adapter):
 
 
 def deltas(policy, adapter="default"):
-    """What an adapter adds to every weight, in float64."""
+    """Return what an adapter adds to every weight, in float64."""
     found = {}
     for name, layer in layers(policy, adapter).items():
         if adapter in layer.lora_embedding_A:
@@ -73,7 +73,7 @@ def deltas(policy, adapter="default"):
 
 
 def effective(policy, adapter):
-    """The weights that the modules compute with while `adapter` is active: DoRA's scale included."""
+    """Return the weights that the modules compute with while `adapter` is active, with DoRA's scale."""
     policy.set_adapter(adapter)
     with torch.no_grad():
         found = {}
@@ -113,12 +113,12 @@ def test_fifty_syncs_against_float64(alpha, dtype, tmp_path):
     training, oracle = Training(policy, noise=0.02), deltas(policy)  # as much noise as drift: the rank fills up
     for _ in range(50):
         training.step()
-        average.update(alpha)
+        average.move_to_policy(alpha)
         for name, delta in deltas(policy).items():
             oracle[name] = alpha * delta + (1 - alpha) * oracle[name]
     error = worst(masters(average, tmp_path, oracle), oracle)
     assert error < 1e-3
-    assert average.counters()["average_error"] >= error - 1e-6  # what is logged is a bound
+    assert average.counters()["average_error"] >= error - 1e-6  # the logged value is a bound
     assert worst(deltas(policy, REFERENCE_ADAPTER), oracle) < (1e-3 if dtype == torch.float32 else 1e-2)
 
 
@@ -145,7 +145,7 @@ def test_kinds_of_adapter(config, alpha):
     assert worst(start, oracle) < 1e-5
     for _ in range(12):
         training.step()
-        average.update(alpha)
+        average.move_to_policy(alpha)
         for name, weight in effective(policy, "default").items():
             oracle[name] = alpha * weight + (1 - alpha) * oracle[name]
     reference = effective(policy, REFERENCE_ADAPTER)
@@ -155,7 +155,7 @@ def test_kinds_of_adapter(config, alpha):
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_transposed_weights(dora):
-    """GPT-2 keeps its weights the other way round."""
+    """GPT-2 keeps its weights transposed."""
     config = lora(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, use_dora=dora)
     policy = adapted(config, "gpt2", n_embd=64, n_head=4)
     average = averaged(policy)
@@ -163,7 +163,7 @@ def test_transposed_weights(dora):
     start = effective(policy, REFERENCE_ADAPTER)
     for _ in range(5):
         training.step()
-        average.update(0.3)
+        average.move_to_policy(0.3)
         for name, weight in effective(policy, "default").items():
             oracle[name] = 0.3 * weight + 0.7 * oracle[name]
     reference = effective(policy, REFERENCE_ADAPTER)
@@ -186,7 +186,7 @@ def test_what_is_trained_whole(average, overrides):
     oracle = {n: adapter_parameters(policy, "default")[n].detach().double() for n in others}
     for _ in range(5):
         training.step()
-        moving.update(0.3)
+        moving.move_to_policy(0.3)
         for name in others:
             oracle[name] = 0.3 * adapter_parameters(policy, "default")[name].detach().double() + 0.7 * oracle[name]
     ours = {n: adapter_parameters(policy, REFERENCE_ADAPTER)[n].detach().double() for n in others}
@@ -202,7 +202,7 @@ def test_factors_average_a_and_b_and_that_is_another_method():
     products = deltas(policy)
     for _ in range(10):
         training.step()
-        average.update(0.3)
+        average.move_to_policy(0.3)
         oracle = {n: 0.3 * p.detach().double() + 0.7 * oracle[n] for n, p in names.items()}
         products = {n: 0.3 * d + 0.7 * products[n] for n, d in deltas(policy).items()}
     ours = adapter_parameters(policy, REFERENCE_ADAPTER)
@@ -218,9 +218,9 @@ def test_becomes_the_policy(average):
     training = Training(policy)
     for _ in range(3):
         training.step()
-        assert moving.distance() > 0
-        moving.update(1.0)
-        assert moving.distance() == pytest.approx(0.0, abs=1e-6)
+        assert moving.distance_to_policy() > 0
+        moving.move_to_policy(1.0)
+        assert moving.distance_to_policy() == pytest.approx(0.0, abs=1e-6)
     assert worst(deltas(policy, REFERENCE_ADAPTER), deltas(policy)) < 1e-6
 
 
@@ -231,7 +231,7 @@ def test_distance():
     now = deltas(policy)
     difference = sum(float((now[name] - start[name]).norm() ** 2) for name in now)
     size = sum(float(delta.norm() ** 2) for delta in now.values())
-    assert average.distance() == pytest.approx((difference / size) ** 0.5, rel=1e-5)
+    assert average.distance_to_policy() == pytest.approx((difference / size) ** 0.5, rel=1e-5)
 
 
 class TestRanks:
@@ -241,7 +241,7 @@ class TestRanks:
         training, oracle = Training(policy, noise=0.02), deltas(policy)
         for _ in range(5):
             training.step()
-            average.update(0.3)
+            average.move_to_policy(0.3)
             oracle = {name: 0.3 * d + 0.7 * oracle[name] for name, d in deltas(policy).items()}
         assert caplog.text.count("Raise max_rank") == 1
         assert "tolerance=0.0001" in caplog.text
@@ -254,7 +254,7 @@ class TestRanks:
         average, training = averaged(policy, max_rank=64), Training(policy)
         for _ in range(3):
             training.step()
-            average.update(0.6)
+            average.move_to_policy(0.6)
         assert "max_rank" not in caplog.text
 
     def test_tolerance_is_rank_against_error(self):
@@ -264,7 +264,7 @@ class TestRanks:
             average, training = averaged(policy, max_rank=100, tolerance=tolerance), Training(policy)
             for _ in range(10):
                 training.step()
-                average.update(0.1)
+                average.move_to_policy(0.1)
             ranks.append(average.counters()["rank"])
         assert ranks == sorted(set(ranks))
 
@@ -278,7 +278,7 @@ class TestRanks:
         before = {n: p.shape for n, p in adapter_parameters(policy, REFERENCE_ADAPTER).items()}
         for _ in range(3):
             training.step()
-            average.update(0.3)
+            average.move_to_policy(0.3)
         assert {n: p.shape for n, p in adapter_parameters(policy, REFERENCE_ADAPTER).items()} == before
         assert {p.shape[0] for n, p in adapter_parameters(policy, REFERENCE_ADAPTER).items() if "_A" in n} == {32}
 
@@ -291,7 +291,7 @@ class TestMemory:
         average, training = averaged(policy, max_rank=max_rank), Training(policy)
         for _ in range(10):
             training.step()
-            average.update(0.1)
+            average.move_to_policy(0.1)
         second = {n: p.numel() for n, p in adapter_parameters(policy, REFERENCE_ADAPTER).items()}
         ratio = (max_rank or 32) / 8
         assert all(second[name] <= ratio * count for name, count in own.items())
@@ -300,16 +300,16 @@ class TestMemory:
         assert kept <= ratio * sum(own.values())
 
     def test_no_dense_delta_during_a_sync(self):
-        # one adapted module, so large that its delta could not be missed
+        # There is one adapted module, so large that a dense delta of it would be noticed.
         policy = adapted(
             lora(r=2, target_modules=["down_proj"]), hidden_size=1024, intermediate_size=2048, num_hidden_layers=1
         )
         average, training = averaged(policy), Training(policy)
         training.step()
-        average.update(0.3)
+        average.move_to_policy(0.3)
         dense = 1024 * 2048 * 4
-        assert peak_bytes(lambda: average.update(0.3)) < dense / 4
-        assert peak_bytes(lambda: deltas(policy)) > dense  # the measurement sees one where there is one
+        assert peak_bytes(lambda: average.move_to_policy(0.3)) < dense / 4
+        assert peak_bytes(lambda: deltas(policy)) > dense  # the measurement notices a dense delta where there is one
 
 
 class TestRefused:
@@ -340,7 +340,7 @@ def test_saved_and_restored_to_the_bit(average, overrides, dtype, tmp_path):
     one, training = averaged(policy, average=average), Training(policy)
     for _ in range(3):
         training.step()
-        one.update(0.3)
+        one.move_to_policy(0.3)
     one.save(tmp_path, rank=0, writes=True)
     other_policy = adapted(lora(**overrides), dtype=dtype)
     other = averaged(other_policy, average=average)
@@ -353,7 +353,7 @@ def test_saved_and_restored_to_the_bit(average, overrides, dtype, tmp_path):
         for name, p in adapter_parameters(other_policy, "default").items():
             p.copy_(adapter_parameters(policy, "default")[name])
     for average_ in (one, other):
-        average_.update(0.3)
+        average_.move_to_policy(0.3)
     theirs = adapter_parameters(other_policy, REFERENCE_ADAPTER)
     assert all(torch.equal(p, theirs[name]) for name, p in adapter_parameters(policy, REFERENCE_ADAPTER).items())
     assert one.counters() == other.counters()
@@ -377,7 +377,7 @@ def test_what_is_saved_is_an_ordinary_adapter_too(average, overrides, tmp_path):
     moving, training = averaged(policy, average=average), Training(policy)
     for _ in range(2):
         training.step()
-        moving.update(0.3)
+        moving.move_to_policy(0.3)
     moving.save(tmp_path, rank=0, writes=True)
     loaded = PeftModel.from_pretrained(tiny.model(), tmp_path / "adapter").eval()
     ids = torch.arange(3, 23)[None]

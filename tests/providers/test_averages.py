@@ -1,4 +1,4 @@
-"""The moving average of whole models: TRL's own numbers in float32, the right ones in low precision."""
+"""The moving average of whole models has TRL's own numbers in float32, and the right ones in low precision."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ ALPHAS = [1.0, 0.6, 0.1, 0.01, 0.001]
 
 
 def moved(model, generator, scale=0.02):
-    """A training step that nobody has to wait for."""
+    """Move the policy by random numbers, instead of a training step."""
     with torch.no_grad():
         for parameter in model.parameters():
             step = torch.randn(parameter.shape, generator=generator) * scale
@@ -28,7 +28,7 @@ def moved(model, generator, scale=0.02):
 
 
 def stored(average, directory, model):
-    """The average itself, in the precision it is kept in."""
+    """Return the average itself, in the precision in which it is kept."""
     directory.mkdir(exist_ok=True)
     average.save(directory, rank=0, writes=True)
     with TensorReader(directory) as reader:
@@ -52,7 +52,7 @@ def test_equals_trl_bit_for_bit(architecture, overrides, alpha):
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         moved(policy, generator)
-        average.update(alpha)
+        average.move_to_policy(alpha)
         SyncRefModelCallback._sync_target_model(policy, theirs, alpha)
     expected = dict(theirs.named_parameters())
     assert all(torch.equal(parameter, expected[name]) for name, parameter in ours.named_parameters())
@@ -70,13 +70,13 @@ def test_fifty_syncs_against_float64(alpha, dtype, tmp_path):
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         moved(policy, generator)
-        average.update(alpha)
+        average.move_to_policy(alpha)
         for name, parameter in policy.named_parameters():
             oracle[name] = alpha * parameter.detach().double() + (1 - alpha) * oracle[name]
     assert distance(stored(average, tmp_path, policy), oracle) < 1e-6
-    assert distance(start, oracle) > 1e-4  # there was something to get wrong
+    assert distance(start, oracle) > 1e-4  # else an average that never moves would pass
     for name, parameter in reference.named_parameters():
-        # what scores is the average, rounded once
+        # The reference that scores is the average, rounded once.
         assert torch.equal(parameter, stored(average, tmp_path, policy)[name].to(dtype))
 
 
@@ -90,7 +90,7 @@ def test_bfloat16_alone_would_not_move(tmp_path):
         reference = copy.deepcopy(start)
         average = ModelAverage(reference, lambda: policy, dtype)
         for _ in range(50):
-            average.update(0.001)
+            average.move_to_policy(0.001)
         kept = stored(average, tmp_path / str(dtype), policy)
         moves[dtype] = distance(kept, {name: p.detach() for name, p in start.named_parameters()})
     towards = distance(dict(policy.named_parameters()), dict(start.named_parameters()))
@@ -111,7 +111,7 @@ def test_any_alpha(alpha, values, dtype):
         reference.weight.copy_(torch.tensor([values[:half]]))
         policy.weight.copy_(torch.tensor([values[half : 2 * half]]))
     expected = alpha * policy.weight.double() + (1 - alpha) * reference.weight.double()
-    ModelAverage(reference, lambda: policy, dtype).update(alpha)
+    ModelAverage(reference, lambda: policy, dtype).move_to_policy(alpha)
     torch.testing.assert_close(reference.weight.double(), expected, rtol=1e-5, atol=1e-4)
 
 
@@ -135,7 +135,7 @@ def test_buffers_are_copied():
         return norm
 
     policy, reference = module(5.0), module(0.0)
-    ModelAverage(reference, lambda: policy, torch.float32).update(0.25)
+    ModelAverage(reference, lambda: policy, torch.float32).move_to_policy(0.25)
     assert torch.equal(reference.running_mean, policy.running_mean)
     assert int(reference.num_batches_tracked) == 5
 
@@ -144,17 +144,17 @@ class TestPairs:
     def test_name(self):
         average = ModelAverage(tiny.model("llama"), lambda: tiny.model("gpt2"), torch.float32)
         with pytest.raises(ConfigurationError, match="ref_model"):
-            average.check()
+            average.check_same_architecture()
 
     def test_shape(self):
         average = ModelAverage(tiny.model("llama", intermediate_size=64), lambda: tiny.model("llama"), torch.float32)
         with pytest.raises(ConfigurationError, match=r"gate_proj.*\[48, 32\].*\[64, 32\]"):
-            average.check()
+            average.check_same_architecture()
 
     def test_wrappers(self):
         policy, reference = tiny.model(), tiny.model(seed=1)
         average = ModelAverage(reference, lambda: torch.compile(policy), torch.float32)
-        average.update(1.0)
+        average.move_to_policy(1.0)
         assert torch.equal(reference.lm_head.weight, policy.lm_head.weight)
 
 
@@ -162,9 +162,9 @@ def test_distance():
     policy, reference = tiny.model(), tiny.model(seed=1)
     average = ModelAverage(reference, lambda: policy, torch.float32)
     expected = distance(dict(reference.named_parameters()), dict(policy.named_parameters()))
-    assert average.distance() == pytest.approx(expected, rel=1e-5)
-    average.update(1.0)
-    assert average.distance() == 0.0
+    assert average.distance_to_policy() == pytest.approx(expected, rel=1e-5)
+    average.move_to_policy(1.0)
+    assert average.distance_to_policy() == 0.0
 
 
 class TestFiles:
@@ -172,7 +172,7 @@ class TestFiles:
         policy = tiny.model().to(dtype)
         average = ModelAverage(copy.deepcopy(policy), lambda: policy, torch.float32)
         moved(policy, torch.Generator().manual_seed(1))
-        average.update(0.3)
+        average.move_to_policy(0.3)
         return policy, average, stored(average, tmp_path, policy)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -181,14 +181,14 @@ class TestFiles:
         again = ModelAverage(tiny.model(seed=9).to(dtype), lambda: policy, torch.float32)
         again.load(tmp_path)
         for step in (average, again):
-            step.update(0.1)
+            step.move_to_policy(0.1)
         after = stored(average, tmp_path / "one", policy)
         other = stored(again, tmp_path / "other", policy)
         assert all(torch.equal(after[name], other[name]) for name in before)
         assert not all(torch.equal(after[name], before[name]) for name in before)
 
     def test_where_the_trainer_writes(self, tmp_path):
-        """Not on the first rank alone: nodes may have disks of their own (`save_on_each_node`)."""
+        """It may write on other ranks than the first: nodes may have disks of their own (`save_on_each_node`)."""
         policy, average, before = self.saved(tmp_path / "first")
         for rank, writes in ((1, False), (2, True)):
             (tmp_path / str(rank)).mkdir()
@@ -230,7 +230,7 @@ class TestFiles:
             average.load(tmp_path)
 
     def test_parts_of_ranks(self, tmp_path):
-        """Parts are put together again, and a hole is seen."""
+        """The parts are put together again, and a missing part is noticed."""
         from trl_refplug.models.sharding import Part
         from trl_refplug.providers.ema.tensor_files import write_tensors
 
@@ -253,7 +253,7 @@ class TestFiles:
 
 
 def test_json_layout_is_plain(tmp_path):
-    """The files are ordinary safetensors: anything can read them."""
+    """The files are ordinary safetensors files, which anyone can read."""
     from safetensors import safe_open
 
     TestFiles().saved(tmp_path)

@@ -1,4 +1,4 @@
-"""`cached`: never stale, never paid for twice, and the same training as without it."""
+"""`cached`: values are never stale, no row is scored twice, and training is the same as without it."""
 
 import math
 import shutil
@@ -46,7 +46,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def use(store):
-    """Arguments of a run that uses the test's store."""
+    """The arguments of a run that uses the store of the test."""
 
     def arguments(fill="ahead", options=None, **args):
         return {
@@ -59,12 +59,14 @@ def use(store):
 
 
 def assert_close(ours, theirs, tolerance=1e-4):
-    """The same training up to rounding: sums of about ten float32 log-probs, after a few steps of training."""
+    """
+    Two runs are the same but for rounding: of sums of about ten float32 log-probs, after a few steps of training.
+    """
     assert len(ours.logs) == len(theirs.logs) > 0
     for our, their in zip(ours.logs, theirs.logs, strict=True):
         assert our.keys() == their.keys()
         for name, value in their.items():
-            if "accuracies" not in name:  # which of two equal rewards is larger, rounding decides
+            if "accuracies" not in name:  # if two rewards are equal, rounding decides which one is larger
                 assert our[name] == pytest.approx(value, abs=tolerance, rel=1e-3), name
 
 
@@ -95,8 +97,9 @@ class TestSameTraining:
 
     def test_mixed_precision_bit_for_bit(self, tmp_path, use):
         """
-        The policy is borrowed before accelerate prepares it, and computes as the prepared one does. Rows longer than
-        the sliding window are scored by the exact call, here all in one batch of the trainer's own shape.
+        Rows are scored with the policy before accelerate has prepared it, and it computes as the prepared one does.
+        Rows that are longer than the sliding window are scored exactly; here they are all in one batch, of the same
+        shape as the trainer's.
         """
         path = tiny.saved(tmp_path, "gemma2", sliding_window=2)
         given = {"train_dataset": DATA["dpo"](4)}
@@ -116,7 +119,7 @@ class TestSameTraining:
         lazy = train(kind, tmp_path, path, args=use("lazy", options), peft_config=peft_config)
         if kind == "dpo":
             assert_same(lazy, online)
-        else:  # some of KTO's KL rows are rows of other batches, too, and so of other shapes
+        else:  # some of KTO's KL rows are also in other batches, with other shapes
             assert_close(lazy, online)
         counters = lazy.trainer.ref_model.provider.counters()
         assert counters["misses"] > 0
@@ -163,7 +166,9 @@ class TestSameTraining:
 
 
 class TestHits:
-    """What only changes how rows are batched, shuffled or reduced is free; `never` fails on anything that is not."""
+    """
+    Rows are found however they are batched, shuffled or reduced: with fill='never', a missing row would be an error.
+    """
 
     @pytest.mark.parametrize(
         "args",
@@ -188,7 +193,7 @@ class TestHits:
         assert_close(run, train("dpo", tmp_path, path, args={"ref_provider": "frozen", **args}))
 
     def test_other_adapters(self, tmp_path, use):
-        """The base model is what is scored: filled by full fine-tuning, read under any rank and seed of LoRA."""
+        """The base model is what is scored: rows of full fine-tuning are found by LoRA with any rank and seed."""
         path = tiny.saved(tmp_path)
         build("dpo", tmp_path, path, args=use())
         for rank, seed in ((4, 1), (8, 2)):
@@ -225,7 +230,10 @@ class TestHits:
 
 
 class TestMisses:
-    """What changes a value is scored anew, and the result is right: TRL's own cache is stale in these cases."""
+    """
+    If something changes that decides a value, it is scored again, and is right. TRL's own cache is stale in these
+    cases.
+    """
 
     @pytest.mark.parametrize(
         "change",
@@ -317,7 +325,7 @@ class TestPadding:
             found = trainer.ref_model(**inputs, fused_lm_head=True).log_probs
             expected = online.ref_model(**inputs, fused_lm_head=True).log_probs
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-        # Of two rows the longer one has no padding
+        # Of the two rows, the longer one has no padding.
         assert trainer.ref_model.provider.counters()["misses"] == misses - (architecture == "gpt2")
 
     def test_rows_that_are_no_sequences(self, tmp_path, use):
@@ -353,7 +361,7 @@ class TestAfterTrainingBegan:
     def test_policy_is_not_the_reference_any_more(self, tmp_path, use):
         trainer = build("dpo", tmp_path, tiny.saved(tmp_path), args=use())
         other = DATA["dpo"](20).select(range(12, 20))
-        trainer.evaluate(other)  # not yet: the policy has not moved
+        trainer.evaluate(other)  # this works, because the policy has not moved yet
         trainer.train()
         trainer.evaluate(other)
         with pytest.raises(MissingRowError, match=r"Row 0 of the batch, which begins '.+', is not .*\"source\""):
@@ -414,7 +422,9 @@ class TestAfterTrainingBegan:
 
 class TestStreamsForEvaluation:
     def test_refused_at_once_where_the_policy_is_the_source(self, tmp_path, use):
-        """Not after days of training, when the first evaluation finds nothing that may score its rows."""
+        """
+        It is refused at the start, and not after days of training, when the first evaluation cannot score its rows.
+        """
         kwargs = {"eval_dataset": DATA["dpo"](4).to_iterable_dataset(), "args": use()}
         with pytest.raises(ConfigurationError, match="IterableDataset for evaluation"):
             build("dpo", tmp_path / "out", tiny.saved(tmp_path), **kwargs)
@@ -449,7 +459,7 @@ class TestNever:
 
 class TestVerify:
     def damage(self, store, other):
-        """A store in perfect order that holds wrong values."""
+        """A store whose files are in order, but which has wrong values."""
         tables = [pa.ipc.open_file(pa.memory_map(str(file))).read_all() for file in store.glob("*.arrow")]
         with LogProbStore(other, mode="a") as wrong:
             for table in tables:
@@ -465,7 +475,7 @@ class TestVerify:
             build("dpo", tmp_path, path, args=use("never", options))
         trainer = build("dpo", tmp_path, path, args=use("never", {**options, "verify": 0}))
         with pytest.raises(ReferenceMismatchError, match="not the policy's"):
-            trainer.train()  # `ref_check` is another net
+            trainer.train()  # this would be noticed by `ref_check`, not by the provider
 
     def test_right_values_pass_in_bfloat16(self, tmp_path, use):
         path = tiny.saved(tmp_path)
@@ -486,7 +496,7 @@ class TestVerify:
 
     @pytest.mark.parametrize("options", [{}, {"verify": 2}])
     def test_of_a_model_that_is_sharded(self, options, tmp_path, use, zero_stage):
-        """It cannot be scored before training, and with fill='never' it is not scored later, either."""
+        """Its rows cannot be scored before training, and with fill='never' they are not scored later, either."""
         path = tiny.saved(tmp_path)
         build("dpo", tmp_path, path, args=use())
         trainer = build("dpo", tmp_path, path, args=use("never", options))
@@ -501,7 +511,7 @@ class TestVerify:
 
 @pytest.fixture
 def zero_stage(monkeypatch):
-    """Puts into a trainer's accelerator what it would say under DeepSpeed."""
+    """Make a trainer's accelerator look as it would under DeepSpeed."""
 
     def put(trainer, stage):
         state = trainer.accelerator.state
@@ -512,7 +522,7 @@ def zero_stage(monkeypatch):
 
 
 def test_parameters_that_are_whole_are_scored_as_asked(tmp_path, use, zero_stage):
-    """ZeRO-1 and ZeRO-2 shard gradients and the optimiser."""
+    """ZeRO-1 and ZeRO-2 shard only gradients and the optimizer's state."""
     trainer = build("dpo", tmp_path, tiny.saved(tmp_path), args=use("lazy"), peft_config=lora())
     provider = trainer.ref_model.provider
     ids = torch.arange(10, 16).reshape(2, 3)
@@ -526,7 +536,7 @@ def test_parameters_that_are_whole_are_scored_as_asked(tmp_path, use, zero_stage
 
 class TestEnds:
     def test_interrupted_while_filling(self, tmp_path, use, store, monkeypatch):
-        """What was scored is kept, and for a further run in this process its writer is gone."""
+        """The rows that were scored are kept, and another run in this process can write to the store."""
         monkeypatch.setitem(scorer.TOKEN_BUDGET, "cpu", 64)
         policy, calls = tiny.model(), count()
 
@@ -540,7 +550,7 @@ class TestEnds:
         assert 0 < summarize(store).rows < 24
         with LogProbStore(store, mode="a") as store_again:
             assert store_again.other_writers == []
-        assert interrupted  # with its traceback, and in it the trainer, as in a notebook
+        assert interrupted  # as in a notebook, the traceback is kept, and the trainer with it
 
     def test_a_store_that_cannot_be_closed(self, tmp_path, use, store):
         given = {"ref_model": tiny.model(seed=1)}

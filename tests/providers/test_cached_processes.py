@@ -1,4 +1,4 @@
-"""`cached` over several processes, and over processes that are killed."""
+"""`cached` with several processes, some of which are killed."""
 
 import json
 import os
@@ -42,13 +42,13 @@ def test_two_ranks_fill_one_store(lora, tmp_path):
     report = verify(store)
     assert report.ok  # a row that two of them published in the same instant is there twice, with the same values
     assert report.duplicates == 0
-    assert len({manifest.name for manifest in summarize(store).manifests}) >= 3  # both ranks had their part
+    assert len({manifest.name for manifest in summarize(store).manifests}) >= 3  # both ranks have written
     build("dpo", tmp_path, tiny.saved(tmp_path), args=using(store, "never"))
     build("kto", tmp_path, tiny.saved(tmp_path), args=using(store, "never"))
 
 
 class Fillers:
-    """Starts processes that fill a store, without the seconds that imports take."""
+    """Starts processes that fill a store, without waiting seconds for imports."""
 
     def __init__(self):
         command = [sys.executable, "-m", filling_processes.__name__]
@@ -96,7 +96,7 @@ def every_key(store):
 
 
 def test_killed_twenty_times(fillers, tmp_path):
-    """Whatever a forward pass has scored is there after a SIGKILL at any moment, and right."""
+    """At whatever moment a process is killed, the rows of its finished forward passes are in the store, and right."""
     path, chance = tiny.saved(tmp_path), random.Random(0)
     store, log = tmp_path / "store", tmp_path / "put"
     killed = acknowledged = 0
@@ -105,7 +105,7 @@ def test_killed_twenty_times(fillers, tmp_path):
         log.touch()
         filler = fillers.start(path, store, tmp_path, log)
         deadline = time.monotonic() + 60
-        if chance.random() < 0.9:  # most while they fill, some before
+        if chance.random() < 0.9:  # most are killed while they fill, and some before that
             while not log.stat().st_size and time.monotonic() < deadline:
                 time.sleep(0.001)
         time.sleep(chance.expovariate(1 / 0.03))
@@ -122,7 +122,7 @@ def test_killed_twenty_times(fillers, tmp_path):
         report = verify(store)
         assert report.ok  # a row that two of them published in the same instant is there twice, with the same values
         assert report.duplicates == 0
-        if complete:  # filled before all kills were done: check it, and begin another
+        if complete:  # the store was full before all kills were done: check it, and begin with another
             all_right(path, store, tmp_path / f"checked-{killed}")
             store = tmp_path / f"store-{len(list(tmp_path.glob('store*')))}"
     assert acknowledged > 200

@@ -1,4 +1,4 @@
-"""Two ranks with `fully_shard` on the CPU: every rank moves its own shards, and nothing large travels."""
+"""On two ranks with `fully_shard` on the CPU, every rank moves its own shards, and nothing large is sent."""
 
 import pytest
 import torch
@@ -20,13 +20,13 @@ def test_full_fine_tuning_communicates_nothing(results):
     _, ranks = results
     for rank in ranks:
         assert max(rank["full"]["collectives"], default=0) <= 1
-        assert rank["full"]["control"] > 1000  # gathering weights would have been seen
+        assert rank["full"]["control"] > 1000  # if weights were gathered, the counter would notice
 
 
 def test_full_fine_tuning_has_the_unsharded_values(results):
     _, ranks = results
     for rank in ranks:
-        # gradients are reduced over two ranks in another order
+        # The gradients of two ranks are added up in another order.
         assert rank["full"]["error"] < 1e-6
         assert rank["full"]["distances"][0] == pytest.approx(rank["full"]["distances"][1], rel=1e-4)
         assert max(rank["full"]["of_distance"]) <= 2
@@ -42,6 +42,16 @@ def test_full_fine_tuning_is_saved_in_shards(results):
     for rank in ranks:
         assert rank["full"]["moved"] > 1e-3
         assert rank["full"]["restored"] == 0
+
+
+def test_bias_corrected_average_is_sharded_as_the_model_is(results):
+    out, ranks = results
+    assert len(list((out / "bias_corrected").glob("*.safetensors"))) == 2
+    for rank in ranks:
+        assert max(rank["bias_corrected"]["collectives"], default=0) == 0
+        assert rank["bias_corrected"]["moved"] > 1e-3
+        assert rank["bias_corrected"]["error"] == 0
+        assert rank["bias_corrected"]["resumed"] == 0
 
 
 def test_adapters_gather_one_factor_at_a_time(results):

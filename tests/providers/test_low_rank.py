@@ -1,4 +1,4 @@
-"""Products of thin factors are the matrices they stand for."""
+"""Sums, norms and recompressions of thin factors are those of the matrices that the factors make."""
 
 import pytest
 import torch
@@ -54,12 +54,12 @@ def test_recompression_leaves_out_what_it_says(shape, tolerance, max_rank):
     assert smaller.left_out == pytest.approx(left_out, abs=1e-9 * max(norm, 1))
     if smaller.needed <= max_rank:
         assert left_out <= tolerance * norm + 1e-9 * max(norm, 1)
-    if smaller.needed > 1:  # one less would not do
+    if smaller.needed > 1:  # one rank less would leave out too much
         assert matrix.recompressed(0.0, smaller.needed - 1).left_out > tolerance * norm
 
 
 def test_rank_is_that_of_the_matrix():
-    """Factors may be wider than what they make."""
+    """The factors may have a higher rank than the matrix that they make."""
     narrow = random(30, 20, 3, 0)
     wide = weighted_sum([(0.5, narrow), (0.25, narrow), (0.25, narrow)])
     assert wide.rank == 9

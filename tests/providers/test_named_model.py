@@ -1,4 +1,4 @@
-"""A named source is loaded when a row has to be scored, and not to look rows up."""
+"""A model that an option names is loaded if a row has to be scored, and not in order to look rows up."""
 
 import json
 import multiprocessing
@@ -20,7 +20,7 @@ from ..trainers.runs import DATA, assert_same, build, train
 
 @pytest.fixture(autouse=True)
 def _settled(monkeypatch):
-    """Files count as settled at once, so that tests need not wait."""
+    """Files may be remembered at once, so that tests need not wait until they are old enough."""
     monkeypatch.setattr(model_files, "_SETTLED_SECONDS", 0.0)
 
 
@@ -76,7 +76,9 @@ def test_loaded_for_the_rows_that_are_missing(tmp_path, policy, use, named):
 
 @pytest.mark.parametrize("fill", ["ahead", "lazy"])
 def test_loaded_after_training_began(fill, tmp_path, policy, use, named):
-    """For rows that come late; the policy that has moved is not asked, and no random number is drawn."""
+    """
+    It is loaded for rows that come late. The policy, which has moved, is not asked, and no random number is drawn.
+    """
     build("dpo", tmp_path, policy, args=use())
     other = DATA["dpo"](30).select(range(12, 30))
     results = []
@@ -99,7 +101,7 @@ def test_loaded_to_verify_only_if_asked_to(tmp_path, policy, use):
 
 class TestNeverStale:
     def rewrite(self, named):
-        """Other weights in a file of the same name, size and modification time."""
+        """Write other weights into a file, and keep its name, size and modification time."""
         weights = Path(named) / "model.safetensors"
         before = weights.stat()
         tiny.model(seed=2).save_pretrained(Path(named) / "other")
@@ -172,7 +174,7 @@ class TestNeverStale:
         build("dpo", tmp_path, policy, args=use())
         elsewhere = shutil.copytree(named, tmp_path / "elsewhere")
         trainer = build("dpo", tmp_path, policy, args=use("never", {"model": str(elsewhere)}))
-        assert loaded(trainer)  # the same digest, found out anew
+        assert loaded(trainer)  # the digest is the same, but had to be computed again
 
     def test_nowhere_to_remember(self, tmp_path, policy, use, monkeypatch):
         (tmp_path / "file").touch()

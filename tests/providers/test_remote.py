@@ -1,4 +1,4 @@
-"""`remote`: the numbers of `frozen`, from a server, for every trainer."""
+"""`remote` gives the numbers of `frozen`, from a server, for every trainer."""
 
 import dataclasses
 import logging
@@ -51,7 +51,7 @@ def remote(url, **options):
 
 
 def trained_adapter(directory):
-    """A policy that comes with an adapter that is not nothing; the adapter alone is in `adapter`."""
+    """A policy that comes with an adapter that changes its values. The adapter alone is saved in `adapter`."""
     path = tiny.saved(directory)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(path), LoraConfig(r=4, target_modules="all-linear"))
     with torch.no_grad():
@@ -64,7 +64,7 @@ def trained_adapter(directory):
 
 
 def used(directory, url):
-    """The provider of a trainer, which lives as long."""
+    """Gives the provider of a trainer. The trainer is kept as long as the test runs."""
     trainer = build("dpo", directory, tiny.model(), args=remote(url))
     provider = trainer.ref_model.provider
     provider.trainer = trainer
@@ -92,7 +92,7 @@ class TestSameTraining:
 
     @pytest.mark.parametrize("architecture", ["gpt2", "mixtral", "gemma2"])
     def test_exact_whatever_padding_does(self, architecture, tmp_path):
-        """GRPO pads on the left: positions of GPT-2 and the load of experts depend on it."""
+        """GRPO pads on the left. The positions of GPT-2 and the load of experts depend on that."""
         path = tiny.saved(tmp_path, architecture)
         frozen = train("grpo", tmp_path, path, args={"ref_provider": "frozen"})
         with serving(engine(architecture, scoring="exact")) as url:
@@ -120,7 +120,7 @@ class TestSameTraining:
         frozen = train("dpo", tmp_path, policy, args={"ref_provider": "adapter"})
         with serving(load_engine(str(tmp_path / "adapter"), scoring="exact")) as url:
             ours = train("dpo", tmp_path, policy, args=remote(url))
-        assert ours.logs == frozen.logs  # the weights of `adapter` have a copy of the adapter
+        assert ours.logs == frozen.logs  # only the logs: a run of `adapter` has more weights, a copy of the adapter
 
     def test_another_reference_by_name(self, tmp_path):
         other = tiny.model(seed=5)
@@ -140,7 +140,7 @@ class TestSameTraining:
             identities.append(ours.trainer.ref_model.provider.identity().digest)
         frozen = train("dpo", tmp_path, path, args={"ref_provider": "frozen"})
         assert identities[0] == frozen.trainer.ref_model.provider.identity().digest
-        assert identities[1] != identities[0]  # a store must not take one for the other
+        assert identities[1] != identities[0]  # or a store would take one for the other
 
     @pytest.mark.parametrize("fill", ["ahead", "lazy"])
     def test_source_of_cached(self, fill, tmp_path, packed):
@@ -246,7 +246,7 @@ class TestWrongServer:
             port = int(url.rsplit(":", 1)[1])
             connected = [c for c in psutil.Process().net_connections("tcp") if c.raddr and c.raddr.port == port]
             assert not any(connection.status == psutil.CONN_ESTABLISHED for connection in connected)
-        assert refused  # with its traceback, and in it all that was made, as in a notebook
+        assert refused  # as in a notebook, the traceback is kept, and all that was made with it
 
     def test_other_precision_says_how_to_serve(self, tmp_path):
         policy = tiny.model().bfloat16()
@@ -385,7 +385,7 @@ class TestOptions:
             started = time.monotonic()
             with pytest.raises(RemoteError, match=r"cannot be verified.*SSL_CERT_FILE"):
                 build("dpo", tmp_path, tiny.model(), args=remote(url))
-            assert time.monotonic() - started < 60  # of 300: no use to try again
+            assert time.monotonic() - started < 60  # the deadline is 300, but trying again is of no use
             monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
             used(tmp_path, url).log_probs(random_batch(0))
 

@@ -1,4 +1,4 @@
-"""Two ranks, each of which speaks for itself."""
+"""`remote` on two ranks, each of which asks the server itself."""
 
 from ..serving.servers import engine, serving
 from ..trainers.test_distributed import on_two_ranks

@@ -1,4 +1,4 @@
-"""`remote` with `protocol="vllm"`: a server that says nothing about itself has to prove what it is."""
+"""`remote` with `protocol="vllm"`: the server does not say which model it has, so its answers have to show it."""
 
 import os
 import socket
@@ -31,7 +31,7 @@ def remote(url, **options):
 
 
 def completing(completions, port=0):
-    """The URL of a [`Completions`], on a real socket."""
+    """The URL of a server of [`Completions`], on a real socket."""
     return serving(engine(), port=port, around=lambda ours: LifespanOf(ours, completions.app))
 
 
@@ -162,7 +162,7 @@ def test_rows_that_are_too_long(tmp_path):
 
 
 def test_replicas_of_different_limits(tmp_path):
-    """Any of them may be asked, so the shortest limit is everyone's."""
+    """Any of the servers may be asked, so the shortest limit counts for all of them."""
     ids = torch.randint(6, 250, (1, 30), generator=torch.Generator().manual_seed(0))
     with completing(tiny_server(max_length=30)) as short, completing(tiny_server(max_length=128)) as long:
         for urls in ([short, long], [long, short]):
@@ -199,7 +199,7 @@ def test_temperature_is_refused(tmp_path):
         build("grpo", tmp_path, tiny.model(), args=remote(url))
 
 
-# The real thing. REFPLUG_VLLM_PYTHON: Python of an environment with vLLM; REFPLUG_VLLM_MODEL: path of a small model.
+# With a real vLLM. REFPLUG_VLLM_PYTHON: Python of an environment with vLLM; REFPLUG_VLLM_MODEL: path of a small model.
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +251,7 @@ def test_a_real_server_is_within_1e_4_of_frozen(vllm, tmp_path):
     for number in range(8):
         rows = ids[number * 800 : (number + 1) * 800].reshape(4, 200)
         labels = rows.clone()
-        labels[:, :8] = -100  # a prompt: of a first token alone vLLM itself says less exactly what comes next
+        labels[:, :8] = -100  # a prompt: vLLM is less exact after the first token alone
         batch = ReferenceBatch(rows, torch.ones_like(rows), labels)
         worst = max(worst, (provider.log_probs(batch) - exact_log_probs(model, batch)).abs().max().item())
     print(f"largest difference {worst:.2g} nats per token over 32 rows of 192 scored tokens, {provider.counters()}")

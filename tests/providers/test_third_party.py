@@ -1,6 +1,6 @@
 """
-A copy of `frozen`, and one of `adapter`, registered by another distribution under another name, can do all that the
-originals can: as the reference of a run and as the source of a store.
+Copies of `frozen` and `adapter` that another distribution registers under other names can do all that the originals
+can: as the reference of a run, and as the source of a store.
 """
 
 import ast
@@ -89,7 +89,7 @@ class TestAsReference:
         assert_same(*runs)
 
     def test_trained_adapter_stays_a_reference(self, tmp_path):
-        """The adapter that the trainer added for it is not removed as an unused one."""
+        """The adapter that the trainer has added for it is used, and must not be removed."""
         for name in ("twin-adapter", "adapter"):
             given = {"args": {"ref_provider": name, "ref_provider_kwargs": {"start": "adapter"}}}
             trainer = build("dpo", tmp_path, tiny.saved(tmp_path), peft_config=lora(), **given)
@@ -108,7 +108,7 @@ class TestAsSource:
             assert_same(again, first)
 
     def test_both_fill_the_same_store(self, tmp_path):
-        """The same weights have the same keys: what one has scored, the other need not score."""
+        """The same weights have the same keys, so what one provider has scored, the other need not score."""
         path = tiny.saved(tmp_path)
         first = train("dpo", tmp_path, path, args=cached(tmp_path / "store", "twin"))
         again = train("dpo", tmp_path, path, args=cached(tmp_path / "store", "frozen", "never"))
@@ -148,7 +148,7 @@ class TestAsSource:
 
     @pytest.mark.parametrize("source", ["twin-adapter", "adapter"])
     def test_policy_that_was_cast_scores_nothing(self, source, tmp_path):
-        """Rows that the policy scores in bfloat16 would be stored as the reference's in float32."""
+        """Values that the policy scores in bfloat16 would be stored as if the reference had scored them in float32."""
         args = {**cached(tmp_path / "store", source, "lazy"), "bf16_full_eval": True}
         trainer = build("dpo", tmp_path, tiny.saved(tmp_path), args=args, peft_config=lora())
         with pytest.raises(MissingRowError, match=r"`bf16_full_eval=True` has cast the policy"):
@@ -184,7 +184,9 @@ def test_no_module_outside_of_providers_names_a_built_in_one():
 
 
 def test_no_provider_is_probed():
-    """What one part asks of a provider is in its contract: nobody looks whether an attribute is there."""
+    """
+    All that one part may ask of a provider is in the contract, so nobody has to look whether an attribute exists.
+    """
     probes = re.compile(
         r"(hasattr|getattr)\((self\.)?_?(provider|source|reference|part|attached\.provider)\b(?!\.capabilities)"
     )

@@ -1,4 +1,4 @@
-"""Run by test_ema_sharded.py on two ranks: syncs of `fully_shard`ed models, with every collective counted."""
+"""test_ema_sharded.py runs this on two ranks: `fully_shard`ed models are moved, and every collective is counted."""
 
 import copy
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tiny
+from trl_refplug.models import sharding
 from trl_refplug.providers.ema.provider import EmaOptions, EmaProvider
 
 
@@ -20,7 +21,7 @@ IDS = torch.arange(3, 23)[None]
 
 
 class Collectives(TorchDispatchMode):
-    """The number of elements of everything that is communicated."""
+    """Collects the number of elements of everything that is sent between ranks."""
 
     def __init__(self):
         super().__init__()
@@ -40,9 +41,9 @@ def sharded(model):
     return model
 
 
-def provider_of(policy, config=None, place=None):
-    """A provider in the order of a trainer: pinned, its reference placed (and here the policy sharded), set up."""
-    provider = EmaProvider(EmaOptions(alpha=0.3, sync_steps=1))
+def provider_of(policy, config=None, place=None, options=None):
+    """Make a provider as a trainer does: pin it, place its reference (and shard the policy), and set it up."""
+    provider = EmaProvider(options or EmaOptions(alpha=0.3, sync_steps=1))
     context = SimpleNamespace(
         policy=policy,
         peft_config=config,
@@ -60,7 +61,7 @@ def provider_of(policy, config=None, place=None):
 
 
 def step(policy, seed):
-    """The same step of every copy of the policy, through the optimiser, forward and backward of FSDP."""
+    """Make the same step with every copy of the policy, through the optimizer, forward and backward of FSDP."""
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.5)
     torch.manual_seed(seed)
     policy(input_ids=IDS, labels=IDS).loss.backward()
@@ -118,6 +119,53 @@ def full_fine_tuning(out):
     }
 
 
+def bias_corrected(out):
+    """The models are bfloat16 and the average float32, so that nothing that is saved equals the reference."""
+    options = EmaOptions(average="bema", update_freq=1, ref_model_update_freq=2)
+    whole_policy = tiny.model("llama", tie_word_embeddings=True).bfloat16()
+    policy = copy.deepcopy(whole_policy)
+    whole = provider_of(whole_policy, options=options)
+    provider = provider_of(policy, place=fully_shard, options=options)
+    sizes = []
+    for each in (whole, provider):
+        each.on_train_begin()
+    for number in (1, 2, 3):
+        copy_step(policy, whole_policy, number)
+        whole.on_step_end(number)
+        with Collectives() as collectives:
+            provider.on_step_end(number)
+        sizes += collectives.sizes
+    (out / "bias_corrected").mkdir(exist_ok=True)
+    provider.save_state(out / "bias_corrected")
+    copy_step(policy, whole_policy, 4)
+    whole.on_step_end(4)
+    expected = full(whole.module)
+    start = full(provider.module)
+    # As in a run that goes on from a checkpoint: another provider loads the state, and then training begins.
+    resumed = provider_of(copy.deepcopy(whole_policy), place=fully_shard, options=options)
+    resumed._context.policy = policy
+    resumed.load_state(out / "bias_corrected")
+    resumed.on_train_begin()
+    for each in (provider, resumed):
+        each.on_step_end(4)
+    return {
+        "collectives": sizes,
+        "moved": worst(full(provider.module), start),
+        "error": worst(full(provider.module), expected),
+        "resumed": worst(full(resumed.module), expected),
+    }
+
+
+@torch.no_grad()
+def copy_step(policy, whole_policy, seed):
+    """Make the same step with the sharded policy and with the whole one, to the bit."""
+    generator = torch.Generator().manual_seed(seed)
+    theirs = dict(policy.named_parameters())
+    for name, parameter in whole_policy.named_parameters():
+        parameter.add_((torch.randn(parameter.shape, generator=generator) * 0.02).to(parameter.dtype))
+        sharding.fill(theirs[name], parameter)
+
+
 def adapter(out):
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", modules_to_save=["norm"])
 
@@ -161,6 +209,6 @@ def adapter(out):
 
 def run_all(out: Path) -> dict[str, Any]:
     dist.init_process_group("gloo")
-    results = {"full": full_fine_tuning(out), "adapter": adapter(out)}
+    results = {"full": full_fine_tuning(out), "bias_corrected": bias_corrected(out), "adapter": adapter(out)}
     dist.barrier()
     return results

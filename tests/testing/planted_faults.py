@@ -1,6 +1,6 @@
 """
-Providers with one fault each, and the conformance kit run on every one. `test_planted_faults.py` runs this file and
-compares which tests fail with which are said to.
+Providers with one fault each, and the conformance tests of every one. `test_planted_faults.py` runs this file, and
+compares the tests that fail with those that each fault says it is caught by.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import random
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +22,8 @@ from peft import LoraConfig, get_peft_model
 
 from trl_refplug import Capabilities, ReferenceIdentity, ReferenceProvider
 from trl_refplug.models.identity import digest_model
+from trl_refplug.plugins import RegisteredProvider, plugin_manager
+from trl_refplug.rows import PaddedRows
 from trl_refplug.testing import ReferenceProviderTests, tiny_policy
 
 
@@ -34,7 +37,7 @@ class SoundOptions:
 
 
 class Sound(ReferenceProvider):
-    """The policy as it was passed in, the plain way. All faults are planted in this."""
+    """A plain and correct provider: a copy of the policy as it was passed in. All faults are planted in this one."""
 
     Options = SoundOptions
     capabilities = Capabilities(local_model=True, overlap=True, temperature=True, multimodal=True, offline=True)
@@ -78,7 +81,7 @@ class Sound(ReferenceProvider):
 
 
 class SoundMoving(Sound):
-    """The average of the policy and itself, at every step."""
+    """After every step, the reference becomes the average of itself and the policy."""
 
     capabilities = replace(Sound.capabilities, moving=True, overlap=False, offline=False)
     submit = ReferenceProvider.submit
@@ -95,9 +98,10 @@ class SoundMoving(Sound):
         self.model.load_state_dict(torch.load(directory / "reference.pt"))
 
 
-# Faults. Each names the tests that must catch it; no other may fail.
+# Faults. Each of them names the tests that must catch it. No other test may fail.
 
-FAULTS: dict[str, dict[type, set[str]]] = {"answers": {}, "effects": {}, "identities": {}, "runs": {}, "life": {}}
+AREAS = ("answers", "abilities", "effects", "identities", "runs", "life")
+FAULTS: dict[str, dict[type, set[str]]] = {area: {} for area in AREAS}
 
 
 def caught_by(area: str, *tests: str) -> Any:
@@ -138,7 +142,7 @@ class ListOfRows(Sound):
 
 @caught_by("answers", "deterministic")
 class ForgetsEvaluationMode(Sound):
-    """Scores in the policy's mode, with dropout."""
+    """Scores in the mode that the policy is in, so with dropout."""
 
     starts_as_policy = True
 
@@ -197,7 +201,7 @@ class DividesByCount(Sound):
 
 @caught_by("answers", "row_with_nothing_scored")
 class DropsEmptyRows(Sound):
-    """Scores the rows that have something to score, and puts them at the top."""
+    """Scores only rows that have scored tokens, and puts their values into the first rows of the answer."""
 
     def score(self, batch):
         answer = super().score(batch)
@@ -215,7 +219,7 @@ class IgnoresMask(Sound):
 
 @caught_by("answers", "padding_side")
 class LengthsForPositions(Sound):
-    """Takes a row's tokens to be its first ones."""
+    """Assumes that a row's tokens come first, and its padding after them."""
 
     def score(self, batch):
         lengths = batch.attention_mask.sum(1, keepdim=True)
@@ -225,7 +229,7 @@ class LengthsForPositions(Sound):
 
 @caught_by("answers", "padding_content")
 class PaddingById(Sound):
-    """Knows padding by its token, which completions may contain."""
+    """Recognizes padding by the padding token, which completions may contain."""
 
     capabilities = replace(Sound.capabilities, multimodal=False)
 
@@ -236,7 +240,7 @@ class PaddingById(Sound):
 
 @caught_by("answers", "padding_content")
 class MaskById(PaddingById):
-    """The same, without the trainer's mask."""
+    """Does the same without looking at the trainer's mask."""
 
     def logits(self, batch):
         return super().logits(replace(batch, attention_mask=torch.ones_like(batch.attention_mask)))
@@ -250,7 +254,7 @@ class SqueezesSingleRow(Sound):
 
 @caught_by("answers", "rows_alone")
 class AnotherKernelForOneRow(Sound):
-    """A row alone takes another, wrong path."""
+    """Scores a row that is alone in its batch by other code, which is wrong."""
 
     def score(self, batch):
         answer = super().score(batch)
@@ -271,7 +275,7 @@ class SortsRows(Sound):
 
 @caught_by("answers", "answer_is_the_callers")
 class KeepsAnswers(Sound):
-    """Hands out what it keeps."""
+    """Keeps its answers, and hands out the very tensors that it keeps."""
 
     def log_probs(self, batch):
         kept = self.__dict__.setdefault("kept", {})
@@ -283,7 +287,7 @@ class KeepsAnswers(Sound):
 
 @caught_by("answers", "answer_is_the_callers")
 class ReusesMemory(Sound):
-    """Writes every answer of a shape to the same place."""
+    """Writes all answers of the same shape into the same memory."""
 
     def log_probs(self, batch):
         answer = super().log_probs(batch)
@@ -321,7 +325,7 @@ class LeaksGradient(Sound):
 
 @caught_by("effects", "no_gradient")
 class SubmitLeaksGradient(Sound):
-    """Gradient mode is each thread's own."""
+    """Forgets that every thread has its own gradient mode."""
 
     def pin(self, context):
         super().pin(context)
@@ -332,7 +336,7 @@ class SubmitLeaksGradient(Sound):
 
 
 def planted_in_log_probs(effect: Any) -> Any:
-    """A class decorator: `effect(provider, batch)` happens after every answer."""
+    """A class decorator: `effect(provider, batch)` is called after every answer."""
 
     def change(provider: type) -> type:
         def log_probs(self: Any, batch: Any) -> Any:
@@ -360,7 +364,7 @@ class DrawsFromPython(Sound):
     pass
 
 
-@caught_by("effects", "modes", "trains")  # gradient checkpointing does not stand it
+@caught_by("effects", "modes", "trains")  # gradient checkpointing fails with it
 @planted_in_log_probs(lambda self, batch: self.context.policy.eval())
 class LeavesEvaluationMode(Sound):
     pass
@@ -404,7 +408,7 @@ class ChangesMask(Sound):
 
 
 class NoFaultWithAdapter(Sound):
-    """For faults with a policy that has adapters: its own is active, another one is not."""
+    """For faults with a policy that has two adapters: its own, which is active, and another one, which is not."""
 
     capabilities = replace(Sound.capabilities, multimodal=False)
 
@@ -522,7 +526,7 @@ class FailsAtTheEnd(Sound):
 
 @caught_by("runs", "reference_stays")
 class FollowsThePolicy(Sound):
-    """Scores with the policy itself, which is trained."""
+    """Scores with the policy itself, which training changes."""
 
     capabilities = replace(Sound.capabilities, overlap=False)
     submit = ReferenceProvider.submit
@@ -539,7 +543,7 @@ class FollowsThePolicy(Sound):
 
 @caught_by("runs", "resumes")
 class PinsTooLate(Sound):
-    """Copies the policy when it is first asked: after a resume, that is the checkpoint's."""
+    """Copies the policy when it is asked for the first time. After a resume, that is the policy of the checkpoint."""
 
     def log_probs(self, batch):
         if "pinned" not in self.__dict__:
@@ -576,7 +580,7 @@ class SavesTheStart(SoundMoving):
         torch.save(self.start, directory / "reference.pt")
 
 
-@caught_by("runs", "submit", "resumes")  # where the run goes on, the first batch is not asked ahead of time
+@caught_by("runs", "submit", "resumes")  # after a resume, the first batch is not asked ahead of time
 class SubmitForgetsZeros(Sound):
     def submit(self, batch):
         return self.pool.submit(
@@ -586,7 +590,7 @@ class SubmitForgetsZeros(Sound):
 
 @caught_by("runs", "several_in_flight")
 class OneInFlight(Sound):
-    """Remembers one submitted batch."""
+    """Remembers only one of the submitted batches."""
 
     def submit(self, batch):
         provider = self
@@ -664,13 +668,94 @@ class ClosesAfterSetupOnly(Sound):
         self.pool.shutdown()
 
 
+class Able(Sound):
+    """The same with the optional abilities: it takes a model, and scores in bulk."""
+
+    capabilities = replace(Sound.capabilities, accepts_model=True)
+
+    def __init__(self, options=None, *, model=None):
+        super().__init__(options)
+        self.given = model
+
+    def pin(self, context):
+        self.model = copy.deepcopy(self.given or context.policy).eval().requires_grad_(False)
+        self.digest = digest_model(self.model)
+
+    @contextmanager
+    def bulk_scorer(self):
+        yield self
+
+    def score_passes(self, rows):
+        padded = PaddedRows.flush_left(list(rows))
+        values = padded.values_by_row(self.log_probs(padded.to_batch()))
+        yield [(index, torch.from_numpy(found)) for index, found in enumerate(values)]
+
+
+@caught_by("abilities")
+class NoFaultAble(Able):
+    pass
+
+
+@caught_by("abilities", "accepts_model")
+class IgnoresTheGivenModel(Able):
+    def pin(self, context):
+        self.given = None
+        super().pin(context)
+
+
+@caught_by("abilities", "bulk_scorer")
+class DropsARowInBulk(Able):
+    def score_passes(self, rows):
+        for answers in super().score_passes(rows):
+            yield answers[1:]
+
+
+@caught_by("abilities", "as_source_of_a_store")
+class AnotherModelWhereItMayLoadLate(Able):
+    def pin(self, context):
+        super().pin(context)
+        if context.may_load_late:
+            with torch.no_grad():
+                self.model.get_output_embeddings().weight.mul_(1.1)
+
+
+@caught_by("abilities", "availability")
+class NeverAvailable(Able):
+    unavailable = "the model is elsewhere"
+
+
+@caught_by("abilities", "probe")
+class DeclaresAnotherModel(Able):
+    def declared_model(self, context):
+        other = copy.deepcopy(self.model)
+        with torch.no_grad():
+            other.get_output_embeddings().weight.mul_(1.1)
+        return nullcontext(other)
+
+
+@caught_by("abilities", "probe_leaves_the_batch_alone")
+class ProbesInPlace(Able):
+    def probe(self, batch):
+        answer = self.log_probs(batch)
+        batch.labels.fill_(-100)
+        return answer
+
+
+def registered(provider: type) -> str:
+    """A name under which `provider` can be selected in this process, as a plugin's can."""
+    name = f"planted-{provider.__name__.lower()}"
+    manager = plugin_manager()
+    manager.providers[name] = RegisteredProvider(name, provider, manager.records[0])
+    return name
+
+
 def kit_for(provider: Any) -> type:
     """The conformance tests of a provider of this file."""
 
     class Tests(ReferenceProviderTests):
         @pytest.fixture
         def reference(self):
-            return provider
+            return registered(provider) if provider in FAULTS["abilities"] else provider
 
         @pytest.fixture
         def other_options(self):
@@ -696,4 +781,4 @@ for faults in FAULTS.values():
         globals()[f"Test{fault.__name__}"] = kit_for(fault)
 
 if __name__ != "__mp_main__":
-    gc.freeze()  # the trainers collect garbage often, and what was imported is none
+    gc.freeze()  # trainers collect garbage often, and need not look at what was imported

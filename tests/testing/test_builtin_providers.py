@@ -20,7 +20,7 @@ def with_trained_adapter(model):
 
 
 class Variant:
-    """Of a provider that has been on two ranks already; they take twenty seconds."""
+    """For providers that are tested on two ranks elsewhere: these tests take twenty seconds each."""
 
     @pytest.mark.slow
     def test_two_ranks(self, bench):
@@ -49,7 +49,7 @@ class TestFrozenPacked(Variant, ReferenceProviderTests):
 
 
 class TestAdapter(ReferenceProviderTests):
-    """A new adapter: the reference is the policy with it disabled."""
+    """The policy gets a new adapter, and the reference is the policy with that adapter disabled."""
 
     @pytest.fixture
     def reference(self):
@@ -81,7 +81,7 @@ class TestTrainedAdapter(Variant, ReferenceProviderTests):
 
 
 class TestCached(ReferenceProviderTests):
-    """Filled by the policy itself before it is trained."""
+    """The policy itself scores the rows, before it is trained."""
 
     @pytest.fixture
     def reference(self, tmp_path):
@@ -99,7 +99,7 @@ class TestCachedAdapter(Variant, ReferenceProviderTests):
 
 
 class TestRemote(ReferenceProviderTests):
-    """A server of this process, on a real socket, with the model that the policy starts as."""
+    """A server in this process, on a real socket. It has the model that the policy starts as."""
 
     @pytest.fixture
     def reference(self):

@@ -1,4 +1,4 @@
-"""The conformance kit as a package: what it asks of authors, and what it leaves alone."""
+"""The conformance tests as a package: what they need from authors, and what they skip."""
 
 import subprocess
 import sys
@@ -50,7 +50,7 @@ def test_reference_is_a_name_or_a_class_with_or_without_options(reference, tmp_p
 
 
 def test_provider_that_cannot_be_loaded_is_one_line(tmp_path):
-    """Each of the tests says so."""
+    """Every test fails with a message that says so."""
     bench = Bench("nowhere", tiny_policy(), tiny_tokenizer(), None, tmp_path, 1e-3)
     with pytest.raises(pytest.fail.Exception, match="No provider 'nowhere'") as caught:
         bench.attach()
@@ -88,7 +88,7 @@ def test_authors_are_told_what_is_missing(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert "Give it a fixture `reference`" in done.stdout
     assert "cannot be sent to another process" in done.stdout
-    # What a test says is a sentence, without a traceback through the kit
+    # A test fails with a sentence, and without a traceback through the kit.
     assert "override expected_log_probs() to say what it is." in done.stdout
     assert "answers.py" not in done.stdout
 
@@ -109,7 +109,7 @@ class TestCallsThePolicy(ReferenceProviderTests):
 
 
 def test_the_truth_may_be_asked_of_the_policy_as_it_is(tmp_path):
-    """Its dropout is off, though trainers get it in train mode."""
+    """Dropout is off for it, although trainers get the policy in train mode."""
     assert tiny_policy().training
     (tmp_path / "test_author.py").write_text(CALLS_THE_POLICY)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-k", "test_values"]

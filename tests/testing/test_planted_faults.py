@@ -17,7 +17,12 @@ RANKS = "test_two_ranks"
 
 
 def failures(area, junit, *, whole):
-    """The tests of the kit that failed, by provider, and all that ran: those naming the fault, or the `whole` kit."""
+    """
+    Run the tests that a fault names, or the `whole` kit, on every provider with a planted fault.
+
+    Returns:
+        The tests that failed, by provider; all tests that ran, by provider; and the messages of the failures.
+    """
     faults = planted_faults.FAULTS[area]
     file = "tests/testing/planted_faults.py"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "-W", "ignore"]
@@ -26,7 +31,7 @@ def failures(area, junit, *, whole):
         name = f"{file}::Test{fault.__name__}"
         if whole or not tests:  # without a fault, the whole kit passes
             command.append(name)
-            # Two processes for each fault would take an hour: only what concerns them starts any.
+            # Starting two processes for each fault would take an hour, so only faults that are about ranks start them.
             if RANKS not in tests and fault is not planted_faults.NoFault:
                 command.append(f"--deselect={name}::{RANKS}")
         else:

@@ -1,4 +1,4 @@
-"""A reference that answers ahead of time without a second device: a frozen copy, on its thread, on the same CPU."""
+"""A reference that can be asked ahead of time without a second device: a frozen copy on the same CPU, in a thread."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from trl_refplug.providers.frozen import FrozenOptions, FrozenProvider
 
 class Ahead(FrozenProvider):
     """
-    Counts what it is asked: `afresh` when the answer was needed, `ahead` before, `most` unused answers at one time.
+    Counts how often it is asked: `afresh` when the answer is needed, and `ahead` of that. `most` is the largest number
+    of answers that were not used yet at one time.
     """
 
     def __init__(self):
@@ -30,6 +31,9 @@ class Ahead(FrozenProvider):
     def log_probs(self, batch):
         self.afresh += 1
         return super().submit(batch).result()
+
+    def probe(self, batch):
+        return super().submit(batch).result()  # this is not a question of training's
 
     def submit(self, batch):
         self.asked.append(batch.input_ids.clone())

@@ -1,4 +1,4 @@
-"""`adapter`: the policy as its own reference, pure and without side effects."""
+"""`adapter`: the policy is its own reference. The reference does not drift, and asking for it has no side effects."""
 
 import copy
 import math
@@ -39,7 +39,7 @@ def first_loss(run):
 
 
 class TestPurity:
-    """What would make the reference drift, or be another distribution, is refused with a remedy."""
+    """A policy with which the reference would drift, or be another distribution, is refused with a remedy."""
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("bias", ["all", "lora_only"])
@@ -72,7 +72,7 @@ class TestPurity:
         peft_config = lora(init_lora_weights=init)
         with pytest.raises(ImpureReferenceError, match=f"init_lora_weights='{init}'"):
             build("dpo", tmp_path, path, args=adapter_args(), peft_config=peft_config)
-        # Declared, each is a reference of its own.
+        # If they are declared, each of them is a reference of its own.
         start = train("dpo", tmp_path, path, args=adapter_args(start="adapter"), peft_config=peft_config)
         assert first_loss(start) == pytest.approx(math.log(2), abs=1e-6)
         base = train("dpo", tmp_path, path, args=adapter_args(start="base"), peft_config=peft_config)
@@ -81,7 +81,7 @@ class TestPurity:
         assert first_loss(frozen) == pytest.approx(math.log(2), abs=1e-4)
 
     def test_a_cast_is_no_rewrite(self, tmp_path):
-        """GRPO may cast the LM head in place: its values stay, and any other change of it counts."""
+        """GRPO may cast the LM head in place, which does not change its values. Any other change of it is noticed."""
         policy = AutoModelForCausalLM.from_pretrained(tiny.saved(tmp_path), dtype=torch.bfloat16)
         before, dtypes = digest_tensors(policy), tensor_dtypes(policy)
         args = {**adapter_args(), "cast_lm_head_to_fp32": True}
@@ -124,7 +124,7 @@ class TestKindsOfAdapter:
             assert first_loss(ours) == pytest.approx(math.log(2), abs=1e-5)
 
     def test_reference_stays_while_saved_modules_train(self, tmp_path):
-        """The reference of the last step is the base model, however far `modules_to_save` have moved."""
+        """In the last step the reference is still the base model, although `modules_to_save` have moved far."""
         path = tiny.saved(tmp_path)
         trainer = build("dpo", tmp_path, path, args=adapter_args(), peft_config=lora(modules_to_save=["embed_tokens"]))
         batch = tokens(trainer)
@@ -141,7 +141,7 @@ class TestKindsOfAdapter:
         assert_same(ours, train("dpo", tmp_path, path, ours=False, peft_config=peft_config))
 
     def test_adapter_that_starts_away_from_the_base(self, tmp_path, caplog):
-        """A random B: policy and reference legitimately differ at the start, so there is nothing to check against."""
+        """With a random B, policy and reference rightly differ at the start, so there is nothing to compare with."""
         run = train(
             "dpo", tmp_path, tiny.saved(tmp_path), args=adapter_args(), peft_config=lora(init_lora_weights=False)
         )
@@ -170,7 +170,7 @@ class TestNamedAdapter:
         after = ours.trainer.model.state_dict()
         assert anchor
         assert all(torch.equal(after[name], value) for name, value in anchor.items())
-        # The same numbers as a second model that is the base with that adapter merged in.
+        # The numbers are those of a second model: the base with that adapter merged into it.
         model.set_adapter("anchor")
         args = {"disable_dropout": True}
         theirs = train(kind, tmp_path, policy, ref_model=model.merge_and_unload(), args=args)
@@ -203,7 +203,7 @@ class TestNoSideEffects:
         trainer = build("grpo", tmp_path, model, args={**adapter_args(start=start), "disable_dropout": False})
         policy = trainer.model
         policy.train()
-        policy.get_base_model().model.norm.eval()  # a mode that is not everybody's
+        policy.get_base_model().model.norm.eval()  # one module is in another mode than the others
         batch = tokens(trainer)
         kept = {name: value.clone() for name, value in batch.items() if isinstance(value, torch.Tensor)}
         flags = {name: p.requires_grad for name, p in policy.named_parameters()}
@@ -252,7 +252,7 @@ def test_start_base_of_a_pretrained_adapter(kind, tmp_path):
 
 
 def tokens(trainer):
-    """What TRL would pass to its reference model."""
+    """The arguments that TRL would pass to its reference model."""
     texts = ["the cat sat on a warm mat", "two plus three is five"]
     batch = tiny.tokenizer()(texts, return_tensors="pt", padding=True)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)

@@ -69,7 +69,7 @@ def test_another_reference_is_refused(tmp_path):
     trainer = build("dpo", out, other, args=SAVING)
     with pytest.raises(ReferenceMismatchError, match=r"checkpoint-2 was trained against the reference frozen\["):
         trainer.train(resume_from_checkpoint=str(out / "checkpoint-2"))
-    # The checkpoint itself as policy, the usual mistake
+    # Passing the checkpoint itself as the policy is a usual mistake.
     trainer = build("dpo", out, str(out / "checkpoint-2"), args=SAVING)
     with pytest.raises(ReferenceMismatchError, match="not the checkpoint itself"):
         trainer.train(resume_from_checkpoint=True)
@@ -100,7 +100,9 @@ def test_what_differs_is_named(provider, details, told, tmp_path):
 
 
 def test_the_same_reference_from_another_provider(tmp_path):
-    """Identity is about numbers: the base of a LoRA policy and a frozen copy of it are one reference."""
+    """
+    The identity is about numbers: the base of a LoRA policy and a frozen copy of that base are the same reference.
+    """
     path, out = tiny.saved(tmp_path), tmp_path / "out"
     train("dpo", out, path, args={**SAVING, "ref_provider": "adapter"}, peft_config=LORA)
     trainer = build("dpo", out, path, args={**SAVING, "ref_provider": "frozen"}, peft_config=LORA)
@@ -125,7 +127,7 @@ def test_checkpoint_of_trl_itself(tmp_path, caplog):
 
 
 class Moving(ReferenceProvider):
-    """Counts the steps and keeps the count in checkpoints."""
+    """A provider that counts steps, and keeps the count in checkpoints."""
 
     capabilities = Capabilities(moving=True, temperature=True)
 
@@ -147,7 +149,7 @@ class Moving(ReferenceProvider):
         return {"steps": len(self.steps)}
 
     def save_state(self, directory: Path):
-        # A checkpoint is complete with its trainer_state.json; the reference must be there before.
+        # The file trainer_state.json makes a checkpoint complete, so the reference must have been written before it.
         self.complete_before.append((directory.parent.parent / "trainer_state.json").exists())
         (directory / "steps").write_text(json.dumps(self.steps))
 
@@ -161,7 +163,7 @@ class TestState:
         out, path = tmp_path / "out", tiny.saved(tmp_path)
         provider = Moving()
         train(kind, out, path, args=SAVING, reference=provider)
-        # `build` copies its arguments, so the provider is reached through the checkpoint it wrote
+        # `build` copies its arguments, so the count is read from the checkpoint that the provider wrote.
         record = json.loads((out / "checkpoint-4" / "refplug" / "reference.json").read_text())
         assert record["metadata"] == {"steps": 4}
         shutil.rmtree(out / "checkpoint-4")
@@ -183,6 +185,6 @@ def test_the_check_is_not_skipped_because_a_flag_is_set(tmp_path):
     args = {"resume_from_checkpoint": str(tmp_path / "checkpoint-2")}
     trainer = build("dpo", tmp_path, tiny.saved(tmp_path), args=args)
     with torch.no_grad():
-        trainer.ref_model.get_parameter("model.embed_tokens.weight").add_(0.5)
-    with pytest.raises(ReferenceMismatchError, match="declared to be the policy"):
+        trainer.ref_model.provider.module.get_parameter("model.embed_tokens.weight").add_(0.5)
+    with pytest.raises(ReferenceMismatchError, match="not the one that was declared: as training began"):
         trainer.train()

@@ -12,7 +12,7 @@ from . import two_ranks
 
 
 def on_two_ranks(tmp_path, *jobs):
-    """What each rank gave for every job."""
+    """The results of every job, by rank."""
     common = {"out": str(tmp_path), "model": tiny.saved(tmp_path), "ours": True}
     ranks = launch(two_ranks.run_all, [{**common, **job} for job in jobs])
     return [ranks[0], ranks[1]]
@@ -32,8 +32,26 @@ def test_two_ranks_equal_trl(tmp_path):
     assert ranks[0][0]["sums"] == ranks[1][0]["sums"]
 
 
+def test_online_references_are_hidden_and_the_drift_is_measured_on_two_ranks(tmp_path):
+    """Both trainers, a reference on a thread of its own, whole generation batches: TRL's numbers on both ranks."""
+    args = {"steps_per_generation": 2, "num_iterations": 2, "max_steps": 4}
+    args |= {"eval_strategy": "steps", "eval_steps": 2}
+    jobs = []
+    for kind in ("grpo", "rloo"):
+        job = {"kind": kind, "eval_rows": 4}
+        jobs.append({**job, "reference": "Ahead", "args": {**args, "ref_monitor_steps": 1}})
+        jobs.append({**job, "ours": False, "args": args})
+        jobs.append({**job, "args": {**args, "beta": 0.0, "ref_monitor_steps": 1}})
+        jobs.append({**job, "ours": False, "args": {**args, "beta": 0.0}})
+    for results in on_two_ranks(tmp_path, *jobs):
+        for ours, theirs in zip(results[::2], results[1::2], strict=True):
+            assert theirs["logs"]
+            assert (ours["logs"], ours["sums"]) == (theirs["logs"], theirs["sums"])
+        assert all(results[asked]["ahead"] > 0 for asked in (0, 4))
+
+
 def sharded(tmp_path, *jobs):
-    """What rank 0 gave for every job, run under FSDP2."""
+    """The results of rank 0 for every job, run under FSDP2."""
     results, _ = on_two_ranks(tmp_path, *({"fsdp": True, **job} for job in jobs))
     assert all(result["sharded"] for result in results)
     return results
@@ -44,7 +62,7 @@ def test_sharded_policies_equal_trl(tmp_path):
     cases += [("dpo", "adapter", True), ("dpo", "frozen", True), ("grpo", "adapter", True)]
     jobs = []
     for kind, provider, lora in cases:
-        jobs.append({"kind": kind, "lora": lora, "args": {"ref_provider": provider}})
+        jobs.append({"kind": kind, "lora": lora, "args": {"ref_provider": provider, "ref_monitor_steps": 2}})
         jobs.append({"kind": kind, "lora": lora, "ours": False})
     results = sharded(tmp_path, *jobs)
     for case, ours, theirs in zip(cases, results[::2], results[1::2], strict=True):
@@ -60,7 +78,7 @@ def test_an_edited_sharded_policy_is_its_own_reference(tmp_path):
 def test_sharded_policies_in_mixed_precision_equal_trl(tmp_path):
     """FSDP2 casts what a model returns, so TRL's own log-probs are rounded to bfloat16, policy and reference alike."""
     using = {"ref_provider": "cached", "ref_provider_kwargs": {"path": str(tmp_path / "store")}}
-    mixed = {"bf16": True, "model_init_kwargs": {"dtype": "bfloat16"}}  # whose weights FSDP2 upcasts
+    mixed = {"bf16": True, "model_init_kwargs": {"dtype": "bfloat16"}}  # FSDP2 upcasts the weights of such a model
     cases = [("dpo", "frozen", False), ("dpo", "adapter", True), ("grpo", "frozen", False)]
     jobs = []
     for kind, provider, lora in cases:
@@ -78,7 +96,7 @@ def test_sharded_policies_in_mixed_precision_equal_trl(tmp_path):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_a_sharded_policy_fills_a_store(lora, tmp_path):
-    """The ranks' parts differ in size, so one goes on while the other is done."""
+    """The parts of the ranks differ in size, so one goes on when the other is done."""
     store = tmp_path / "store"
     using = {"ref_provider": "cached", "ref_provider_kwargs": {"path": str(store)}}
     never = {"ref_provider": "cached", "ref_provider_kwargs": {"path": str(store), "fill": "never"}}
@@ -91,7 +109,7 @@ def test_a_sharded_policy_fills_a_store(lora, tmp_path):
         {**job, "args": using},
     )
     report = verify(store)
-    assert (report.rows, report.duplicates) == (300, 0)  # each rank its part, and the last run nothing
+    assert (report.rows, report.duplicates) == (300, 0)  # each rank scored its part, and the last run scored nothing
     for ours, theirs in zip(filling["logs"], frozen["logs"], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
         assert ours["num_tokens"] == theirs["num_tokens"]  # the same rows in the same order
@@ -124,7 +142,9 @@ def test_one_ranks_failure_ends_the_job(tmp_path):
 
 
 def test_looking_ahead_changes_nothing(tmp_path):
-    """Metrics of the uneven last batch are cut by what accelerate knows of the loader, which is read ahead."""
+    """
+    Accelerate cuts the metrics of the uneven last batch by what it knows of the loader, which is read ahead here.
+    """
     epochs = {"num_train_epochs": 2, "max_steps": -1, "per_device_train_batch_size": 2}
     stream = {"max_steps": 5, "accelerator_config": {"dispatch_batches": True, "split_batches": True}}
     cases = [
@@ -141,7 +161,8 @@ def test_looking_ahead_changes_nothing(tmp_path):
     for rank, (*results, last) in enumerate(on_two_ranks(tmp_path, *jobs, on_one)):
         assert last["logs"] == results[0]["logs"]
         calls = results[0]["ahead"] + results[0]["afresh"]
-        assert last["ahead"] == (calls if rank == 0 else 0)  # all when needed: on rank 0 by `log_probs`, on its thread
+        # Nothing is prefetched. On rank 0, `log_probs` uses the thread.
+        assert last["ahead"] == (calls if rank == 0 else 0)
         for case, ahead, afresh in zip(cases, results[::2], results[1::2], strict=True):
             assert (ahead["logs"], ahead["sums"]) == (afresh["logs"], afresh["sums"]), case
             assert ahead["ahead"] > 0, case

@@ -1,4 +1,4 @@
-"""`ema`: the reference follows the policy, in full fine-tuning exactly as TRL's callback makes it."""
+"""With `ema` the reference follows the policy, in full fine-tuning exactly as with TRL's callback."""
 
 import math
 from contextlib import nullcontext
@@ -92,7 +92,7 @@ def test_alpha_one_every_step_has_no_log_ratio(kind, tmp_path):
 
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
 def test_packed_scoring_follows_the_reference(peft, tmp_path):
-    """Nothing that a packed scorer keeps from step to step depends on the weights."""
+    """A packed scorer keeps nothing from step to step that depends on the weights."""
     peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if peft else None
     losses = {}
     for alpha in (0, 1):
@@ -100,11 +100,11 @@ def test_packed_scoring_follows_the_reference(peft, tmp_path):
         run = train("dpo", tmp_path, tiny.saved(tmp_path), args=args, peft_config=peft_config)
         losses[alpha] = logged(run, "loss")
     assert losses[1] == pytest.approx([math.log(2)] * 5, abs=1e-4)
-    assert min(losses[0]) < math.log(2) - 1e-2  # a reference that stayed is another one
+    assert min(losses[0]) < math.log(2) - 1e-2  # a reference that never moves gives other losses
 
 
 def test_fsdp1_is_refused(tmp_path, monkeypatch):
-    """Accelerate selects FSDP only on an accelerator, so what it would say is put in its state."""
+    """Accelerate selects FSDP only where there is an accelerator, so the test writes FSDP into its state."""
     trainer = build("dpo", tmp_path, tiny.saved(tmp_path), args=ema())
     state = trainer.accelerator.state
     monkeypatch.setitem(state.__dict__, "distributed_type", DistributedType.FSDP)
@@ -163,7 +163,7 @@ class TestOptions:
 
 
 class TestPassedReference:
-    """`ref_model=` with `sync_ref_model=True` is where the average starts."""
+    """With `sync_ref_model=True`, the average starts at what is passed as `ref_model=`."""
 
     @pytest.mark.parametrize("kind", ["dpo", "kto"])
     def test_equals_trl(self, kind, tmp_path):

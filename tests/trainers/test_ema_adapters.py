@@ -1,4 +1,4 @@
-"""`ema` with a LoRA policy, where TRL has no moving reference: in all four trainers, and nowhere in what is saved."""
+"""`ema` works with a LoRA policy in all four trainers, and the second adapter is in nothing that is saved."""
 
 import copy
 import itertools
@@ -46,7 +46,7 @@ class TestTraining:
 
     @pytest.mark.parametrize("average", MODES)
     def test_a_policy_with_an_adapter_of_its_own(self, kind, average, tmp_path):
-        """TRL gives it a reference adapter too, of the wrong rank."""
+        """TRL gives such a policy a reference adapter too, which has the wrong rank."""
         model = adapted(tiny.saved(tmp_path), name="mine")
         run = train(kind, tmp_path, model, args=ema(alpha=0.5, average=average))
         assert set(run.trainer.model.peft_config) == {"mine", "ref"}
@@ -87,7 +87,7 @@ def test_alpha_one_every_step_has_no_log_ratio(kind, average, overrides, tmp_pat
 
 
 def test_equals_full_fine_tuning_of_the_same_weights(tmp_path):
-    """Against an independent way: the reference as a full model, with the average of the merged policies."""
+    """The log-probs are those of a reference that is a full model with the average of the merged policies."""
     path = tiny.saved(tmp_path)
     alpha = 0.4
     trainer = build("dpo", tmp_path, path, args=ema(alpha=alpha, sync_steps=1), peft_config=lora(use_rslora=True))
@@ -117,7 +117,7 @@ def test_equals_full_fine_tuning_of_the_same_weights(tmp_path):
 
 
 @pytest.mark.parametrize("provider_of_first", ["exact", "factors"])
-def test_optimiser_and_flags_do_not_see_the_second_adapter(provider_of_first, tmp_path):
+def test_optimizer_and_flags_do_not_see_the_second_adapter(provider_of_first, tmp_path):
     trainer = build(
         "dpo", tmp_path, tiny.saved(tmp_path), args=ema(average=provider_of_first), peft_config=lora(use_dora=True)
     )
@@ -129,7 +129,7 @@ def test_optimiser_and_flags_do_not_see_the_second_adapter(provider_of_first, tm
 
 
 class TestSaved:
-    """The second adapter is nowhere in what the user saves as the model."""
+    """What the user saves as the model does not have the second adapter."""
 
     @pytest.fixture(params=[{}, {"use_dora": True}, {"modules_to_save": ["embed_tokens"]}], ids=str)
     def trainer(self, request, tmp_path):
@@ -210,7 +210,7 @@ def test_bfloat16(tmp_path):
 
 
 def test_nothing_else_changes(tmp_path):
-    """No gradient, no random number, no mode, no batch: what `adapter` promises holds for the second adapter too."""
+    """The second adapter changes no gradient, random number, mode or batch, as `adapter` promises of its own."""
     trainer = build("grpo", tmp_path, tiny.saved(tmp_path), args=ema(), peft_config=LoraConfig(
         r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.3
     ))  # fmt: skip

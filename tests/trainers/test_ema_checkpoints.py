@@ -1,4 +1,4 @@
-"""A moving reference goes on where it was: resumed, killed, or rewound to the best checkpoint."""
+"""A moving reference goes on where it was when a run is resumed, killed, or set back to its best checkpoint."""
 
 import json
 import shutil
@@ -79,7 +79,7 @@ def test_resumed_with_an_adapter(kind, average, overrides, tmp_path):
 
 
 def test_without_the_state_it_would_be_another_run(tmp_path, monkeypatch):
-    """What the test above would not see if the reference played no part."""
+    """The tests above would fail if the state were not loaded: the reference plays a part."""
     path, out = tiny.saved(tmp_path), tmp_path / "out"
     whole = train("dpo", out, path, args=EMA).trainer
     trainer = build("dpo", tmp_path / "again", path, args={**EMA, "save_strategy": "no"})
@@ -90,7 +90,7 @@ def test_without_the_state_it_would_be_another_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("lora", [None, {"r": 4, "target_modules": "all-linear"}], ids=["full", "lora"])
 def test_killed(lora, tmp_path):
-    """A process that dies between two checkpoints, and another one that goes on."""
+    """A process dies between two checkpoints, and another one goes on from the first of them."""
     path, out = tiny.saved(tmp_path), tmp_path / "out"
     job = json.dumps({"model": path, "lora": lora, "args": {**EMA, "save_steps": 2}})
     command = [sys.executable, "-m", "tests.trainers.one_run", job]
@@ -135,7 +135,7 @@ class TestRefused:
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_what_an_earlier_run_left_there_is_no_part_of_it(lora, tmp_path):
-    """It had more ranks: their parts would be read with those of this one."""
+    """That run had more ranks, and the parts of their files would be read as parts of this run."""
     path, out = tiny.saved(tmp_path), tmp_path / "out"
     state = out / "checkpoint-4" / "refplug" / "state"
     state.mkdir(parents=True)
@@ -187,7 +187,7 @@ def test_rotation_leaves_nothing_behind(tmp_path):
     path, out = tiny.saved(tmp_path), tmp_path / "out"
     train("dpo", out, path, args={**EMA, "save_total_limit": 1})
     assert [p.name for p in out.iterdir() if p.is_dir()] == ["checkpoint-8"]
-    # What a user loads from it is the policy alone
+    # A user loads the policy alone from it.
     shutil.rmtree(out / "checkpoint-8" / "refplug")
     from transformers import AutoModelForCausalLM
 

@@ -14,8 +14,8 @@ from .runs import ONLINE, build
 
 
 def peak_bytes(action):
-    """The most that was allocated at once while `action` ran, beyond what was there before."""
-    gc.collect()  # what earlier trainers leave must not be freed while this is measured
+    """The largest amount of memory that was allocated at once while `action` ran, beyond what was allocated before."""
+    gc.collect()  # the garbage of earlier trainers must not be freed during the measurement
     gc.disable()
     try:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -39,14 +39,14 @@ def test_no_second_copy(kind, tmp_path):
     peft_config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
 
     def construct(**args):
-        # `build` copies the policy it is given: one model's worth that is not the trainer's
+        # `build` copies the policy that it gets. That takes the memory of one model, which is not the trainer's doing.
         return build(kind, tmp_path, model, args=args, peft_config=peft_config)
 
     construct(ref_provider="adapter")  # imports and caches
     adapter = peak_bytes(lambda: construct(ref_provider="adapter"))
     frozen = peak_bytes(lambda: construct(ref_provider="frozen"))
-    assert adapter < 1.2 * size  # that copy, the adapter's factors, and tokenised data
-    assert frozen > 1.9 * size  # the measurement sees a second copy where there is one
+    assert adapter < 1.2 * size  # that copy, the adapter's factors, and tokenized data
+    assert frozen > 1.9 * size  # if there is a second copy, the measurement shows it
 
 
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
@@ -63,7 +63,7 @@ def test_no_second_copy_while_a_store_is_filled(peft, tmp_path):
     construct("cached", path=str(tmp_path / "first"))
     filling = peak_bytes(lambda: construct("cached", path=str(tmp_path / "second")))
     frozen = peak_bytes(lambda: construct("frozen"))
-    assert filling < 1.5 * size  # `build` copies the policy it is given; the rest is activations
+    assert filling < 1.5 * size  # the copy that `build` makes; the rest are activations
     assert frozen > 1.9 * size
 
 

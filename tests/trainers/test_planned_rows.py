@@ -1,4 +1,4 @@
-"""Rows planned by column are the rows that the trainer's own collator makes: the very same keys."""
+"""Rows that are planned column by column have the same keys as the rows that the trainer's own collator makes."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -39,12 +39,14 @@ def trainers(tmp_path_factory):
 
 
 def keys_both_ways(trainer, split="train"):
-    patch_point = PatchPoint.of(type(trainer))
+    patch_point = PatchPoint.find_in(type(trainer))
     by_column = planned_rows(trainer, patch_point, split)
-    collated = Counter(key for batch in planned(trainer, patch_point, split) for key in KEYS.of(batch).keys(FACTS))
+    collated = Counter(
+        key for batch in planned(trainer, patch_point, split) for key in KEYS.rows_of_batch(batch).keys(FACTS)
+    )
     if by_column is None:
         return None, collated
-    blocks = [KEYS.of_planned(rows) for rows in by_column]
+    blocks = [KEYS.rows_of_plan(rows) for rows in by_column]
     for block in blocks:
         indices = range(len(block))
         assert block.keys(FACTS) == block.keys(FACTS, indices) == [block.keys(FACTS, [index])[0] for index in indices]
@@ -87,7 +89,7 @@ def test_same_keys(trainers, kind, rows, max_length, keep_end, kl, order):
 
 @pytest.mark.parametrize("kind", list(COLUMNS))
 def test_of_a_real_run(kind, tmp_path):
-    """Many blocks, filtered rows, and several evaluation sets."""
+    """There are many blocks, filtered rows and several evaluation sets."""
     evaluation = {"one": DATA[kind](5), "two": DATA[kind](7)}
     args = {"ref_provider": "frozen", "max_length": 9}
     trainer = build(
@@ -111,7 +113,7 @@ def test_not_with_another_collator(tmp_path):
 
 
 def test_not_with_another_trl(tmp_path, monkeypatch):
-    """A release whose collator truncates otherwise is noticed."""
+    """A release of TRL whose collator truncates in another way is noticed."""
     trainer = build("dpo", tmp_path, tiny.saved(tmp_path))
     assert keys_both_ways(trainer)[0] is not None
     collate = DataCollatorForPreference.torch_call

@@ -1,4 +1,7 @@
-"""Asked ahead or not: the same run, the same random streams, the same errors at the same steps."""
+"""
+With and without prefetching, a run has the same numbers, the same random streams, and the same errors in the same
+steps.
+"""
 
 import gc
 import threading
@@ -47,7 +50,7 @@ def ahead(kind, out, model, **kwargs):
 
 
 def both(kind, tmp_path, model, **kwargs):
-    """The same run, asked ahead and not; the provider of the first."""
+    """Do the same run with and without prefetching, compare them, and return the provider of the first."""
     trainer, provider = ahead(kind, tmp_path / "ahead", model, **kwargs)
     trainer.train()
     args = {**kwargs.pop("args", {}), "ref_prefetch": 0}
@@ -92,7 +95,8 @@ class TestSameRun:
         assert provider.ahead > 0
         assert_same(finished(trainer), train(kind, tmp_path, path, ours=False, **kwargs))
 
-    @settings(max_examples=8, phases=[Phase.generate])  # a failure is small already, and a run is slow
+    # There is no shrinking, because failing examples are small already, and a run is slow.
+    @settings(max_examples=8, phases=[Phase.generate])
     @given(
         rows=st.integers(4, 11),
         batch=st.integers(2, 4),  # KTO's KL term needs two
@@ -143,11 +147,11 @@ class TestSameRun:
         one, other, provider = both("dpo", tmp_path, tiny.model(), **kwargs)
         assert_same(one, other)
         assert any("eval_loss" in entry for entry in one.logs)
-        assert provider.ahead == 4  # evaluation is asked when it comes
+        assert provider.ahead == 4  # batches of an evaluation are not prefetched
 
     @pytest.mark.parametrize("save_steps", [2, 3])
     def test_resumed_in_the_middle_of_an_epoch(self, save_steps, tmp_path):
-        """With dropout, so that losses depend on the position of the random stream."""
+        """The policy has dropout, so that losses depend on where the random stream is."""
         model = tiny.model("gpt2", resid_pdrop=0.1)
         args = {"disable_dropout": False, "per_device_train_batch_size": 2, "max_steps": 9, "ref_check": "off"}
         args |= {"save_strategy": "steps", "save_steps": save_steps, "save_total_limit": 9}
@@ -177,9 +181,12 @@ class TestSameRun:
                 control.should_training_stop = state.global_step == 2
 
         class Held(Ahead):
-            """Answers one batch, and then is busy with something else."""
+            """A provider that answers one batch, and is busy with something else after that."""
 
             released = threading.Event()
+
+            def probe(self, batch):
+                return None  # it is busy at the end, when it would be asked
 
             def submit(self, batch):
                 if self.ahead == 1:
@@ -197,7 +204,7 @@ class TestSameRun:
 class TestRandomStreams:
     def test_a_loader_that_draws_is_not_read_ahead(self, tmp_path, caplog):
         class Noisy:
-            """Draws for every batch, as random truncation or augmentation does."""
+            """A collator that draws random numbers for every batch, as random truncation or augmentation does."""
 
             def __init__(self, collator):
                 self.collator = collator
@@ -229,7 +236,7 @@ class TestRandomStreams:
 
 class TestAsking:
     def test_how_far(self, tmp_path):
-        """Two batches beyond the one at hand, never past the last step, and nothing is kept."""
+        """Only two batches are read ahead, none after the last step, and no batch is kept."""
         at_step = []
 
         class Watch(TrainerCallback):
@@ -239,7 +246,7 @@ class TestAsking:
         args = {"max_steps": 5, "per_device_train_batch_size": 2}
         trainer, provider = ahead("dpo", tmp_path, tiny.model(), args=args, callbacks=[Watch()])
         trainer.train()
-        # The first batch is asked when it comes; the second with the two after it.
+        # The first batch is not prefetched. The second is asked about together with the two after it.
         assert at_step == [(0, 0), (3, 1), (4, 2), (4, 3), (4, 4)]
 
     def test_in_order(self, tmp_path):
@@ -268,7 +275,7 @@ class TestAsking:
         assert (provider.afresh, provider.ahead) == (1, 3)
 
     def test_batches_that_are_changed_on_the_way(self, tmp_path, caplog):
-        """In place, so that the batch looked at ahead changes with it."""
+        """It is changed in place, so that the prefetched batch would change with it."""
 
         class Masking(trainer_class("dpo")):
             def training_step(self, model, inputs, *args, **kwargs):
@@ -299,7 +306,7 @@ class TestAsking:
         assert "other batches" not in caplog.text
 
     def test_autocast_of_the_trainers_own(self, tmp_path):
-        """Entered in the loss, where the reference is called, and not where batches are fetched."""
+        """Autocast is entered in the loss, where the reference is called, and not where batches are fetched."""
 
         class Mine(DPOTrainer):
             def compute_loss(self, *args, **kwargs):
@@ -331,7 +338,7 @@ class TestAsking:
         monkeypatch.setattr(reference_model, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
         class Late(Ahead):
-            """The third answer takes long."""
+            """A provider whose third answer takes long."""
 
             def submit(self, batch):
                 answer = super().submit(batch)
@@ -352,7 +359,7 @@ class TestAsking:
 
 class TestFailures:
     class FailsAt(Ahead):
-        """The fourth answer fails, on the provider's own thread."""
+        """A provider whose fourth answer fails, in its own thread."""
 
         def submit(self, batch):
             if len(self.asked) == 2:
@@ -521,7 +528,7 @@ class TestScoringThread:
 
 
 def _source(output):
-    """The graph's node that cast the weight."""
+    """The node of the autograd graph that cast the weight."""
     nodes = [node for node, _ in output.grad_fn.next_functions if node is not None]
     while nodes:
         node = nodes.pop()
@@ -532,7 +539,7 @@ def _source(output):
 
 
 def test_streams_may_be_short(tmp_path):
-    """A stream that ends in the middle of an optimiser step."""
+    """A stream that ends in the middle of an optimizer step."""
     data = Dataset.from_list(list(tiny.preference_data(5))).to_iterable_dataset()
     args = {"max_steps": 5, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     one, other, _ = both("dpo", tmp_path, tiny.model(), args=args, train_dataset=data)

@@ -1,4 +1,4 @@
-"""Four-bit policies, where bitsandbytes is installed: equal to TRL, and the weights stay as they are packed."""
+"""Runs of four-bit policies equal TRL's, and their packed weights do not change. These tests need bitsandbytes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The reference is the policy exactly as it was passed in, and training that starts from it starts at zero."""
+"""The reference is the policy exactly as it was passed in, so the difference between the two is 0 at the start."""
 
 import math
 
@@ -49,7 +49,7 @@ def test_policy_edited_in_memory(kind, tmp_path):
 
 
 def test_trl_gets_an_edited_policy_wrong(tmp_path):
-    """The case is real: with TRL's own trainer the same run does not start at ln 2."""
+    """The problem exists: with TRL's own trainer, the loss of the same run does not start at ln 2."""
     run = train("dpo", tmp_path, edited(tiny.saved(tmp_path)), ours=False)
     assert abs(run.logs[0]["loss"] - math.log(2)) > 0.01
 
@@ -67,7 +67,8 @@ def test_attention_dropout(kind, tmp_path):
     path = tiny.saved(tmp_path, attention_dropout=0.3)
     run = train(kind, tmp_path, path, args=NO_DROPOUT)
     starts_at_zero(kind, run)
-    assert run.trainer.model.config.attention_dropout == 0.3  # what is saved with the model stays
+    # The configuration is saved with the model, and must not change.
+    assert run.trainer.model.config.attention_dropout == 0.3
 
 
 def test_policy_with_no_name(tmp_path):
@@ -145,7 +146,7 @@ class TestNamedReference:
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_ref_model_argument(self, kind, tmp_path):
-        """Works as in TRL, and for GRPO and RLOO too."""
+        """It works as in TRL, and for GRPO and RLOO as well."""
         path = tiny.saved(tmp_path)
         other = tiny.model(seed=1)
         ours = train(kind, tmp_path, path, ref_model=other)

@@ -1,4 +1,6 @@
-"""`plug`: any trainer of TRL and of others, any way to name a provider, and clear errors where it cannot work."""
+"""
+`plug` works with TRL's trainers and others, however a provider is named, and with clear errors if it cannot work.
+"""
 
 import gc
 import inspect
@@ -50,7 +52,7 @@ class TestPlug:
         class Mine(DPOTrainer):
             def __init__(self, model, note, *args, **kwargs):
                 super().__init__(model, *args, **kwargs)
-                # TRL's own trainer has its reference here, and so must ours
+                # With TRL's own trainer, the reference is in its place by now. So it must be with ours.
                 self.seen = next(self.ref_model.parameters()).requires_grad
                 self.note = note
 
@@ -87,7 +89,7 @@ class TestPlug:
             plug(SFTTrainer)
 
     def test_another_trl(self, tmp_path, monkeypatch):
-        """A TRL that loads its reference in another way is noticed at construction."""
+        """A release of TRL that loads its reference in another way is noticed when a trainer is constructed."""
         import trl.trainer.dpo_trainer as dpo
 
         original = dpo.DPOTrainer.__init__
@@ -135,7 +137,7 @@ class TestReferenceArgument:
                 build("dpo", tmp_path, tiny.saved(tmp_path), reference=wrong)
 
     def test_takes_a_provider_once(self, tmp_path):
-        """Closed with its first trainer, it would take the second one's policy for its reference."""
+        """It would be closed with its first trainer, and would have the policy of the second one as its reference."""
         given = FrozenProvider(model=tiny.model(seed=7))
 
         def trainer():
@@ -206,7 +208,7 @@ class TestMisuse:
             build("dpo", tmp_path, path, args=both)
         with pytest.raises(ConfigurationError, match="asks for the 'ema' reference"):
             build("dpo", tmp_path, path, args={"sync_ref_model": True, "ref_provider": "frozen"})
-        with pytest.raises(ConfigurationError, match="nothing to synchronise"):
+        with pytest.raises(ConfigurationError, match="nothing to synchronize"):
             build("grpo", tmp_path, path, args={"sync_ref_model": True, "beta": 0.0})
 
     @pytest.mark.parametrize("kind", ONLINE)
@@ -289,7 +291,7 @@ def test_a_trainer_no_longer_used_is_freed(tmp_path):
 
 
 class Inner(Uniform):
-    """Made by another provider, and open from `pin` until it is closed."""
+    """A provider that another one is made of. It is open from `pin` until `close`."""
 
     open = set()
     fails_in = ""

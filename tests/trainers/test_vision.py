@@ -1,4 +1,4 @@
-"""Multimodal inputs pass through to in-process providers."""
+"""Providers with a model in this process get the multimodal inputs of a batch."""
 
 import pytest
 from peft import LoraConfig
@@ -12,7 +12,7 @@ from .runs import assert_same, train
 @pytest.mark.parametrize("provider", ["frozen", "adapter"])
 def test_vision_language_model_equals_trl(kind, provider, tmp_path):
     policy = tiny_image_policy()
-    policy.config.text_config.attention_dropout = 0.0  # TRL's reference has it on where the policy is its own
+    policy.config.text_config.attention_dropout = 0.0  # with PEFT, TRL's reference would have dropout
     policy.save_pretrained(tmp_path / "llava")
     data = image_preference_data(8)
     kwargs = {

@@ -89,6 +89,8 @@ def run(job: dict) -> dict:
         kwargs["reference"] = REFERENCES[job["reference"]]()
     if job.get("stream"):
         kwargs["train_dataset"] = DATA[job["kind"]](job["rows"]).to_iterable_dataset()
+    if job.get("eval_rows"):
+        kwargs["eval_dataset"] = DATA[job["kind"]](job["eval_rows"])
     args = {**job.get("args", {}), "ddp_backend": "gloo"}
     out = Path(job["out"]) / os.environ["RANK"]
     if job.get("fsdp"):

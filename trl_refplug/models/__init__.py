@@ -11,6 +11,7 @@ What is known of a model, without scoring anything with it.
 - `weights`: notice that weights were changed
 - `sharding`: tensors of which every rank holds a part
 - `modes`, `dropout`: evaluation mode, and the dropout that TRL does not switch off
+- `output_embedding`: what a fused LM head takes for granted of the output embedding, and the vocabulary
 - `positions`: whether a row's log-probs depend on its place in the batch or on the batch's length
 - `traits`: what decides, besides the identity, which stored values may be used
 - `tolerances`: how far two correct answers may be apart

@@ -20,11 +20,11 @@ from trl_refplug.models.modes import evaluation_mode
 if TYPE_CHECKING:
     from torch import nn
 
-REFERENCE_ADAPTER = "ref"  # TRL's own name for it
+REFERENCE_ADAPTER = "ref"  # the name that TRL gives it
 
 
 def is_peft(model: Any) -> bool:
-    """Whether `model` is a `PeftModel`, wrapped or not; the path of a model is none."""
+    """Whether `model` is a `PeftModel`, wrapped or not. `False` if it is the path of a model."""
     from peft import PeftModel
 
     return isinstance(peft_model_of(model), PeftModel)
@@ -36,7 +36,9 @@ def has_injected_adapter(model: Any) -> bool:
 
 
 def peft_model_of(policy: Any) -> Any:
-    """The model inside DDP, DeepSpeed or `torch.compile` wrappers: of a PEFT policy, the `PeftModel`."""
+    """
+    The model inside the wrappers of DDP, DeepSpeed or `torch.compile`. For a PEFT policy, that is the `PeftModel`.
+    """
     while True:
         if hasattr(policy, "_orig_mod"):
             policy = policy._orig_mod
@@ -47,12 +49,12 @@ def peft_model_of(policy: Any) -> Any:
 
 
 def base_model_of(model: Any) -> Any:
-    """The transformers model inside a `PeftModel`."""
+    """The transformers model: the one inside `model` if that is a `PeftModel`, and otherwise `model` itself."""
     return model.get_base_model() if is_peft(model) else model
 
 
 def policy_adapter(model: Any) -> str:
-    """Name of the adapter being trained."""
+    """The name of the adapter that is being trained."""
     active = model.active_adapter
     names = [active] if isinstance(active, str) else list(active)
     if len(names) != 1:
@@ -64,7 +66,7 @@ def policy_adapter(model: Any) -> str:
 
 
 def adapter_parameters(model: Any, adapter: str) -> dict[str, nn.Parameter]:
-    """The parameters of one adapter, by their name without the adapter's."""
+    """The parameters of one adapter. The name of the adapter is taken out of their names."""
     attributes = adapter_attributes(model)
     found = {}
     for name, parameter in model.named_parameters():
@@ -75,7 +77,10 @@ def adapter_parameters(model: Any, adapter: str) -> dict[str, nn.Parameter]:
 
 
 def add_reference_adapter(model: Any, source: str) -> str:
-    """Give `model` an adapter that is a copy of `source`, or fill the one TRL has added, and return its name."""
+    """
+    Copy the adapter `source` into an adapter `ref`, and return that name. The adapter is added to `model`, unless TRL
+    has added it already.
+    """
     if REFERENCE_ADAPTER not in model.peft_config:
         add_adapter(model, REFERENCE_ADAPTER, model.peft_config[source])
     copies = adapter_parameters(model, REFERENCE_ADAPTER)
@@ -93,7 +98,7 @@ def add_reference_adapter(model: Any, source: str) -> str:
 
 
 def add_adapter(model: Any, name: str, config: Any) -> None:
-    """Give `model` another adapter and leave what it had as trainable as it was."""
+    """Add an adapter to `model`. Parameters that were trainable stay so, and parameters that were not stay frozen."""
     with _flags_kept(model):
         model.add_adapter(name, plainly_initialized(config))
 
@@ -102,8 +107,8 @@ def plainly_initialized(config: Any) -> Any:
     """
     The same adapter configuration for a frozen copy, with an initialization that leaves the base model alone.
 
-    PiSSA, OLoRA, CorDA, LoftQ and others take their first weights out of the base's and rewrite those. For a copy of
-    an adapter, which gets its weights from the original, that would change the base under both.
+    PiSSA, OLoRA, CorDA, LoftQ and others take the first weights of an adapter out of the base model, and rewrite the
+    base's weights. A copy of an adapter gets its weights from the original, so that must not happen a second time.
     """
     plain = copy.deepcopy(config)
     if not plain.is_prompt_learning:
@@ -115,15 +120,15 @@ def plainly_initialized(config: Any) -> Any:
 
 
 def freeze_adapter(model: Any, adapter: str) -> None:
-    """Keep the reference adapter out of the optimiser."""
+    """Freeze an adapter, so that the optimizer leaves it alone."""
     for parameter in adapter_parameters(model, adapter).values():
         parameter.requires_grad_(False)
 
 
 def save_without(model: Any, adapter: str) -> None:
     """
-    Have `model.save_pretrained`, which the trainer's checkpoints and `push_to_hub` use too, leave `adapter` out unless
-    it is asked for by name: what the user saves is the policy.
+    Make `model.save_pretrained` leave `adapter` out, unless it is asked for by name, because what the user wants to
+    save is the policy. The trainer's checkpoints and `push_to_hub` call that method, too.
     """
 
     def save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> None:
@@ -133,17 +138,17 @@ def save_without(model: Any, adapter: str) -> None:
             given.arguments["selected_adapters"] = [name for name in self.peft_config if name != adapter]
         type(self).save_pretrained(*given.args, **given.kwargs)
 
-    # A bound method, so that a deep copy of the model saves itself and not the original.
+    # It is a bound method, so that a deep copy of the model saves itself and not the original.
     model.save_pretrained = MethodType(functools.wraps(type(model).save_pretrained)(save_pretrained), model)
 
 
 def starts_as_identity(model: Any, adapter: str) -> bool:
-    """Whether a new LoRA adapter changes nothing yet: one factor of every product is zero."""
+    """Whether a LoRA adapter is new and changes nothing yet, because one factor of each of its products is zero."""
     factors: dict[str, list[bool]] = {}
     for name, parameter in adapter_parameters(model, adapter).items():
         module, _, rest = name.partition(".lora_")
         if not rest:
-            continue  # modules_to_save start as copies of what they replace
+            continue  # modules_to_save are copies of what they replace at first
         if rest.startswith(("A", "B", "embedding_A", "embedding_B")):
             factors.setdefault(module, []).append(bool((parameter == 0).all()))
     return bool(factors) and all(any(zero) for zero in factors.values())
@@ -152,15 +157,16 @@ def starts_as_identity(model: Any, adapter: str) -> bool:
 @contextmanager
 def reference_active(model: nn.Module, adapter: str | None) -> Iterator[None]:
     """
-    The policy as its own reference: adapters disabled (`None`) or `adapter` active, in eval mode.
+    Turn the policy into its own reference, as long as the context lasts: `adapter` is active, or all adapters are
+    disabled if it is `None`, and all modules are in eval mode.
 
-    On exit the active adapters, every `requires_grad` flag and every module's mode are what they were. No random
-    number is drawn inside: eval mode switches off dropout, functional attention dropout included.
+    Afterwards the active adapters, all `requires_grad` flags and the modes of all modules are what they were. No
+    random numbers are drawn, because eval mode switches off dropout, even that of functional attention.
     """
     peft_model = peft_model_of(model)
     with ExitStack() as stack:
         stack.enter_context(_flags_kept(peft_model))
-        # Casts made under no_grad must not be reused by the policy's own pass: they carry no gradient.
+        # Autocast must not reuse casts from under no_grad in the policy's own pass: they would have no gradient.
         stack.callback(torch.clear_autocast_cache)
         stack.enter_context(evaluation_mode(model))
         if adapter is None:
@@ -206,5 +212,5 @@ def _flags_kept(model: nn.Module) -> Iterator[None]:
 
 
 def active_adapter(model: Any) -> str | None:
-    """Name of the adapter that is part of what `model` computes; `None` for a model without one."""
+    """The name of the adapter that `model` computes with; `None` if it has none."""
     return policy_adapter(model) if is_peft(model) else None

@@ -1,9 +1,10 @@
 """
 The probe: a few short rows of text, and what the declared reference says about them.
 
-Whatever bends a reference on its way from the model that was passed in to the log-probs that training reads is visible
-only to a check that takes another way. So the truth about the probe comes from the model itself, by its ordinary
-`logits` and a log-softmax in float32 or better: no fused LM head, no packing, nothing of the scoring engine.
+Many things can make a reference wrong between the model that was passed in and the log-probs that training reads. They
+can be noticed only by a check that computes the log-probs in another way. So the expected answers to the probe come
+from the model itself: its ordinary `logits` and a log-softmax in float32 or better, without a fused LM head, packing,
+or anything else of the scoring engine.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from trl_refplug.provider import ReferenceBatch
 
 ROWS = 3
 TOKENS = 24
-"""Tokens of a row. All rows are of one length, so that no padding comes into it."""
+"""How many tokens a row has. All rows have the same length, so that no padding is needed."""
 
 TEXT = (
     "The committee met on Tuesday to decide how the money should be spent. Some members wanted to repair the old "
@@ -35,7 +36,7 @@ TEXT = (
     "three things: to measure first, to publish the numbers, and to vote again in a month. A child could have told "
     "them so, said the mayor, and laughed."
 )
-"""What is asked about where a run has no text of its own at hand: ordinary prose, as a model has seen it before."""
+"""The text to ask about if the run has no text of its own at hand: ordinary prose, of a kind that models know."""
 
 Rows = NDArray[np.int64]
 """Token ids: int64 `[rows, tokens]`."""
@@ -44,12 +45,12 @@ Rows = NDArray[np.int64]
 @dataclass(frozen=True, eq=False)
 class Probe:
     """
-    What a reference says about the rows of the probe.
+    A reference's answers to the probe.
 
     Args:
         rows (`np.ndarray`): Token ids: int64 `[rows, tokens]`.
         log_probs (`Tensor`): float32 `[rows, tokens - 1]` on the CPU, in nats.
-        origin (`str`): Who said so, for messages: "the policy as it was passed in", ...
+        origin (`str`): Where the answers come from, for messages: "the policy as it was passed in", ...
     """
 
     rows: Rows
@@ -57,12 +58,12 @@ class Probe:
     origin: str
 
     def difference(self, found: Tensor) -> tuple[float, float]:
-        """How far other log-probs are from these, in nats per token: at most, and on average."""
+        """The largest and the mean difference between `found` and these log-probs, in nats per token."""
         off = (found.double().cpu() - self.log_probs.double()).abs()
         return off.max().item(), off.mean().item()
 
     def difference_where_asked(self, other: Probe) -> tuple[float, float]:
-        """The same between two probes, over the rows that they have in common; zeros if there is none."""
+        """The same differences between two probes, over the rows that both have; zeros if they have none in common."""
         pairs = [
             (mine, theirs)
             for mine, row in zip(self.log_probs, self.rows, strict=True)
@@ -86,27 +87,27 @@ class Probe:
 
 
 def probe_batch(rows: Rows, device: torch.device | str = "cpu") -> ReferenceBatch:
-    """The rows as a trainer would ask for them: every token but the first of a row is scored."""
+    """The rows as a batch like those of a trainer. All tokens are scored but the first of each row."""
     ids = torch.from_numpy(rows).to(device)
     return ReferenceBatch(ids, torch.ones_like(ids), ids.clone())
 
 
 def probe_rows(model: nn.Module, tokenizer: Any = None, data: Any = None) -> Rows | None:
     """
-    Rows that are text to `model`.
+    Choose the rows of the probe. To `model` they are ordinary text.
 
-    One row is always the same text, so that runs on different data have it in common; the others are the beginning of
-    the run's own data where that is at hand, or more of that text. Without a tokenizer the model writes the rows
-    itself. Ids spread over the vocabulary would not do: between checkpoints of one model they move 14 to 18 times
-    less than text does.
+    The first row is always the beginning of [`TEXT`], so that runs on different data have it in common. The others are
+    the beginning of the run's own data if that can be read, and otherwise more of `TEXT`. Without a tokenizer, the
+    model writes the rows itself. Random ids would not do: between two checkpoints of a model, their log-probs change
+    14 to 18 times less than those of text.
 
     Args:
         model (`nn.Module`): The policy.
         tokenizer (*optional*): Its tokenizer or processor.
-        data (*optional*): The run's data set. Only one that can be indexed is read.
+        data (*optional*): The run's data set. It is read only if it can be indexed.
 
     Returns:
-        `np.ndarray` or `None`: Token ids: int64 `[rows, tokens]`. `None` where there is no tokenizer and the model
+        `np.ndarray` or `None`: Token ids: int64 `[rows, tokens]`. `None` if there is no tokenizer, and the model
         cannot run in this process as it is.
     """
     if tokenizer is not None:
@@ -121,7 +122,7 @@ def probe_rows(model: nn.Module, tokenizer: Any = None, data: Any = None) -> Row
 
 def ordinary_log_probs(model: nn.Module, rows: Rows, temperature: float) -> Tensor:
     """
-    What `model` says about the rows, by its ordinary logits: float32 `[rows, tokens - 1]` on the CPU.
+    The log-probs of the rows by `model`'s ordinary logits: float32 `[rows, tokens - 1]` on the CPU.
 
     Every module's mode, and the random streams, stay as they are.
     """
@@ -129,19 +130,20 @@ def ordinary_log_probs(model: nn.Module, rows: Rows, temperature: float) -> Tens
     ids = torch.from_numpy(rows).to(_input_device(model))
     with torch.no_grad(), evaluation_mode(model):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    logits = logits[:, -ids.shape[1] :][:, :-1]  # virtual tokens of a prompt-learning adapter come first
+    # The virtual tokens of a prompt-learning adapter come first, and are cut off.
+    logits = logits[:, -ids.shape[1] :][:, :-1]
     logits = logits if logits.dtype == torch.float64 else logits.float()
     log_probs: Tensor = (logits / temperature).log_softmax(-1)
     return log_probs.gather(-1, ids[:, 1:, None].to(logits.device))[..., 0].float().cpu()
 
 
 def runs_alone(model: nn.Module) -> bool:
-    """Whether this process can run `model` as it is now: it is neither sharded nor waiting for its weights."""
+    """Whether this process can run `model` by itself: it is not sharded, and none of its weights is missing."""
     return not any(hasattr(p, "ds_id") or isinstance(p, DTensor) or p.is_meta for p in model.parameters())
 
 
 def _texts_of(data: Any) -> Iterator[str]:
-    """The strings in the first rows of a data set that can be indexed, whatever its columns."""
+    """All strings in the first rows of a data set, whatever its columns; none if it cannot be indexed."""
     try:
         rows = [data[index] for index in range(min(4, len(data)))]
     except (TypeError, KeyError, IndexError, NotImplementedError):
@@ -153,15 +155,15 @@ def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        # Of a message the role is no text.
+        # The role of a message is not part of its text.
         yield from chain.from_iterable(_strings(part) for name, part in value.items() if name != "role")
     elif isinstance(value, list | tuple):
         yield from chain.from_iterable(map(_strings, value))
 
 
 def _ids(text: str, tokenizer: Any, model: nn.Module) -> list[int]:
-    """The token ids of `text` that the model knows."""
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
+    """The token ids of `text`, without those that the model has no embedding for."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has its tokenizer inside
     try:
         ids: list[int] = tokenizer(text)["input_ids"]
     except (TypeError, ValueError, KeyError):
@@ -175,7 +177,7 @@ def _cut(ids: list[int]) -> list[list[int]]:
 
 
 def _written_by(model: nn.Module) -> Rows | None:
-    """Rows that the model draws token by token, from a generator of its own."""
+    """Rows that the model writes token by token. They are sampled with a generator of their own."""
     if not runs_alone(model):
         return None
     generator = torch.Generator().manual_seed(0)

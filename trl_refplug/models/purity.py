@@ -1,4 +1,4 @@
-"""What would make a policy's own base an impure reference, and how to fix it."""
+"""Refusing PEFT policies whose base model cannot be the reference, because training would change it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from trl_refplug.models.identity import adapter_attributes, adapter_tensor_name,
 
 def check_policy(policy: Any, provider: str) -> None:
     """
-    Refuse a PEFT policy whose base weights would move with training, or that would not train at all.
+    Refuse a PEFT policy if training would change the weights of its base model, or would change nothing at all.
 
     Raises:
-        ImpureReferenceError: All problems found, each with its remedy.
+        ImpureReferenceError: It names all problems that were found, each with its remedy.
     """
     problems = []
     for name, config in policy.peft_config.items():
@@ -30,7 +30,7 @@ def check_policy(policy: Any, provider: str) -> None:
     trainable = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
     base = [name for name in trainable if adapter_tensor_name(name, attributes) is None]
     if problems:
-        base = [name for name in base if not name.endswith("bias")]  # already named
+        base = [name for name in base if not name.endswith("bias")]  # these were named above
     if base:
         problems.append(
             f"{len(base)} weights of the base model are trainable ({base[0]}, ...), so the reference drifts. Freeze "
@@ -47,12 +47,12 @@ def check_policy(policy: Any, provider: str) -> None:
 
 def rewritten_tensors(before: Mapping[str, str], policy: Any, dtypes: Mapping[str, torch.dtype]) -> list[str]:
     """
-    Names of base tensors that wrapping with PEFT changed (PiSSA, OLoRA, CorDA, LoftQ, ... rewrite them).
+    The names of the base tensors that were changed when PEFT wrapped the model, as PiSSA, OLoRA, CorDA, LoftQ, ... do.
 
     Args:
-        before (`Mapping[str, str]`): The digests of all before.
-        dtypes (`Mapping[str, torch.dtype]`): Their dtypes before: a cast to a wider one (of the LM head, by
-            `cast_lm_head_to_fp32`) changes no value.
+        before (`Mapping[str, str]`): The digests of all base tensors before that.
+        dtypes (`Mapping[str, torch.dtype]`): Their dtypes before that. A tensor that was cast to a wider dtype (as
+            `cast_lm_head_to_fp32` does with the LM head) has the same values, and does not count as changed.
     """
     after = digest_tensors(policy, dtypes=dtypes)
     return [name for name, digest in before.items() if name in after and after[name] != digest]

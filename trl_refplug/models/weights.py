@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trl_refplug.models.sharding import local_part
 
 
-_LANES = 4096  # sums kept of a tensor before they are added up
+_LANES = 4096  # a tensor is first summed in this many separate sums
 _SAMPLE = 64
 _ROUNDING = 1e-5
 """Most by which a float32 weight may change, relative to the size of its tensor's weights, where an adapter was merged
@@ -21,12 +21,12 @@ and taken out again: some hundred roundings of 6e-8. Scaling a matrix by 1.01 ch
 @dataclass(frozen=True, eq=False)
 class WeightMark:
     """
-    What is remembered of one tensor.
+    What is remembered of one tensor, to notice later whether it was changed.
 
     Args:
-        total (`int`): A sum over all of its bits.
-        sample (`Tensor`): float64 `[sample]` on the CPU: some of its values.
-        is_float32 (`bool`): Whether it is precise enough for rounding to be told from a change.
+        total (`int`): A checksum of all its bits.
+        sample (`Tensor`): Some of its values: float64 `[sample]` on the CPU.
+        is_float32 (`bool`): Whether its dtype is float32, which is precise enough to tell rounding from a real change.
     """
 
     total: int
@@ -35,7 +35,9 @@ class WeightMark:
 
 
 def mark_weights(weights: Iterable[tuple[str, Tensor]]) -> dict[str, WeightMark]:
-    """Remember tensors by name. Of a sharded tensor, this rank's part. Reads each once, where it is."""
+    """
+    Remember tensors by their names. A sharded tensor is remembered by this rank's part. Each is read once, in place.
+    """
     with torch.no_grad():
         return {
             name if number == 0 else f"{name} (part {number})": _mark(part)
@@ -47,10 +49,11 @@ def mark_weights(weights: Iterable[tuple[str, Tensor]]) -> dict[str, WeightMark]
 
 def changed_weights(before: dict[str, WeightMark], weights: Iterable[tuple[str, Tensor]]) -> tuple[list[str], bool]:
     """
-    Which of the tensors are not what they were.
+    Find the tensors that have changed since they were remembered.
 
     Returns:
-        `tuple[list[str], bool]`: Their names; and whether all of them changed by rounding only.
+        `tuple[list[str], bool]`: Their names, and whether all of them changed only as much as rounding may change
+        them.
     """
     after = mark_weights(weights)
     changed = [name for name, mark in before.items() if name in after and after[name].total != mark.total]
@@ -73,7 +76,10 @@ def _mark(tensor: Tensor) -> WeightMark:
 
 
 def _total(flat: Tensor) -> int:
-    """A sum over all bits of a tensor in which it matters where they are, but for whole lanes that change places."""
+    """
+    A checksum of all bits of a tensor. It depends on the order of the elements, with one exception: elements that are
+    a multiple of `_LANES` apart can be exchanged without a change.
+    """
     if not flat.is_contiguous():
         flat = flat.contiguous()
     bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
@@ -106,5 +112,5 @@ def shared_weights(one: nn.Module, other: nn.Module) -> list[str]:
 
 
 def _storage(tensor: Tensor) -> int:
-    """Where a tensor's memory begins; 0 where it has none (on the meta device, or empty)."""
+    """The address of a tensor's memory; 0 if it has none, because it is on the meta device or empty."""
     return 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()

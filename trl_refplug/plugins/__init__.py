@@ -1,7 +1,12 @@
 """
-The plugin system: `installed` finds what claims to be a plugin, `checks` tells what is wrong with one, `loading` takes
-in the sound ones and keeps the others outside, `manager` resolves a provider name to its class and calls the hooks,
-`flags` checks what the reference flags say. The hooks are in `trl_refplug.hookspecs`.
+The plugin system. The hooks themselves are defined in `trl_refplug.hookspecs`.
+
+- `installed`: lists the plugins that are installed, before any of them is imported
+- `checks`: finds out what is wrong with a plugin or a provider, and says so in sentences
+- `failures`: turns an exception that a plugin raised into a message that says what to do
+- `loading`: imports the plugins, takes in the sound ones and leaves the others out
+- `manager`: resolves a provider name to its class, and calls the hooks
+- `flags`: checks what the reference flags say, without importing TRL
 """
 
 from trl_refplug.plugins.flags import check_reference_flags

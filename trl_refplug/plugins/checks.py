@@ -1,4 +1,9 @@
-"""What is wrong with a plugin or a provider, as sentences for people; an empty answer where nothing is."""
+"""
+Finding out what is wrong with a plugin or a provider.
+
+Every function here answers with sentences that can be shown to people, and with nothing (an empty string or list) if
+all is well.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +24,7 @@ from trl_refplug.provider import Capabilities, ReferenceProvider
 
 
 def incompatibility(plugin: object) -> str:
-    """Whether the plugin was written for another interface than this release's."""
+    """Why the plugin does not fit the plugin interface of this release; an empty string if it does."""
     spoken = getattr(plugin, "API_VERSION", 1)
     if type(spoken) is int and spoken == API_VERSION:
         return ""
@@ -33,7 +38,10 @@ def incompatibility(plugin: object) -> str:
 
 
 def hook_problems(plugin: object, hooks: pluggy.PluginManager) -> Iterator[str]:
-    """Misspelt, unmarked, wrongly declared or missing hook implementations; pluggy accepts most of them silently."""
+    """
+    Find hook implementations that are misspelled, unmarked or wrongly declared, and plugins that implement no hook.
+    pluggy accepts most of these mistakes silently.
+    """
     if inspect.isclass(plugin):
         yield f"The entry point names the class {plugin.__qualname__}; expected a module or an instance."
         return
@@ -81,7 +89,14 @@ def registration_problem(
     builtin: Container[str],
     own: Container[str],
 ) -> str:
-    """Why a registration is refused, given the built-in names and those the plugin has registered so far."""
+    """
+    Why a registration is refused; an empty string if it is accepted.
+
+    Args:
+        name, target, options, capabilities: What the plugin passed to `register`.
+        builtin (`Container[str]`): The names of the built-in providers.
+        own (`Container[str]`): The names that the same plugin has registered so far.
+    """
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
         return (
             f"Found provider name {name!r}; expected a lower-case letter, then lower-case letters, digits, '-' or '_'."
@@ -105,7 +120,10 @@ def registration_problem(
 
 
 def class_problems(provider: object, options: object = None, capabilities: object = None) -> list[str]:
-    """Why `provider` is no complete provider class, or not the one that was registered with these options."""
+    """
+    Why `provider` cannot be used: it is not a complete provider class, or its options and capabilities are not those
+    it was registered with. An empty list if it can.
+    """
     if not (inspect.isclass(provider) and issubclass(provider, ReferenceProvider)):
         return [f"found {provider!r}; expected a subclass of trl_refplug.ReferenceProvider."]
     problems = []

@@ -1,4 +1,9 @@
-"""What a plugin raised, as people should be told: what and what to do in one line, and where in its own code."""
+"""
+Exceptions that plugins raise, turned into messages.
+
+A message says in one line what went wrong and what the user can do about it. The traceback that is kept shows only the
+plugin's own code.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +12,25 @@ from types import TracebackType
 from trl_refplug.errors import RefPlugError
 
 
-_IMPORTERS = {"trl_refplug", "importlib", "pkgutil"}  # whose frames lead to a plugin's code
+_IMPORTERS = {"trl_refplug", "importlib", "pkgutil"}  # their frames in a traceback only lead to the plugin's code
 
 
-def told(error: BaseException) -> str:
-    """An exception as a sentence."""
+def exception_sentence(error: BaseException) -> str:
+    """The exception's type and message as one sentence, with a full stop at its end."""
     text = f"{type(error).__name__}: {error}".rstrip(": ")
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
-def told_with_remedy(error: BaseException, distribution: str) -> str:
+def load_failure_reason(error: BaseException, distribution: str) -> str:
     """
-    What went wrong when something of a distribution was loaded, and what to do. Of the exception's traceback only what
-    is in the plugin's own code is left: nothing where none of it ran, or where the exception is a finding of ours.
+    Say why something of a distribution could not be loaded, and what the user can do about it.
+
+    The exception's traceback is cut down to the frames of the plugin's own code. None are left if none of its code
+    ran, or if the exception is one of ours, about something we found wrong with the plugin.
     """
     own = None if isinstance(error, RefPlugError) else _own_frames(error)
     if own is None:
-        drop_frames(error)
+        clear_tracebacks(error)
     error.__traceback__ = own
     if isinstance(error, RefPlugError):
         return str(error)
@@ -31,14 +38,14 @@ def told_with_remedy(error: BaseException, distribution: str) -> str:
         remedy = f"The registration is stale: reinstall {distribution}, or uninstall it."
     else:
         remedy = f"Upgrade or reinstall {distribution}, or report this to its authors."
-    return f"{told(error)} {remedy}"
+    return f"{exception_sentence(error)} {remedy}"
 
 
-def drop_frames(error: BaseException | None) -> None:
-    """Forget the traceback of an exception, of its cause and of its context."""
+def clear_tracebacks(error: BaseException | None) -> None:
+    """Remove the traceback of an exception, of its cause and of its context."""
     while error is not None and error.__traceback__ is not None:
         error.__traceback__ = None
-        drop_frames(error.__cause__)
+        clear_tracebacks(error.__cause__)
         error = error.__context__
 
 

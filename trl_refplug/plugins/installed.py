@@ -1,4 +1,4 @@
-"""What is installed: the entry points of the group `trl_refplug`, before anything of them is imported."""
+"""Finding the installed plugins: the entry points of the group `trl_refplug`, read without importing any of them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trl_refplug.hookspecs import PROJECT
-from trl_refplug.plugins.failures import told
+from trl_refplug.plugins.failures import exception_sentence
 
 
 GROUP = PROJECT
-"""Entry-point group of plugins."""
+"""The entry-point group that plugins are listed in."""
 
 Status = Literal["ok", "blocked", "failed", "incompatible"]
 
@@ -21,20 +21,21 @@ Status = Literal["ok", "blocked", "failed", "incompatible"]
 @dataclass(frozen=True)
 class PluginRecord:
     """
-    What became of one plugin.
+    One plugin that was found, and whether it could be loaded.
 
     Args:
-        name (`str`): Name of the entry point.
+        name (`str`): The name of its entry point.
         distribution (`str`): The installed distribution it comes from.
         version (`str`): That distribution's version.
-        value (`str`): Value of the entry point: the module, or `module:instance`.
-        location (`str`): File of the plugin's module; the directory of its distribution where nothing was imported.
+        value (`str`): What the entry point names: the module, or `module:instance`.
+        location (`str`): The file of the plugin's module; if it was not imported, the directory of its distribution.
         status (`str`): `ok`, `blocked` (by an environment variable), `failed`, or `incompatible` (another
             `API_VERSION`). Only `ok` plugins take part in anything.
         reason (`str`): Why it is not `ok`, in whole sentences.
-        exception (`BaseException` or `None`): What it failed with.
-        traceback (`str`): The same as text, from the plugin's own first line on; empty where none of its code ran.
-        providers (`tuple[str, ...]`): Provider names it registered, or had registered before it failed.
+        exception (`BaseException` or `None`): The exception it failed with.
+        traceback (`str`): The traceback of that exception, from the first line of the plugin's own code on; empty if
+            none of its code ran.
+        providers (`tuple[str, ...]`): The provider names it registered, or had registered before it failed.
     """
 
     name: str
@@ -50,11 +51,13 @@ class PluginRecord:
 
     @property
     def key(self) -> str:
-        """Unique name: two distributions may both have a plugin `default`, and neither shadows the other."""
+        """
+        A name that is unique even if plugins of two distributions have the same name, so that neither hides the other.
+        """
         return f"{self.distribution}:{self.name}"
 
     def answers_to(self, names: set[str]) -> bool:
-        """Whether the plugin or its distribution is among `names`, which are canonical."""
+        """Whether `names` has the plugin or its distribution. All names in it are canonical, see [`canonical`]."""
         return not names.isdisjoint({canonical(self.name), canonical(self.distribution)})
 
     def __str__(self) -> str:
@@ -62,7 +65,7 @@ class PluginRecord:
 
 
 def canonical(name: str) -> str:
-    """A name as PEP 503 normalises it."""
+    """A name as PEP 503 normalizes it: in lower case, and with `-` for `_` and `.`."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -71,17 +74,19 @@ def canonical_names(setting: str | None) -> set[str]:
     return {canonical(word.strip()) for word in (setting or "").split(",") if word.strip()}
 
 
-def installed() -> Iterator[tuple[PluginRecord, importlib.metadata.EntryPoint | None]]:
+def installed_plugins() -> Iterator[tuple[PluginRecord, importlib.metadata.EntryPoint | None]]:
     """
-    Every plugin, sorted by distribution and name. A distribution found twice on `sys.path` counts once, the first, as
-    for imports. Where the metadata cannot be read there is a failed record, without entry point.
+    Every installed plugin, sorted by distribution and name, with its entry point.
+
+    If a distribution is on `sys.path` twice, only the first one counts, as it does for imports. If the metadata of a
+    distribution cannot be read, there is a failed record for it, without an entry point.
     """
     found: dict[tuple[str, str, str], tuple[PluginRecord, importlib.metadata.EntryPoint | None]] = {}
     for distribution in importlib.metadata.distributions():
         try:
             if f"[{GROUP}]" not in (distribution.read_text("entry_points.txt") or ""):
                 continue
-        except Exception:  # someone else's unreadable file
+        except Exception:  # the broken metadata may belong to a package that has nothing to do with us
             continue
         location = str(distribution.locate_file(""))
         try:
@@ -94,7 +99,7 @@ def installed() -> Iterator[tuple[PluginRecord, importlib.metadata.EntryPoint | 
                 found[canonical(name), entry_point.name, entry_point.value] = record, entry_point
         except Exception as error:
             path = str(getattr(distribution, "_path", location))
-            reason = f"Its metadata cannot be read ({path}): {told(error)}"
+            reason = f"Its metadata cannot be read ({path}): {exception_sentence(error)}"
             record = PluginRecord("?", "?", "?", "?", path, status="failed", reason=reason, exception=error)
             found["", path, ""] = record, None
     yield from (found[key] for key in sorted(found))

@@ -1,9 +1,10 @@
 """
-Loading: import what is installed, keep outside what is broken, and collect the providers of the sound plugins.
+Loading the plugins: import each of them, leave out those that are broken, and collect the providers of the others.
 
-pluggy finds and orders hook implementations but isolates nothing (one import error would end all loading), so the
-loading loop is ours. Every plugin ends as one [`PluginRecord`]: `ok`, `blocked`, `failed` or `incompatible`. A plugin
-is in or out as a whole, and load order never decides between two of them.
+pluggy finds and orders hook implementations, but it does not protect plugins from each other: one import error would
+end all loading. That is why we have a loading loop of our own. It ends with one [`PluginRecord`] for every plugin,
+which says `ok`, `blocked`, `failed` or `incompatible`. A plugin is used as a whole or not at all, and if two plugins
+claim the same provider name, the order of loading does not decide who gets it: nobody does.
 """
 
 from __future__ import annotations
@@ -29,34 +30,37 @@ from trl_refplug.plugins.checks import (
     registration_problem,
     target_problem,
 )
-from trl_refplug.plugins.failures import told_with_remedy
-from trl_refplug.plugins.installed import PluginRecord, canonical, canonical_names, installed
+from trl_refplug.plugins.failures import load_failure_reason
+from trl_refplug.plugins.installed import PluginRecord, canonical, canonical_names, installed_plugins
 from trl_refplug.provider import Capabilities, ReferenceProvider
 
 
 BLOCK = "TRL_REFPLUG_BLOCK"
-"""Environment variable: comma-separated plugins or distributions that are not even imported."""
+"""Environment variable with a comma-separated list of plugins or distributions that must not even be imported."""
 
 LOAD = "TRL_REFPLUG_LOAD"
-"""Environment variable: where set, the only third-party plugins or distributions that are loaded (empty: none)."""
+"""
+Environment variable with a comma-separated list of the only third-party plugins or distributions to load. If it is set
+and empty, none is loaded.
+"""
 
 Target: TypeAlias = "type[ReferenceProvider] | str"
 
-Offer: TypeAlias = "tuple[Target, type | None, Capabilities | None]"
-"""What a plugin has registered under a name: the target, and the options and capabilities given with it."""
+Registration: TypeAlias = "tuple[Target, type | None, Capabilities | None]"
+"""What a plugin has registered under a name: the target, and the options and capabilities that it gave with it."""
 
 
 @dataclass(frozen=True)
 class RegisteredProvider:
     """
-    A provider that was registered.
+    A provider that a plugin has registered.
 
     Args:
         name (`str`): Its name.
-        target (`type` or `str`): The class, or `"package.module:Class"`.
+        target (`type` or `str`): Its class, or where to import it from: `"package.module:Class"`.
         plugin (`PluginRecord`): The plugin it comes from.
-        light_options (`type` or `None`), light_capabilities (`Capabilities` or `None`): What was registered with it,
-            so that nothing has to be imported to know it.
+        light_options (`type` or `None`), light_capabilities (`Capabilities` or `None`): Its options and capabilities
+            if the plugin gave them when it registered the provider. They are known without importing anything.
     """
 
     name: str
@@ -67,12 +71,12 @@ class RegisteredProvider:
 
     @property
     def options(self) -> type:
-        """The options class. Imports the provider where the plugin did not register it."""
+        """The options class. If the plugin did not register it, the provider is imported."""
         return self.light_options or self.load().Options
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the provider can do. Imports it where the plugin did not register that."""
+        """What the provider can do. If the plugin did not register that, the provider is imported."""
         return self.light_capabilities or self.load().capabilities
 
     def problem(self) -> str:
@@ -82,10 +86,10 @@ class RegisteredProvider:
 
     def load(self) -> type[ReferenceProvider]:
         """
-        The provider class, imported now if its target is lazy.
+        The provider class. It is imported now if the plugin registered only where it is.
 
         Raises:
-            [`PluginError`]: It cannot be imported, or is no complete provider.
+            [`PluginError`]: It cannot be imported, or is not a complete provider.
         """
         target: Any = self.target
         origin = f"Provider {self.name!r} ({target}) of the {self.plugin}"
@@ -95,7 +99,7 @@ class RegisteredProvider:
             except KeyboardInterrupt:
                 raise
             except BaseException as error:
-                reason = told_with_remedy(error, self.plugin.distribution)
+                reason = load_failure_reason(error, self.plugin.distribution)
                 raise PluginError(f"{origin} cannot be imported: {reason}") from error
         if problems := class_problems(target, self.light_options, self.light_capabilities):
             raise PluginError(f"{origin} cannot be used: {' '.join(problems)}")
@@ -104,10 +108,10 @@ class RegisteredProvider:
 
 class LoadedPlugins:
     """
-    All installed plugins, loaded or left out at construction.
+    All installed plugins. The constructor loads them, and leaves out those that are blocked or broken.
 
     Args:
-        environ (`Mapping[str, str]`): Where `TRL_REFPLUG_BLOCK` and `TRL_REFPLUG_LOAD` are read.
+        environ (`Mapping[str, str]`): The environment variables, for `TRL_REFPLUG_BLOCK` and `TRL_REFPLUG_LOAD`.
 
     Attributes:
         hooks (`pluggy.PluginManager`): The hook implementations of the plugins that are `ok`.
@@ -125,14 +129,16 @@ class LoadedPlugins:
 
         location = providers.__file__ or ""
         builtin = PluginRecord("builtin", "trl-refplug", trl_refplug.__version__, providers.__name__, location)
-        self._accept(builtin, self._admit(builtin, providers, {}))
+        self._add_providers(builtin, self._register_plugin(builtin, providers, {}))
         self._load_installed()
 
     def _load_installed(self) -> None:
-        """Load what is installed, and take in the plugins that are sound and contradict nobody."""
-        loaded: list[tuple[PluginRecord, dict[str, Offer]]] = []
-        for record, entry_point in installed():
-            targets: dict[str, Offer] = {}
+        """
+        Load the installed plugins, and use those that work and claim no provider name that another plugin claims.
+        """
+        loaded: list[tuple[PluginRecord, dict[str, Registration]]] = []
+        for record, entry_point in installed_plugins():
+            targets: dict[str, Registration] = {}
             loaded.append((self._load(record, entry_point, targets) if entry_point else record, targets))
 
         claims: defaultdict[str, list[PluginRecord]] = defaultdict(list)
@@ -144,18 +150,18 @@ class LoadedPlugins:
             contested = [name for name in targets if len(claims[name]) > 1 and record.status == "ok"]
             if contested:
                 self.hooks.unregister(name=record.key)
-                reason = " ".join(self._contest(name, claims[name]) for name in contested)
+                reason = " ".join(self._name_conflict(name, claims[name]) for name in contested)
                 record = replace(record, status="failed", reason=reason, providers=tuple(targets))
             if record.status == "ok":
-                self._accept(record, targets)
+                self._add_providers(record, targets)
             else:
                 self.records.append(record)
 
     def _load(
-        self, record: PluginRecord, entry_point: importlib.metadata.EntryPoint, targets: dict[str, Offer]
+        self, record: PluginRecord, entry_point: importlib.metadata.EntryPoint, targets: dict[str, Registration]
     ) -> PluginRecord:
-        """The record of a plugin after the attempt to load it. What it registers goes into `targets`."""
-        if reason := self._kept_out(record):
+        """Try to load a plugin, and return its record. The providers that it registers are added to `targets`."""
+        if reason := self._block_reason(record):
             return replace(record, status="blocked", reason=reason)
         try:
             plugin = entry_point.load()
@@ -163,11 +169,11 @@ class LoadedPlugins:
             record = replace(record, location=getattr(module, "__file__", None) or record.location)
             if reason := incompatibility(plugin):
                 return replace(record, status="incompatible", reason=reason)
-            self._admit(record, plugin, targets)
+            self._register_plugin(record, plugin, targets)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit and panics of compiled modules are failures like any other
-            reason = told_with_remedy(error, record.distribution)
+            reason = load_failure_reason(error, record.distribution)
             frames = error.__traceback__
             return replace(
                 record,
@@ -179,16 +185,20 @@ class LoadedPlugins:
             )
         return record
 
-    def _kept_out(self, record: PluginRecord) -> str:
-        """Which environment variable keeps the plugin out; an empty string if none does."""
+    def _block_reason(self, record: PluginRecord) -> str:
+        """Which environment variable keeps the plugin from being loaded; an empty string if none does."""
         if record.answers_to(canonical_names(self._blocked)):
             return f"Blocked by {BLOCK}={self._blocked}."
         if self._allowed is not None and not record.answers_to(canonical_names(self._allowed)):
             return f"Not among {LOAD}={self._allowed}."
         return ""
 
-    def _admit(self, record: PluginRecord, plugin: object, targets: dict[str, Offer]) -> dict[str, Offer]:
-        """Check the plugin, register its hooks, collect its providers in `targets`. Raises what is wrong with it."""
+    def _register_plugin(
+        self, record: PluginRecord, plugin: object, targets: dict[str, Registration]
+    ) -> dict[str, Registration]:
+        """
+        Check a plugin, register its hooks, and collect its providers in `targets`. Raises an error if it is unsound.
+        """
         if problems := list(hook_problems(plugin, self.hooks)):
             raise PluginError(" ".join(problems))
         if twin := next((key for key, other in self.hooks.list_name_plugin() if other is plugin), None):
@@ -212,7 +222,8 @@ class LoadedPlugins:
             raise
         return targets
 
-    def _accept(self, record: PluginRecord, targets: Mapping[str, Offer]) -> None:
+    def _add_providers(self, record: PluginRecord, targets: Mapping[str, Registration]) -> None:
+        """Use a plugin that was loaded: its providers can be selected from now on."""
         record = replace(record, providers=tuple(targets))
         self.records.append(record)
         self.providers |= {
@@ -220,8 +231,8 @@ class LoadedPlugins:
             for name, (target, options, capabilities) in targets.items()
         }
 
-    def _contest(self, name: str, claimants: list[PluginRecord]) -> str:
-        """The sentence about a provider name that several plugins claim."""
+    def _name_conflict(self, name: str, claimants: list[PluginRecord]) -> str:
+        """The message about a provider name that several plugins claim."""
         several_distributions = len({canonical(record.distribution) for record in claimants}) > 1
         choices = [record.distribution if several_distributions else record.name for record in claimants]
         blocked = f"{self._blocked}," if self._blocked else ""
@@ -232,7 +243,7 @@ class LoadedPlugins:
 
 
 def call_hook(implementation: pluggy.HookImpl, **arguments: object) -> object:
-    """Call one hook implementation with those of `arguments` that it names."""
+    """Call one hook implementation. It gets only those of `arguments` that it has parameters for."""
     named = [name for name in implementation.kwargnames if name in arguments]
     return implementation.function(
         *(arguments[name] for name in implementation.argnames), **{name: arguments[name] for name in named}

@@ -1,6 +1,4 @@
-"""
-The plugin manager: resolve a provider name to its class, and call the hooks. What there is comes from `loading`.
-"""
+"""The plugin manager: it resolves a provider name to its class, and calls the hooks of the plugins that are loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from trl_refplug import providers
 from trl_refplug.errors import PluginError, RefPlugWarning, UnknownProviderError, did_you_mean
-from trl_refplug.plugins.failures import drop_frames, told
+from trl_refplug.plugins.failures import clear_tracebacks, exception_sentence
 from trl_refplug.plugins.installed import PluginRecord, canonical, canonical_names
 from trl_refplug.plugins.loading import BLOCK, LOAD, LoadedPlugins, RegisteredProvider, call_hook
 from trl_refplug.provider import ReferenceProvider
@@ -33,11 +31,12 @@ LISTED = "`trl-refplug plugins` lists everything installed."
 
 class PluginManager:
     """
-    All installed plugins, loaded or left out at construction. [`plugin_manager`] is the one of this process.
+    All installed plugins. The constructor loads them, and leaves out those that are blocked or broken. Call
+    [`plugin_manager`] to get the one of this process.
 
     Args:
         environ (`Mapping[str, str]`, *optional*, defaults to `os.environ`):
-            Where `TRL_REFPLUG_BLOCK` and `TRL_REFPLUG_LOAD` are read.
+            The environment variables, for `TRL_REFPLUG_BLOCK` and `TRL_REFPLUG_LOAD`.
 
     Attributes:
         records (`list[PluginRecord]`): Every plugin found, the built-in one first.
@@ -56,12 +55,13 @@ class PluginManager:
 
     def provider_class(self, name: str) -> type[ReferenceProvider]:
         """
-        The class behind `ref_provider=name`. Plugins that are broken but not concerned are warned about, once.
+        The class that `ref_provider=name` selects. If plugins that have nothing to do with it are broken, they are
+        warned about, each once.
 
         Raises:
             [`UnknownProviderError`]: No plugin that is loaded registers that name.
-            [`PluginError`]: The plugin behind that name failed (`__cause__` is its own exception), is incompatible or
-                in conflict with another one, or the provider cannot be imported.
+            [`PluginError`]: The plugin that registers that name failed to load (`__cause__` is its own exception), is
+                incompatible or in conflict with another plugin, or the provider cannot be imported.
         """
         provider = self.registered(name).load()
         self._warn()
@@ -79,7 +79,7 @@ class PluginManager:
         return self.providers[name]
 
     def able(self, capability: str) -> list[str]:
-        """Names of the providers that declare a capability, for messages. One that cannot be imported is left out."""
+        """The names of the providers that declare a capability. A provider that cannot be imported is left out."""
         names = []
         for name, provider in self.providers.items():
             with suppress(PluginError):
@@ -105,16 +105,19 @@ class PluginManager:
         )
 
     def _warn(self) -> None:
-        """Report, once each, broken plugins and settings that name nothing. Called when a provider is in use."""
+        """
+        Warn about broken plugins, and about environment variables that name plugins which are not installed, each
+        once. Called when a provider is going to be used.
+        """
         for record in self.records:
             if record.status in ("failed", "incompatible"):
                 self._warn_once(
                     f"The {record} {OUTCOMES[record.status]} and is not used. {record.reason} The provider in use "
                     f"is another one; to silence this, name {record.distribution} in {BLOCK}."
                 )
-            # The frames of a traceback keep the local variables of all callers alive, so maybe a whole policy. Now
-            # that a provider is found and the process goes on, the text of a failure is enough.
-            drop_frames(record.exception)
+            # The frames of a traceback keep the local variables of all callers in memory, maybe a whole policy. Now
+            # that a provider was found and the process goes on, the text of the failure is enough.
+            clear_tracebacks(record.exception)
         for problem in self.setting_problems():
             self._warn_once(problem)
 
@@ -136,12 +139,14 @@ class PluginManager:
 
     def select(self, context: SelectionContext) -> str:
         """
-        The answer to `ref_provider="auto"`: the name of a provider. Where TRL's own flags or a reference model decide,
-        only the built-in plugin is asked; elsewhere it is asked last, and always answers.
+        The name of the provider that `ref_provider="auto"` stands for.
+
+        If TRL's own flags or a reference model decide that, only the built-in plugin is asked. Otherwise all plugins
+        are asked, the built-in one last; it always has an answer.
 
         Raises:
-            [`PluginError`]: A plugin's answer is an exception or no provider. Asking the next one instead would train
-                against another reference than the one meant.
+            [`PluginError`]: A plugin raised an exception, or its answer is not the name of a provider. The next plugin
+                is not asked instead, because the run would then train against another reference than the one meant.
         """
         decided = context.wants_stored or context.wants_moving or context.has_ref_model
         for implementation in reversed(self._hooks.refplug_select_provider.get_hookimpls()):
@@ -152,7 +157,7 @@ class PluginManager:
             try:
                 answer = call_hook(implementation, context=context)
             except Exception as error:
-                raise PluginError(f"{origin}: {told(error)} {remedy}") from error
+                raise PluginError(f"{origin}: {exception_sentence(error)} {remedy}") from error
             if answer is None:
                 continue
             if not isinstance(answer, str) or answer not in self.providers:
@@ -162,9 +167,12 @@ class PluginManager:
         raise AssertionError("the built-in plugin always answers")
 
     def scored(self, identity: ReferenceIdentity, batch: ReferenceBatch, log_probs: Tensor, seconds: float) -> None:
-        """Tell the observers about an answer of the reference. An exception of theirs is reported once per plugin."""
+        """
+        Call the `refplug_scored` hooks with an answer of the reference. If one raises, that is reported once per
+        plugin.
+        """
         for implementation in self._observers:
-            # A copy each: nothing may change a provider's numbers from outside
+            # Every hook gets a copy of its own, so that none of them can change the numbers that training uses.
             copy = log_probs.detach().clone()
             try:
                 call_hook(implementation, identity=identity, batch=batch, log_probs=copy, seconds=seconds)
@@ -172,8 +180,8 @@ class PluginManager:
                 if implementation.plugin_name not in self._warned:
                     self._warned.add(implementation.plugin_name)
                     warnings.warn(
-                        f"Plugin {implementation.plugin_name!r}: refplug_scored raised {told(error)} Training goes "
-                        "on, and this is reported once.",
+                        f"Plugin {implementation.plugin_name!r}: refplug_scored raised {exception_sentence(error)} "
+                        "Training goes on, and this is reported once.",
                         RefPlugWarning,
                         stacklevel=2,
                     )
@@ -181,5 +189,5 @@ class PluginManager:
 
 @functools.cache
 def plugin_manager() -> PluginManager:
-    """The plugin manager of this process. The first call discovers and loads the plugins."""
+    """The plugin manager of this process. The first call finds and loads the plugins."""
     return PluginManager()

@@ -1,4 +1,15 @@
-"""The built-in providers, registered through the same hook as everyone else's."""
+"""
+The built-in providers. They are registered through the same hook as those of other packages.
+
+- `options`: the options and capabilities of all of them, without importing torch
+- `frozen`: a frozen copy of the policy, or another model, in the trainer's process
+- `named_model`: the model that an option of `frozen` names: how it is loaded, and what is remembered of it
+- `adapter`: the PEFT policy itself, with its adapters disabled or with a frozen adapter active
+- `cached`: log-probs that another provider has scored and that are kept in a store
+- `ema`: a moving average of the policy
+- `remote`: a reference that a server has
+- `scorers`: makes the scorer of a model as the trainer's flags say
+"""
 
 from __future__ import annotations
 
@@ -46,7 +57,7 @@ def refplug_register_providers(register: Register) -> None:
 
 @hookimpl
 def refplug_select_provider(context: SelectionContext) -> str:
-    """What `auto` means: what TRL's own flags ask for, else what TRL itself does."""
+    """Decide what `auto` means: what TRL's own flags ask for, and otherwise what TRL itself would do."""
     if context.wants_stored:
         return "cached"
     if context.wants_moving:

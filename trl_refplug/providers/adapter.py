@@ -29,9 +29,9 @@ from trl_refplug.scoring import Scorer
 
 class AdapterProvider(ReferenceProvider):
     """
-    Scores with the policy's own weights: no second copy, one forward per step.
+    Scores with the policy's own weights. It needs no second copy of the model, and one more forward pass per step.
 
-    What makes such a reference drift, or be another distribution than declared, is refused in `setup`.
+    Policies whose base model would drift, or is not the reference that was declared, are refused in `setup`.
     """
 
     Options = AdapterOptions
@@ -57,7 +57,7 @@ class AdapterProvider(ReferenceProvider):
 
     @property
     def reference_adapter(self) -> str | None:
-        """Name of the adapter that is the reference; `None` where it is the base model with adapters disabled."""
+        """The name of the adapter that is the reference; `None` if it is the base model with adapters disabled."""
         return self._reference_adapter
 
     def pin(self, context: ReferenceContext) -> None:
@@ -100,14 +100,14 @@ class AdapterProvider(ReferenceProvider):
             if rewritten and self.options.start is None:
                 method = getattr(policy.peft_config[own], "init_lora_weights", None)
                 raise ImpureReferenceError(
-                    f"The adapter's initialisation (init_lora_weights={method!r}) rewrote {len(rewritten)} weights of "
+                    f"The adapter's initialization (init_lora_weights={method!r}) rewrote {len(rewritten)} weights of "
                     f"the base model ({rewritten[0]}, ...), so the policy with its adapter disabled is not the model "
                     "that was passed in. Say which reference you mean: ref_provider_kwargs={'start': 'adapter'} (the "
                     "policy as it starts: rewritten base plus a frozen copy of the initial adapter, usually right), "
                     "{'start': 'base'} (the rewritten base alone), or ref_provider='frozen' (a copy of the original)."
                 )
             if self.options.start is not None:
-                # What was declared exists only now that PEFT has wrapped the model.
+                # The reference that was declared exists only now that PEFT has wrapped the model.
                 assert self._identity is not None
                 tensors = digest_tensors(policy, self._reference_adapter)
                 digest = combine_digests(base_model_of(policy), tensors, None)
@@ -124,10 +124,10 @@ class AdapterProvider(ReferenceProvider):
     @contextmanager
     def declared_model(self, context: ReferenceContext) -> Iterator[nn.Module | None]:
         policy: Any = context.policy
-        if not is_peft(policy):  # in pin, before TRL adds the adapter
+        if not is_peft(policy):  # this is in pin(), before TRL adds the adapter
             declares_original = self.options.start is None or self._copies_adapter
             yield policy if declares_original else None
-        elif self._is_new and self.options.start == "base":  # exists only now that PEFT has wrapped the model
+        elif self._is_new and self.options.start == "base":  # it exists only now that PEFT has wrapped the model
             with reference_active(policy, None):
                 yield policy
         else:
@@ -143,7 +143,7 @@ class AdapterProvider(ReferenceProvider):
     def log_probs(self, batch: ReferenceBatch) -> Tensor:
         assert self._context is not None, "log_probs() before setup()"
         policy = self._context.policy
-        if policy is not self._scored_policy:  # FSDP and DeepSpeed put another object in its place as training starts
+        if policy is not self._scored_policy:  # as training begins, FSDP and DeepSpeed replace it
             self._scorer = trainer_scorer(policy, self._context, self.options.scoring)
             self._scored_policy = policy
         with reference_active(policy, self._reference_adapter):
@@ -151,7 +151,9 @@ class AdapterProvider(ReferenceProvider):
 
     @contextmanager
     def bulk_scorer(self) -> Iterator[Scorer]:
-        """A packed scorer of the reference; the policy is borrowed while the context lasts."""
+        """
+        A packed scorer of the reference. It uses the policy, which must be left alone as long as the context lasts.
+        """
         assert self._context is not None, "setup() comes first"
         policy = self._context.policy
         with reference_active(policy, self._reference_adapter):

@@ -1,4 +1,4 @@
-"""The `frozen` provider: a second copy of the policy as it was passed in, or any other model named."""
+"""The `frozen` provider: a second copy of the policy as it was passed in, or another model that an option names."""
 
 from __future__ import annotations
 
@@ -34,16 +34,18 @@ from trl_refplug.scoring import Scorer
 
 class FrozenProvider(ReferenceProvider):
     """
-    Scores with a frozen copy held in the trainer's process: twice the model memory, one forward per step.
+    Scores with a frozen copy in the trainer's process. It takes the memory of a second model, and one more forward
+    pass per step.
 
-    Without `model`, the copy is a snapshot of the policy taken before anything touched it, so that a merged or edited
-    in-memory policy is its own reference (TRL reloads the reference from the policy's original path instead).
+    Without the option `model`, the copy is a snapshot of the policy, taken before anything touches it. So a policy
+    that was merged or edited in memory is its own reference. (TRL would load the reference from the policy's path
+    again.)
 
-    On a device of its own (option `device`) it scores on a thread of its own, while the policy works. As the source of
-    a store, a model that is named is loaded only when there is a row to score.
+    If it has a device of its own (option `device`), it scores in a thread of its own while the policy works. If it is
+    the source of a store, a model that an option names is loaded only when there is a row to score.
 
     Args:
-        options ([`FrozenOptions`]): Which model, and where it lives.
+        options ([`FrozenOptions`]): Which model it is, and on which device.
         model (`nn.Module`, *optional*): The model that was passed to the trainer as its reference.
     """
 
@@ -77,7 +79,7 @@ class FrozenProvider(ReferenceProvider):
 
     @property
     def starts_as_policy(self) -> bool:
-        # Another precision gives other numbers on purpose.
+        # With another precision, its log-probs differ from the policy's on purpose.
         return self._given is None and self.options.model is None and self.options.dtype is None
 
     @property
@@ -130,7 +132,7 @@ class FrozenProvider(ReferenceProvider):
             self._use(context.reference_model, context)
 
     def _use(self, module: nn.Module, context: ReferenceContext) -> None:
-        """Score with `module`, which is placed."""
+        """Score with `module` from now on. It has been placed."""
         self._module = module
         stay_in_evaluation_mode(self._module)  # a model passed as `ref_model=` may still be in train mode
         self._scorer = trainer_scorer(self._module, context, self.options.scoring)
@@ -140,7 +142,7 @@ class FrozenProvider(ReferenceProvider):
             self.capabilities = replace(self.capabilities, overlap=True)
 
     def _load(self) -> Scorer:
-        """The scorer; the model is loaded now if it was not needed before."""
+        """The scorer. If the model was not needed before, it is loaded now."""
         if self._scorer is None:
             assert self._named is not None, "the session places what pin() returned"
             assert self._context is not None, "setup() comes first"
@@ -152,7 +154,7 @@ class FrozenProvider(ReferenceProvider):
     def _has_own_device(self, context: ReferenceContext) -> bool:
         if self.options.device is None:
             return False
-        # As tensors see them: "cuda" is the current one of several, "cpu:0" is "cpu".
+        # Compare the devices of tensors: of several GPUs, "cuda" is the current one, and "cpu:0" is "cpu".
         own, policys = (torch.empty(0, device=device).device for device in (self.device, context.accelerator.device))
         return own != policys
 
@@ -163,7 +165,7 @@ class FrozenProvider(ReferenceProvider):
     def log_probs(self, batch: ReferenceBatch) -> Tensor:
         scorer = self._load()
         if self._thread is not None:
-            return self.submit(batch).result()  # a model is scored by one thread at a time
+            return self.submit(batch).result()  # only that thread may use the model
         if self.options.device is None:
             return scorer.log_probs(batch)
         return scorer.log_probs(batch.to(self.options.device)).to(batch.input_ids.device)
@@ -174,7 +176,8 @@ class FrozenProvider(ReferenceProvider):
     def submit(self, batch: ReferenceBatch) -> Future[Tensor]:
         scorer = self._load()
         assert self._thread is not None, "only with capabilities.overlap"
-        # Moved by the caller's thread: now the batch is behind what its stream has to do already, later behind more.
+        # It is moved by the caller's thread. If it were moved later, that would have to wait for the work that
+        # is put on the caller's CUDA stream in the meantime.
         moved = batch.to(self.options.device)
         return self._thread.submit(lambda: scorer.log_probs(moved).to(batch.input_ids.device))
 
@@ -188,7 +191,7 @@ class FrozenProvider(ReferenceProvider):
     def close(self) -> None:
         if self._thread is not None:
             self._thread.close()
-        # The trainer's objects may outlive training; the copy must not.
+        # The trainer may be kept after training, but the copy must not be kept with it.
         self._module = None
         self._given = None
         self._scorer = self._bulk_scorer = None

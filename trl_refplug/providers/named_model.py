@@ -1,4 +1,4 @@
-"""The model that options of `frozen` name: how it is loaded, and what is known of it before it is loaded."""
+"""The model that the options of `frozen` name: how it is loaded, and what is known of it without loading it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ from trl_refplug.runtime.ranks import all_ranks
 
 class NamedModel:
     """
-    What it takes to find a model's stored log-probs (its identity and traits) is remembered by the model's files when
-    they are loaded for the first time. As long as the files stay as they are, later runs need not load them for that.
+    The model that the options of `frozen` name.
+
+    Its log-probs in a store are found by its identity and traits. These are remembered when the model's files are
+    loaded for the first time. As long as the files do not change, later runs need not load the model to know them.
 
     Args:
-        options ([`FrozenOptions`]): With `model`.
-        policy (`nn.Module`): Whose dtype and attention implementation are the default.
+        options ([`FrozenOptions`]): The options of `frozen`, with `model` set.
+        policy (`nn.Module`): The policy. Its dtype and attention implementation are the defaults for the model.
         args: The trainer's arguments.
     """
 
@@ -37,20 +39,24 @@ class NamedModel:
         self._revision = options.revision
         self._loading = loading(options, policy, args)
         self._files = self._fingerprint()
-        # ZeRO-1 and ZeRO-2 place a model collectively, and later one rank may have rows to score when others have none
+        # Under ZeRO-1 and ZeRO-2 all ranks have to place a model together. So it cannot be loaded late, when maybe
+        # only one rank has rows to score.
         engine = args.deepspeed_plugin
         self._may_wait = engine is None or engine.zero_stage == 3
 
     def remembered(self) -> tuple[ReferenceIdentity, ModelTraits] | None:
-        """What is known of the model without loading it. `None` on all ranks if one of them has to load it."""
+        """
+        The identity and traits of the model, if every rank knows them without loading it; otherwise `None`, on all
+        ranks.
+        """
         facts = load_facts(self._files) if self._may_wait else None
-        if not all_ranks(facts is not None):  # where some have to load a model, all do: TRL places it collectively
+        if not all_ranks(facts is not None):  # TRL places a model on all ranks together
             return None
         assert facts is not None
         return ReferenceIdentity.from_dict(facts["identity"]), ModelTraits(**facts["model"])
 
     def remember(self, identity: ReferenceIdentity, traits: ModelTraits) -> None:
-        """Keep what was found out about the model, unless its files changed while it was loaded."""
+        """Remember the identity and traits of the model, unless its files were changed while it was loaded."""
         if self._fingerprint() == self._files:
             save_facts(self._files, {"identity": identity.to_dict(), "model": asdict(traits)})
 
@@ -60,10 +66,10 @@ class NamedModel:
 
     def load_as(self, identity: ReferenceIdentity) -> nn.Module:
         """
-        The model, if it is still the one that was remembered.
+        Load the model, and check that it is still the one that was remembered.
 
         Raises:
-            ReferenceMismatchError: Its files have another content.
+            ReferenceMismatchError: The content of its files has changed.
         """
         with rng_kept():
             module = self.load()
@@ -85,7 +91,7 @@ class NamedModel:
 
 
 def loading(options: FrozenOptions, policy: Any, args: Any) -> dict[str, Any]:
-    """How the model that `options` name is loaded: keyword arguments of `from_pretrained`."""
+    """The keyword arguments of `from_pretrained` with which the model that `options` name is loaded."""
     kwargs = dict(args.model_init_kwargs or {})
     kwargs.pop("revision", None)  # the policy's revision says nothing about another model
     kwargs.update(

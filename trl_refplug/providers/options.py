@@ -1,12 +1,12 @@
 """
-The options of the built-in providers, and what each of them can do.
+The options of the built-in providers, and what each provider can do.
 
-This is the part of a provider that listing and checking flags need: it imports no torch.
+Only this part of a provider is needed to list providers and to check flags. It does not import torch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from trl_refplug.provider import Capabilities
@@ -28,7 +28,7 @@ class FrozenOptions:
         default=None, metadata={"help": "Precision of the copy. By default the policy's."}
     )
     quantization_config: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Keyword arguments of `BitsAndBytesConfig`, to quantise `model` as it loads."}
+        default=None, metadata={"help": "Keyword arguments of `BitsAndBytesConfig`, to quantize `model` as it loads."}
     )
     device: str | None = field(
         default=None,
@@ -110,45 +110,126 @@ class CachedOptions:
 CACHED_CAPABILITIES = Capabilities(local_model=True, temperature=True, offline=True, stored=True, accepts_model=True)
 
 
+_MIXED = ("exact", "factors")  # the averages that mix the policy into the reference (TR-DPO)
+_BEMA = ("bema",)
+
+
 @dataclass(frozen=True)
 class EmaOptions:
-    """Options of `ema`."""
+    """
+    Options of `ema`.
+
+    An option whose metadata has `averages` is for these values of `average` alone.
+    """
 
     alpha: float = field(
         default=0.6,
         metadata={
             "help": "Weight of the policy in a sync, from 0 (never moves) to 1 (becomes the policy).",
             "trl_flag": "ref_model_mixup_alpha",
+            "averages": _MIXED,
         },
     )
     sync_steps: int = field(
         default=512,
-        metadata={"help": "Optimizer steps from one sync to the next.", "trl_flag": "ref_model_sync_steps"},
+        metadata={
+            "help": "Optimizer steps from one sync to the next.",
+            "trl_flag": "ref_model_sync_steps",
+            "averages": _MIXED,
+        },
     )
-    start_step: int = field(default=0, metadata={"help": "No sync before this optimiser step."})
+    start_step: int = field(
+        default=0, metadata={"help": "No sync happens before this optimizer step.", "averages": _MIXED}
+    )
     master_dtype: Literal["float32", "float64", "bfloat16"] = field(
         default="float32",
         metadata={
-            "help": "Least precision in which the average is kept. `bfloat16` saves the masters of a bfloat16 model, "
+            "help": "Lowest precision in which the average is kept. `bfloat16` saves the masters of a bfloat16 model, "
             "and then a small `alpha` moves nothing."
         },
     )
     master_device: Literal["same", "cpu"] = field(
         default="same", metadata={"help": "Where those masters are: with the reference, or in the host's memory."}
     )
-    average: Literal["exact", "factors"] = field(
+    average: Literal["exact", "factors", "bema"] = field(
         default="exact",
         metadata={
-            "help": "With PEFT, what is averaged. `exact`: the products BA, that is, the weights. `factors`: B and A "
-            "separately, which is cheaper and another method."
+            "help": "`exact`: the average of the weights; with PEFT, of the products BA. `factors`: with PEFT, the "
+            "averages of B and of A separately, which is cheaper and another method. `bema`: the bias-corrected "
+            "average of TRL's `BEMACallback`, not for PEFT."
         },
     )
     tolerance: float = field(
-        default=1e-4, metadata={"help": "With `exact`, relative error that a sync may make to keep the rank low."}
+        default=1e-4,
+        metadata={
+            "help": "With `exact`, relative error that a sync may make to keep the rank low.",
+            "averages": ("exact",),
+        },
     )
     max_rank: int | None = field(
         default=None,
-        metadata={"help": "With `exact`, rank of the reference's adapter. By default 4 times the policy's."},
+        metadata={
+            "help": "With `exact`, rank of the reference's adapter. By default 4 times the policy's.",
+            "averages": ("exact",),
+        },
+    )
+    update_freq: int = field(
+        default=400,
+        metadata={
+            "help": "With `bema`, optimizer steps from one update of the average to the next.",
+            "averages": _BEMA,
+        },
+    )
+    update_after: int = field(
+        default=0,
+        metadata={
+            "help": "With `bema`, the optimizer step whose policy is where the average starts.",
+            "averages": _BEMA,
+        },
+    )
+    ema_power: float = field(
+        default=0.5,
+        metadata={
+            "help": "With `bema`, how fast the policy's weight in an update decays: "
+            "`(lag + multiplier * step) ** -ema_power`.",
+            "averages": _BEMA,
+        },
+    )
+    bias_power: float = field(
+        default=0.2,
+        metadata={
+            "help": "With `bema`, how fast the correction decays: `(lag + multiplier * step) ** -bias_power`.",
+            "averages": _BEMA,
+        },
+    )
+    lag: int = field(
+        default=10,
+        metadata={
+            "help": "With `bema`, steps that the average pretends to be older, so that it starts smoothly.",
+            "averages": _BEMA,
+        },
+    )
+    multiplier: float = field(
+        default=1.0,
+        metadata={"help": "With `bema`, by how many steps the average ages in one step.", "averages": _BEMA},
+    )
+    min_ema_multiplier: float = field(
+        default=0.0,
+        metadata={"help": "With `bema`, least weight of the policy in an update.", "averages": _BEMA},
+    )
+    ref_model_update_freq: int = field(
+        default=400,
+        metadata={
+            "help": "With `bema`, optimizer steps from one time that the reference becomes the average to the next.",
+            "averages": _BEMA,
+        },
+    )
+    ref_model_update_after: int = field(
+        default=0,
+        metadata={
+            "help": "With `bema`, the optimizer step from which `ref_model_update_freq` counts.",
+            "averages": _BEMA,
+        },
     )
     scoring: Literal["exact", "packed"] = field(
         default="exact",
@@ -158,12 +239,39 @@ class EmaOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must be from 0 to 1, got {self.alpha}")
-        if self.sync_steps < 1:
-            raise ValueError(f"sync_steps must be at least 1, got {self.sync_steps}")
-        if self.start_step < 0:
-            raise ValueError(f"start_step must be at least 0, got {self.start_step}")
+        for name in ("sync_steps", "update_freq", "ref_model_update_freq"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        not_negative = ("start_step", "update_after", "ref_model_update_after", "ema_power", "bias_power", "lag")
+        for name in (*not_negative, "multiplier"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance must be at least 0 and less than 1, got {self.tolerance}")
+        if not 0 <= self.min_ema_multiplier <= 1:
+            raise ValueError(f"min_ema_multiplier must be from 0 to 1, got {self.min_ema_multiplier}")
+        first_update = self.update_after + self.update_freq
+        first_age = self.lag + self.multiplier * first_update
+        if first_age < 1:
+            raise ValueError(
+                f"lag + multiplier * step must be at least 1 from the first update of the average on, which is after "
+                f"step {first_update}, and it is {first_age} there: the policy would weigh more than 1. Raise lag "
+                f"({self.lag}) or multiplier ({self.multiplier})"
+            )
+        self._check_average()
+
+    def _check_average(self) -> None:
+        """Refuse an option that has been set and that the chosen average does not use."""
+        for option in fields(self):
+            averages = option.metadata.get("averages", (self.average,))
+            value = getattr(self, option.name)
+            if self.average not in averages and value != option.default:
+                flag = option.metadata.get("trl_flag")
+                also = f" (TRL's flag `{flag}`)" if flag else ""
+                raise ValueError(
+                    f"{option.name}={value!r}{also} is for average={' or '.join(map(repr, averages))}, and "
+                    f"average={self.average!r} does not use it. Remove it, or choose another average"
+                )
 
 
 EMA_CAPABILITIES = Capabilities(local_model=True, moving=True, temperature=True, multimodal=True, accepts_model=True)

@@ -1,4 +1,4 @@
-"""Scoring with a model of the trainer's, as the trainer's flags say."""
+"""Making scorers for models that the trainer has placed, as the trainer's flags say."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def trainer_scorer(model: nn.Module, context: ReferenceContext, mode: Literal["exact", "packed"]) -> Scorer:
-    """A [`Scorer`] for a model that TRL has placed, with the temperature and head that TRL has given it."""
+    """
+    A [`Scorer`] for a model that TRL has placed. It uses the temperature and the LM head that TRL gave the model.
+    """
     cast_lm_head = getattr(context.args, "cast_lm_head_to_fp32", False)
     return Scorer(model, mode=mode, temperature=context.temperature, cast_lm_head_to_fp32=cast_lm_head)
 
@@ -26,8 +28,8 @@ def trainer_scorer(model: nn.Module, context: ReferenceContext, mode: Literal["e
 @contextmanager
 def trainer_precision(accelerator: Any) -> Iterator[None]:
     """
-    Mixed precision as in training: what is borrowed before training has not been prepared by accelerate yet, and where
-    it has, this changes nothing. Casts are not kept: they would be a second copy of the weights.
+    Compute in mixed precision as training does. Before training, accelerate has not prepared the policy for that yet;
+    if it has, this changes nothing. Casts are not kept, because they would be a second copy of the weights.
     """
     with accelerator.autocast(AutocastKwargs(cache_enabled=False)):
         yield

@@ -122,7 +122,7 @@ class Scorer:
         self.stats.padded_tokens += batch.input_ids.numel()
         with self._timed():
             if self.mode == "exact":
-                return self._score_exactly(batch)
+                return self._in_passes(batch)
             try:
                 if reason := self._reason_not_to_pack(lambda: _token_ids(batch)):
                     raise CannotPackError(reason)
@@ -131,7 +131,8 @@ class Scorer:
                 self._warn(str(error))
             except PackedPassError as error:
                 self._stop_packing(error)
-            return self._score_exactly(batch)
+            # If passes are collective, every rank makes one pass here, whether it packs or not.
+            return self._score_exactly(batch) if self._packed.collective else self._in_passes(batch)
 
     def score_rows(self, rows: Iterable[Row]) -> Iterator[tuple[int, Tensor]]:
         """
@@ -262,6 +263,10 @@ class Scorer:
         for index, scored in chain.from_iterable(self._packed.score_in_packs(padded.rows)):
             values[index] = scored.float().numpy()
         return padded.to_log_probs(values).to(batch.labels.device)
+
+    def _in_passes(self, batch: ReferenceBatch) -> Tensor:
+        answers = [self._score_exactly(part) for part in batch.in_passes()]
+        return answers[0] if len(answers) == 1 else torch.cat(answers)
 
     def _score_exactly(self, batch: ReferenceBatch) -> Tensor:
         with evaluation_mode(self._model):

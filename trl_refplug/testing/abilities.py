@@ -1,4 +1,4 @@
-"""Are the optional abilities that the provider declares true: taking a model, scoring in bulk, being stored?"""
+"""Tests of the optional abilities that a provider declares: taking a model, scoring in bulk, being stored."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class AbilityTests(Setting):
             require(
                 False,
                 "The model that the provider declares (declared_model(): the policy if starts_as_policy, else what "
-                f"pin() returned) and the provider's answers say different things about the same rows. {error}",
+                f"pin() returned) and the provider give different log-probs for the same rows. {error}",
             )
 
     def test_probe_leaves_the_batch_alone(self, attached: Attached) -> None:

@@ -1,4 +1,4 @@
-"""Is it the declared reference's log-prob, for every way to ask?"""
+"""Tests that the answers are the log-probs of the declared reference, in whatever way the provider is asked."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class AnswerTests(Setting):
             size <= attached.tolerance,
             f"Two identical calls are answered differently, by up to {size:.3g} nats (tolerance "
             f"{attached.tolerance:g}), at {where}. Usually it is dropout: the reference's model is in train mode, as "
-            "the policy it was copied from is. Call model.eval() in setup(). What compares values is skipped until "
-            "answers repeat.",
+            "the policy it was copied from is. Call model.eval() in setup(). Tests that compare values are skipped "
+            "until answers repeat.",
         )
 
     def test_values(self, attached: Attached, bench: Bench) -> None:
@@ -83,7 +83,7 @@ class AnswerTests(Setting):
         )
 
     def test_padding_content(self, attached: Attached, bench: Bench) -> None:
-        # Ids are padding because the mask says so: the padding id occurs in completions, other ids in padding.
+        # Only the mask says which ids are padding: the padding id may occur in completions, and other ids in padding.
         usual = make_batch(attached.rows, padding="left").to(attached.batch.input_ids.device)
         if attached.differs(attached.ask_rows(usual), self._expected_rows(bench, usual)):
             pytest.skip("needs the right values with padding on the left, see test_padding_side")
@@ -193,16 +193,16 @@ class AnswerTests(Setting):
         )
 
     def _expected_rows(self, bench: Bench, batch: ReferenceBatch, temperature: float = 1.0) -> list[Tensor]:
-        """The truth, at the scored positions of each row."""
+        """The expected log-probs of each row, at its scored positions."""
         expected = self._truth(bench, batch, temperature)
         return [values[chosen] for values, chosen in zip(expected, scored(batch), strict=True)]
 
     def _truth(self, bench: Bench, batch: ReferenceBatch, temperature: float) -> Tensor:
-        # In evaluation mode, so that authors may call the policy as it is.
+        # It is in evaluation mode, so that authors can call the policy as they get it.
         return self.expected_log_probs(copy.deepcopy(bench.policy).eval(), batch.copy(), temperature)
 
     def _needs_values(self, bench: Bench) -> None:
-        """Skip what can only be wrong again where the plain values are wrong."""
+        """Skip the test if `test_values` fails: this test would only fail again, for the same reason."""
         plain = bench.attach()
         if plain.differs(plain.ask_rows(plain.batch), self._expected_rows(bench, plain.batch)):
             pytest.skip("needs the right values, see test_values")

@@ -1,4 +1,4 @@
-"""A provider at work: attached to a small, real trainer, with nothing of it or of TRL replaced."""
+"""A provider at work: it is attached to a small, real trainer, and nothing of the provider or of TRL is mocked."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from trl_refplug.testing.samples import make_batch, preference_data, sample_rows
 
 
 Reference: TypeAlias = "str | type[ReferenceProvider] | tuple[str | type[ReferenceProvider], Mapping[str, Any]]"
-"""A provider's class or registered name; with options, a pair of it and a dict as in `ref_provider_kwargs`."""
+"""A provider's class or registered name; or a pair of that and its options, a dict like `ref_provider_kwargs`."""
 
 
 def require(holds: bool, message: str) -> None:
-    """Fail the test with `message` alone, which says which promise is broken and what to do."""
+    """Fail the test if `holds` is false. It shows only `message`, which says what is wrong and what to do about it."""
     __tracebackhide__ = True
     if not holds:
         pytest.fail(message, pytrace=False)
@@ -32,15 +32,15 @@ def require(holds: bool, message: str) -> None:
 
 class Attached:
     """
-    A provider in a trainer, ready to answer.
+    A provider that is attached to a trainer and ready to answer.
 
     Args:
         trainer: One of trl-refplug's trainers.
-        tolerance (`float`): Largest difference, in nats per token, between answers that are the same.
+        tolerance (`float`): Answers that differ by no more than this, in nats per token, count as the same.
     """
 
     def __init__(self, trainer: Any, tolerance: float) -> None:
-        trainer.model.train()  # as it is when a training step asks for its reference
+        trainer.model.train()  # a training step asks for its reference in this mode
         self.trainer = trainer
         self.tolerance = tolerance
         self.provider: ReferenceProvider = trainer.ref_model.provider
@@ -50,7 +50,10 @@ class Attached:
         self.batch = make_batch(self.rows).to(trainer.args.device)
 
     def ask(self, batch: ReferenceBatch) -> Tensor:
-        """What the provider answers, in memory of its own. A form that nothing can be said about skips the test."""
+        """
+        Ask the provider, and return a copy of its answer. If even its usual answers have a wrong shape or dtype, the
+        test is skipped, because nothing can be said about their values.
+        """
         __tracebackhide__ = True
         with torch.no_grad():
             answer = self.provider.log_probs(batch.copy())
@@ -63,13 +66,13 @@ class Attached:
         pytest.fail(f"For a batch {_shape(batch)}, {problem}. Answer every batch in the same form.", pytrace=False)
 
     def ask_rows(self, batch: ReferenceBatch) -> list[Tensor]:
-        """The answer's scored values, row by row: however rows are padded, these are the same."""
+        """Ask the provider, and return the scored values row by row. They do not depend on how the rows are padded."""
         __tracebackhide__ = True
         answer, mask = self.ask(batch), scored(batch)
         return [values[chosen] for values, chosen in zip(answer, mask, strict=True)]
 
     def train(self, **kwargs: Any) -> None:
-        """Train. A run that fails for a reason that has a test of its own skips this one."""
+        """Train. If the run fails for a reason that another test is about, the test is skipped."""
         __tracebackhide__ = True
         try:
             self.trainer.train(**kwargs)
@@ -80,7 +83,7 @@ class Attached:
             pytest.skip(f"needs a run that ends, see test_trains: {type(error).__name__}: {error}")
 
     def require_same(self, found: list[Tensor], expected: list[Tensor], message: str) -> None:
-        """Compare the scored values of rows; fail with `message` and the largest difference."""
+        """Compare the scored values of rows. If they differ, fail with `message` and the largest difference."""
         __tracebackhide__ = True
         size, where = largest_difference(found, expected)
         require(
@@ -89,7 +92,10 @@ class Attached:
         )
 
     def differs(self, found: list[Tensor], other: list[Tensor]) -> bool:
-        """Whether two answers are those of different references. Where the provider's vary anyway, skips the test."""
+        """
+        Whether two answers differ by more than rounding. If they do, but the provider's answers vary even for the same
+        batch, the test is skipped.
+        """
         __tracebackhide__ = True
         different = largest_difference(found, other)[0] > self.tolerance
         if different:
@@ -97,7 +103,9 @@ class Attached:
         return different
 
     def needs_determinism(self) -> None:
-        """Skip a test that can only fail again where two identical calls are answered differently."""
+        """
+        Skip the test if the provider answers the same batch differently each time: `test_deterministic` is about that.
+        """
         __tracebackhide__ = True
         if largest_difference(self.ask_rows(self.batch), self.ask_rows(self.batch))[0] > self.tolerance:
             pytest.skip("needs the same answer to the same batch, see test_deterministic")
@@ -106,14 +114,14 @@ class Attached:
 @dataclass(frozen=True)
 class Bench:
     """
-    Makes trainers with the provider under test.
+    Makes trainers that use the provider under test.
 
     Args:
-        reference (`Reference`): What is tested.
-        policy (`nn.Module`): The policy; every trainer gets a copy.
+        reference (`Reference`): The provider under test.
+        policy (`nn.Module`): The policy. Every trainer gets a copy of it.
         processing_class: Its tokenizer or processor.
         peft_config: The `peft_config` argument of the trainers.
-        directory (`Path`): Where trainers write.
+        directory (`Path`): The directory that trainers write into.
         tolerance (`float`): See [`Attached`].
     """
 
@@ -134,7 +142,7 @@ class Bench:
         try:
             return plugin_manager().provider_class(chosen)
         except RefPlugError as error:
-            problem = str(error)  # which says all: every test would repeat the traceback
+            problem = str(error)  # it says all there is to say; a traceback would be repeated by every test
         pytest.fail(problem, pytrace=False)
 
     @property
@@ -142,25 +150,27 @@ class Bench:
         return self.reference[1] if isinstance(self.reference, tuple) else {}
 
     def provider(self, **given: Any) -> ReferenceProvider:
-        """A new instance with its options; `given` is a reference model as `model`, or nothing."""
+        """A new instance of the provider, with its options. `given` may have a reference model for it, as `model`."""
         provider_class = self.provider_class
         return provider_class(parse_options(provider_class.__name__, provider_class.Options, self.options), **given)
 
     @property
     def capabilities(self) -> Capabilities:
-        """What it can do with its options: a provider that is made of others may say so per instance."""
+        """
+        What the provider can do with these options: if it is made of other providers, that depends on the instance.
+        """
         return self.provider().capabilities
 
     def using(self, **changes: Any) -> Bench:
-        """The same bench with another `policy`, `reference`, ..."""
+        """A bench like this one with another `policy`, `reference`, ..."""
         return replace(self, **changes)
 
     def with_options(self, options: Mapping[str, Any]) -> Bench:
-        """The same bench with other options of the provider."""
+        """A bench like this one with other options for the provider."""
         return replace(self, reference=(self.provider_class, options))
 
     def attach(self, *, dataset: Any = None, ref_model: nn.Module | None = None, **args: Any) -> Attached:
-        """A DPO trainer with the provider, which is given `ref_model`; `args` are for its configuration."""
+        """Make a DPO trainer with the provider, which gets `ref_model`. `args` go into the trainer's configuration."""
         from trl_refplug import RefPlugDPOConfig, RefPlugDPOTrainer
 
         trainer = RefPlugDPOTrainer(
@@ -174,7 +184,7 @@ class Bench:
         return Attached(trainer, self.tolerance)
 
     def attach_online(self, temperature: float) -> Attached:
-        """A GRPO trainer with the provider, which divides logits by `temperature`."""
+        """Make a GRPO trainer with the provider. The trainer divides logits by `temperature`."""
         from trl_refplug import RefPlugGRPOConfig, RefPlugGRPOTrainer
 
         args = dict(num_generations=2, max_completion_length=4, beta=0.1, temperature=temperature)
@@ -203,14 +213,14 @@ class Bench:
             "bf16": False,
             "disable_dropout": False,
             "disable_tqdm": True,
-            # Each test compares what it is about; `test_probe` is about this check.
+            # Each test makes its own comparisons. Only `test_probe`, which is about this check, switches it on.
             "ref_check": "off",
             **given,
         }
 
 
 def largest_difference(found: list[Tensor], other: list[Tensor]) -> tuple[float, str]:
-    """How far two answers' rows of scored values are apart at most, in nats, and where."""
+    """The largest difference between two answers' scored values, in nats, and where it is."""
     largest, where = 0.0, ""
     for row, (one, two) in enumerate(zip(found, other, strict=True)):
         if one.numel() == 0:

@@ -1,4 +1,4 @@
-"""Does asking for the reference leave training alone?"""
+"""Tests that asking for the reference changes nothing in the training."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class SideEffectTests(Setting):
 
     def test_random_streams(self, attached: Attached) -> None:
         before = random_state()
-        _use(attached)
+        _act_as_training_step(attached)
         moved = [name for name, state in random_state().items() if state != before[name]]
         if moved:
-            attached.needs_determinism()  # what draws the numbers is told there
+            attached.needs_determinism()  # that test's message says what draws the numbers
         require(
             not moved,
             f"The global random stream of {', '.join(moved)} moved, so the data order and dropout of training change "
@@ -42,11 +42,11 @@ class SideEffectTests(Setting):
             return {name: module.training for name, module in attached.policy.named_modules()}
 
         before = modes()
-        _use(attached)
+        _act_as_training_step(attached)
         changed = _changed(before, modes())
         require(
             not changed,
-            f"{len(changed)} modules of the policy were left in another mode, train or eval ({_some(changed)}). Put "
+            f"{len(changed)} modules of the policy were left in another mode, train or eval ({_listed(changed)}). Put "
             "every module back in the mode it had: a frozen part may have been in eval mode before.",
         )
 
@@ -58,12 +58,12 @@ class SideEffectTests(Setting):
         attached = bench.attach()
         built = flags()
         frozen = [] if bench.peft_config else [name for name in trainable if not built.get(name, True)]
-        _use(attached)
+        _act_as_training_step(attached)
         changed = [*frozen, *_changed(built, flags())]
         require(
             not changed,
-            f"requires_grad of {len(changed)} of the policy's parameters changed ({_some(changed)}), so another part "
-            "of it is trained. Restore every flag; freeze copies, not the policy.",
+            f"requires_grad of {len(changed)} of the policy's parameters changed ({_listed(changed)}), so another "
+            "part of it is trained. Restore every flag; freeze copies, not the policy.",
         )
 
     def test_weights(self, attached: Attached) -> None:
@@ -75,9 +75,9 @@ class SideEffectTests(Setting):
             }
 
         before = weights()
-        _use(attached)
+        _act_as_training_step(attached)
         changed = _changed(before, weights())
-        require(not changed, f"{len(changed)} of the policy's weights were changed ({_some(changed)}).")
+        require(not changed, f"{len(changed)} of the policy's weights were changed ({_listed(changed)}).")
 
     def test_active_adapter(self, attached: Attached) -> None:
         from trl_refplug.models.adapters import is_peft
@@ -94,11 +94,11 @@ class SideEffectTests(Setting):
             return {"active": attached.policy.active_adapter, **layers}
 
         before = state()
-        _use(attached)
+        _act_as_training_step(attached)
         changed = _changed(before, state())
         require(
             not changed,
-            f"The policy's active adapter was left changed or disabled ({_some(changed)}). Switch it back.",
+            f"The policy's active adapter was left changed or disabled ({_listed(changed)}). Switch it back.",
         )
 
     def test_batch(self, attached: Attached) -> None:
@@ -117,8 +117,8 @@ class SideEffectTests(Setting):
         )
 
 
-def _use(attached: Attached) -> None:
-    """All that a training step may call."""
+def _act_as_training_step(attached: Attached) -> None:
+    """Call everything that a training step may call."""
     provider = attached.provider
     with torch.no_grad():
         provider.log_probs(attached.batch.copy())
@@ -130,7 +130,7 @@ def _use(attached: Attached) -> None:
 
 
 def _reference_adapter(attached: Attached) -> str:
-    """Name of the adapter of the policy that is the reference, and may move as such."""
+    """The name of the policy's adapter that is the reference. Its weights may change if the reference moves."""
     return str(attached.provider.reference_adapter)
 
 
@@ -138,5 +138,5 @@ def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
 
 
-def _some(names: list[str]) -> str:
+def _listed(names: list[str]) -> str:
     return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")

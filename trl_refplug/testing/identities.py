@@ -1,4 +1,4 @@
-"""Does the identity say which distribution it is: another for another, and the same for the same?"""
+"""Tests that two references have the same identity if they give the same log-probs, and different ones if not."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ class IdentityTests(Setting):
         try:
             again = ReferenceIdentity.from_dict(json.loads(json.dumps(identity.to_dict())))
         except (TypeError, ValueError) as error:
-            pytest.fail(f"The identity ends in every checkpoint, as JSON, and is none: {error}.", pytrace=False)
+            pytest.fail(
+                f"The identity is written into every checkpoint as JSON, and cannot be: {error}.", pytrace=False
+            )
         require(
             again == identity,
-            f"The identity is another one when it was written as JSON and read again: {again!r}. Its `details` must "
-            "hold strings, numbers, booleans, lists and dictionaries with text keys only.",
+            f"The identity changes when it is written as JSON and read again: it is {again!r} then. Its `details` "
+            "must hold strings, numbers, booleans, lists and dictionaries with text keys only.",
         )
         require(
             isinstance(identity.digest, str) and bool(identity.digest) and isinstance(identity.provider, str),
@@ -43,17 +45,17 @@ class IdentityTests(Setting):
         again = other.provider.identity()
         require(
             first.digest == again.digest,
-            f"The same weights and options, loaded from another path, are another reference: {first}, then {again}. "
+            f"The same weights and options, loaded from another path, have another identity: {first}, then {again}. "
             "A run could not be resumed. Digest what changes the log-probs (trl_refplug.digest_model), "
             "nothing else: no path, time, id() or hash().",
         )
 
     def test_identity_follows_the_weights(self, attached: Attached, bench: Bench) -> None:
         try:
-            other = bench.using(policy=_nudged(bench.policy)).attach()
+            other = bench.using(policy=_slightly_changed(bench.policy)).attach()
         except ReferenceMismatchError:
-            return  # it refuses a policy that its reference is not
-        _require_told_apart(
+            return  # it refuses a policy that is not its reference
+        _require_identities_fit_answers(
             attached,
             other,
             different="Another policy gives another reference, and its identity is the same. Caches and resumed runs "
@@ -68,7 +70,7 @@ class IdentityTests(Setting):
         if not other_options:
             pytest.skip("give a fixture `other_options` to compare the identities of several options")
         for options in other_options:
-            _require_told_apart(
+            _require_identities_fit_answers(
                 attached,
                 bench.with_options(options).attach(),
                 different=f"Options {dict(options)} give another reference, and its identity is the same. Put "
@@ -88,20 +90,21 @@ class IdentityTests(Setting):
         )
 
 
-def _require_told_apart(one: Attached, other: Attached, *, different: str, same: str) -> None:
+def _require_identities_fit_answers(one: Attached, other: Attached, *, different: str, same: str) -> None:
+    """Fail with `different` if only the answers differ, and with `same` if only the identities do."""
     __tracebackhide__ = True
     differ = one.differs(one.ask_rows(one.batch), other.ask_rows(other.batch))
     identities = one.provider.identity(), other.provider.identity()
-    told_apart = identities[0].digest != identities[1].digest
+    identities_differ = identities[0].digest != identities[1].digest
     shown = " and ".join(f"{identity.digest!r} of {identity}" for identity in identities)
     if differ:
-        require(told_apart, f"{different}\nDigests (details do not count): {shown}.")
-    elif not one.provider.capabilities.moving:  # one that moves may differ later
-        require(not told_apart, f"{same}\nDigests (details do not count): {shown}.")
+        require(identities_differ, f"{different}\nDigests (details do not count): {shown}.")
+    elif not one.provider.capabilities.moving:  # the answers of a reference that moves may differ later
+        require(not identities_differ, f"{same}\nDigests (details do not count): {shown}.")
 
 
 def _reloaded(policy: Any, directory: Path) -> Any:
-    """The same policy, from elsewhere."""
+    """The same policy, loaded from another directory."""
     from transformers import AutoModelForCausalLM, PreTrainedModel
 
     if not isinstance(policy, PreTrainedModel):
@@ -110,8 +113,8 @@ def _reloaded(policy: Any, directory: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=policy.dtype)
 
 
-def _nudged(policy: Any) -> Any:
-    """Another policy of the same shape: every matrix is a little different."""
+def _slightly_changed(policy: Any) -> Any:
+    """A policy of the same shape in which every matrix is a little different."""
     other = copy.deepcopy(policy)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

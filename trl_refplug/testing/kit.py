@@ -1,4 +1,4 @@
-"""The conformance tests of a reference provider, to be subclassed by its author."""
+"""The conformance tests of a reference provider, which its author subclasses."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ class ReferenceProviderTests(
     AnswerTests, AbilityTests, SideEffectTests, IdentityTests, TrainingTests, OverlapTests, RankTests, LifeTests
 ):
     """
-    Every promise that a provider can break, one test each.
+    Tests of what a provider has to promise, one test for each way to break a promise.
 
     Subclass it in a module that pytest collects, and say what is tested with the fixture `reference`: the provider's
     class or registered name, or a pair of that and its options. The provider works in real, tiny trainers on the CPU;
-    nothing is downloaded. What its capabilities do not declare is skipped. The last test starts two processes and
-    takes as long as importing TRL; leave it out with `-k "not two_ranks"`.
+    nothing is downloaded. Tests of capabilities that it does not declare are skipped. The test `test_two_ranks` starts
+    two processes and takes as long as importing TRL; leave it out with `-k "not two_ranks"`.
 
-    The truth is the policy's own log-probs, computed by transformers alone. A provider whose reference is another one
-    overrides [`expected_log_probs`]. Further fixtures may be overridden: `other_options`, `policy`,
-    `image_policy`, `processing_class`, `peft_config`; and the class attribute `tolerance`, for a reference in low
-    precision.
+    The answers are compared with the policy's own log-probs, computed by transformers alone. If the reference of your
+    provider is another model, override [`expected_log_probs`]. You may also override the fixtures `other_options`,
+    `policy`, `image_policy`, `processing_class` and `peft_config`, and, for a reference in low precision, the class
+    attribute `tolerance`.
 
     Example:
 

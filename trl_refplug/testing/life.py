@@ -1,4 +1,4 @@
-"""Are its options checked, its capabilities true, and its end peaceful?"""
+"""Tests that options are checked, that the declared capabilities are true, and that `close` does no harm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two real processes with gloo on the CPU."""
+"""Running a function on two ranks: two real processes that communicate with gloo, on the CPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ _PRELOADED = ["trl_refplug.testing.bench", "trl_refplug.trainers", "datasets", "
 
 
 def start_method() -> str:
-    """`forkserver` where there is one: a single process imports TRL, for all ranks of all tests to come."""
+    """
+    `forkserver` if the platform has it: then TRL is imported once, by one process that all ranks are forked from.
+    """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return "spawn"
     multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
@@ -33,10 +35,10 @@ def start_method() -> str:
 
 class RankFailedError(Exception):
     """
-    A rank raised, or its process died.
+    The function raised an exception on one of the ranks, or a rank's process died.
 
     Args:
-        rank (`int` or `None`): Which one did so first, if it was able to say so.
+        rank (`int` or `None`): The rank that failed first; `None` if its process could not say so.
         message (`str`): Its error.
     """
 
@@ -51,11 +53,11 @@ class RankFailedError(Exception):
 
 def launch(function: Callable[..., Any], *arguments: Any) -> dict[int, Any]:
     """
-    Call a function on two ranks, as torchrun would run a script: it has the environment variables, and where one rank
-    fails the other is ended.
+    Call a function on two ranks, as torchrun would run a script: the environment variables are set, and if one rank
+    fails, the other one is stopped.
 
     Returns:
-        `dict[int, Any]`: By rank, what the function returned.
+        `dict[int, Any]`: What the function returned on each rank.
 
     Raises:
         RankFailedError: A rank failed.
@@ -77,16 +79,19 @@ def launch(function: Callable[..., Any], *arguments: Any) -> dict[int, Any]:
         try:
             results: dict[int, Any] = elastic_launch(config, _call)(dict(os.environ), failures, function, arguments)
         except ChildFailedError as error:
-            told = sorted(Path(failures).iterdir(), key=lambda file: file.stat().st_mtime_ns)
-            if not told:
+            messages = sorted(Path(failures).iterdir(), key=lambda file: file.stat().st_mtime_ns)
+            if not messages:
                 raise RankFailedError(None, str(error)) from None
-            raise RankFailedError(int(told[0].name), told[0].read_text(encoding="utf-8")) from None
+            raise RankFailedError(int(messages[0].name), messages[0].read_text(encoding="utf-8")) from None
     return results
 
 
 @contextmanager
 def _signal_handlers_kept() -> Iterator[None]:
-    """torch's launcher leaves its own behind, and Ctrl-C would not be a KeyboardInterrupt in what pytest runs next."""
+    """
+    Restore the signal handlers. torch's launcher leaves its own behind, with which Ctrl-C would not raise a
+    KeyboardInterrupt in the tests that pytest runs next.
+    """
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     try:
         yield
@@ -97,23 +102,23 @@ def _signal_handlers_kept() -> Iterator[None]:
 
 
 def _call(environment: Mapping[str, str], failures: str, function: Callable[..., Any], arguments: Any) -> Any:
-    """What each rank does."""
+    """Call the function. This is what runs on each rank."""
     from torch import distributed
 
-    os.environ.update(environment)  # the server that forks has that of when it started
+    os.environ.update(environment)  # the fork server still has the environment of the time when it started
     try:
         result = function(*arguments)
     except Exception as error:
-        # Now: as soon as this process ends its connections close, and the other rank fails as well
+        # Written now: once this process ends, its connections close, and the other rank fails as well.
         Path(failures, os.environ["RANK"]).write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
         raise
     if distributed.is_initialized():
-        distributed.destroy_process_group()  # its threads would now and then abort a process that ends with them
+        distributed.destroy_process_group()  # else its threads now and then abort the process as it exits
     return result
 
 
 def on_two_ranks(bench: Bench) -> dict[int, tuple[str, list[list[float]]]]:
-    """Train on two ranks: by rank, the identity's digest and the sample batch's values."""
+    """Train on two ranks. Returns, for each rank, the digest of the identity and the values of the sample batch."""
     if sys.platform == "win32":
         pytest.skip("torch for Windows is built without what its ranks meet through")
     try:

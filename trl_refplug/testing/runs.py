@@ -1,4 +1,4 @@
-"""Does a whole run hold: training, checkpoints, looking ahead, several processes, the end?"""
+"""Tests of whole runs: training, checkpoints, answers that are asked for ahead of time, and several processes."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class TrainingTests(Setting):
         try:
             written = json.loads(json.dumps(metadata))
         except (TypeError, ValueError) as error:
-            pytest.fail(f"metadata() ends in every checkpoint, as JSON, and is none: {error}.", pytrace=False)
+            pytest.fail(f"metadata() is written into every checkpoint as JSON, and cannot be: {error}.", pytrace=False)
         require(isinstance(written, dict), f"metadata() returned {metadata!r}; expected a dictionary.")
 
 

@@ -1,4 +1,4 @@
-"""A tiny random policy, a tokenizer, data and batches, all made on the fly: nothing is downloaded."""
+"""Tiny random policies, tokenizers, data sets and batches. All are made on the fly: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TEMPLATE = (
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token a word, and padding on the side of `PreTrainedTokenizerFast`'s default."""
+    """A tokenizer with one token per word. It pads on the default side of `PreTrainedTokenizerFast`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -102,11 +102,11 @@ def preference_data(rows: int = 4) -> Dataset:
 @dataclass(frozen=True)
 class SampleRow:
     """
-    Tokens of one sequence, unpadded.
+    The tokens of one sequence, without padding.
 
     Args:
-        tokens (`tuple[int, ...]`): Prompt and completion.
-        prompt (`int`): How many of them are the prompt, which is not scored.
+        tokens (`tuple[int, ...]`): The token ids of the prompt and the completion.
+        prompt (`int`): How many of them belong to the prompt, which is not scored.
     """
 
     tokens: tuple[int, ...]
@@ -114,7 +114,9 @@ class SampleRow:
 
 
 def sample_rows(vocabulary: int) -> list[SampleRow]:
-    """Four rows of different lengths, the longest first, of prompts and completions; ids below `vocabulary`."""
+    """
+    Four rows with a prompt and a completion each, of different lengths, the longest first. Ids are below `vocabulary`.
+    """
     generator = torch.Generator().manual_seed(0)
     lengths = ((12, 3), (9, 4), (7, 1), (5, 2))
     first = len(_SPECIAL)
@@ -127,7 +129,7 @@ def sample_rows(vocabulary: int) -> list[SampleRow]:
 def make_batch(
     rows: Sequence[SampleRow], *, padding: Literal["left", "right"] = "right", pad_token_id: int = 0
 ) -> ReferenceBatch:
-    """The rows as a trainer collates them: int64 `[rows, longest]`, labels -100 on prompts and padding."""
+    """The rows as a trainer collates them: int64 `[rows, longest]`, with the label -100 on prompts and padding."""
     width = max(len(row.tokens) for row in rows)
     input_ids = torch.full((len(rows), width), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
@@ -142,7 +144,7 @@ def make_batch(
 
 
 def scored(batch: ReferenceBatch) -> Tensor:
-    """Which of the answer's entries are scored: bool `[batch, seq - 1]`."""
+    """The mask of the answer's entries that are scored: bool `[batch, seq - 1]`."""
     return batch.labels[:, 1:] != -100
 
 
@@ -151,8 +153,8 @@ def scored(batch: ReferenceBatch) -> Tensor:
 
 def plain_log_probs(policy: Any, batch: ReferenceBatch, temperature: float = 1.0) -> Tensor:
     """
-    The log-prob of every next token by transformers alone, in float64: `[batch, seq - 1]`. The model is a copy, in
-    evaluation mode; nothing of trl-refplug or TRL has a part in it.
+    The log-prob of every next token, computed by transformers alone, without trl-refplug or TRL, in float64:
+    `[batch, seq - 1]`. It works on a copy of the model, in evaluation mode.
     """
     import copy
 
@@ -197,11 +199,11 @@ def tiny_image_policy(seed: int = 0) -> PreTrainedModel:
 
 
 def tiny_image_processor() -> Any:
-    """A processor for images of 16 by 16 pixels, which are four tokens. Needs Pillow."""
+    """A processor for images of 16 by 16 pixels, which become four tokens. Needs Pillow."""
     import transformers
     from transformers import LlavaProcessor
 
-    # Since transformers 5.4 the other one needs torchvision
+    # Since transformers 5.4, CLIPImageProcessor needs torchvision.
     kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
     images = kind(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     return LlavaProcessor(
@@ -215,7 +217,7 @@ def tiny_image_processor() -> Any:
 
 
 def image_preference_data(rows: int = 4) -> Dataset:
-    """[`preference_data`] as conversations about an image."""
+    """The pairs of [`preference_data`] as conversations about an image."""
     import numpy as np
     from datasets import Dataset
     from PIL import Image

@@ -1,4 +1,4 @@
-"""What an author says of the provider under test, and what all tests of the kit start from."""
+"""The fixtures with which an author describes the provider under test, and those that all tests start from."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ class Setting:
     """The fixtures and hooks that an author may override; see [`ReferenceProviderTests`]."""
 
     tolerance: float = TOLERANCES[torch.float32].largest
-    """Largest difference between two answers that are the same, in nats per token: rounding, in float32."""
+    """Answers that differ by no more than this, in nats per token, count as the same: it is what float32 rounds."""
 
     @pytest.fixture
     def reference(self) -> Reference:
         """The provider under test: its class or registered name, or a pair of that and its options."""
         pytest.fail(
-            f"{type(self).__name__} says nothing of the provider it tests. Give it a fixture `reference` that returns "
-            "its class or registered name, or a pair of that and its options.",
+            f"{type(self).__name__} does not say which provider it tests. Give it a fixture `reference` that returns "
+            "the provider's class or registered name, or a pair of that and its options.",
             pytrace=False,
         )
 
     @pytest.fixture
     def other_options(self) -> Sequence[Mapping[str, Any]]:
-        """Other options of the provider, to compare identities: some that change a value, some that do not."""
+        """Other options, to compare identities with: some that change the log-probs, and some that do not."""
         return ()
 
     @pytest.fixture
     def policy(self) -> nn.Module:
-        """The policy the provider is given: a random Llama of a few thousand parameters."""
+        """The policy: a random Llama of a few thousand parameters."""
         policy: nn.Module = tiny_policy()
         return policy
 
@@ -63,16 +63,16 @@ class Setting:
 
     def expected_log_probs(self, policy: nn.Module, batch: ReferenceBatch, temperature: float) -> Tensor:
         """
-        The truth: what the reference should answer, computed without the provider.
+        What the reference should answer, computed without the provider.
 
         Args:
             policy (`nn.Module`): A copy of the policy as it is passed to the trainer, in evaluation mode.
             batch ([`ReferenceBatch`]): Rows to score.
-            temperature (`float`): What logits are divided by.
+            temperature (`float`): The logits are divided by it.
 
         Returns:
-            `Tensor`: Any float dtype, `[batch, seq - 1]`; only scored positions are compared. By default the policy's
-            own log-probs, in float64.
+            `Tensor`: `[batch, seq - 1]`, of any float dtype. Only scored positions are compared. By default the
+            policy's own log-probs, in float64.
         """
         return plain_log_probs(policy, batch, temperature)
 
@@ -82,10 +82,10 @@ class Setting:
     def bench(
         self, reference: Reference, policy: Any, processing_class: Any, peft_config: Any, tmp_path: Path
     ) -> Bench:
-        """Makes trainers with the provider."""
+        """Makes trainers that use the provider."""
         return Bench(reference, policy, processing_class, peft_config, tmp_path, self.tolerance)
 
     @pytest.fixture
     def attached(self, bench: Bench) -> Attached:
-        """The provider in a DPO trainer."""
+        """The provider, attached to a DPO trainer."""
         return bench.attach()

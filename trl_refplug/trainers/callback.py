@@ -1,4 +1,4 @@
-"""What happens to the reference as training begins, steps and ends."""
+"""The callback that tells the session of the reference when training begins, makes a step and ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from trl_refplug.trainers.session import ReferenceSession
 
 
 class SessionCallback(TrainerCallback):  # type: ignore[misc]
-    """Tells providers where training is, and times the reference: seconds of an optimiser step, and share of it."""
+    """
+    Tells the session where training is, and measures how many seconds of an optimizer step go to the reference, and
+    which share of the step that is.
+    """
 
     def __init__(self, session: ReferenceSession) -> None:
         self.session = session
@@ -44,8 +47,8 @@ class SessionCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.session.training_ended(state.global_step)
 
-    def take(self) -> dict[str, float]:
-        """The averages since the last call, empty if no step has ended since."""
+    def pop_averages(self) -> dict[str, float]:
+        """What TRL is to log: averages over the steps since the last call; empty if no step has ended since."""
         if self._steps == 0:
             return {}
         logs = {
@@ -53,5 +56,7 @@ class SessionCallback(TrainerCallback):  # type: ignore[misc]
             "ref/time_share": self._reference_seconds / max(self._step_seconds, 1e-9),
         }
         logs.update({f"ref/{name}": float(value) for name, value in self.session.provider.counters().items()})
+        if self.session.monitor is not None:
+            logs.update({f"ref/{name}": value for name, value in self.session.monitor.take().items()})
         self._reset()
         return logs

@@ -1,4 +1,4 @@
-"""What every checkpoint says about the reference, and what a resumed run compares it with."""
+"""Writing what a checkpoint says about the reference, and comparing a resumed run's reference with it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def write_to_checkpoint(
     checkpoint: str, provider: ReferenceProvider, name: str, probe: Any, *, main_process: bool
 ) -> None:
     """
-    Write the reference's record, and the provider's state, into a checkpoint that is not complete yet.
+    Write a record of the reference, and the provider's state, into a checkpoint that is being written.
 
     Args:
-        probe: What the reference says about the probe, as JSON values.
+        probe: The reference's answers to the probe, as JSON values.
     """
     state = Path(checkpoint) / STATE_DIRECTORY
     state.mkdir(parents=True, exist_ok=True)
@@ -42,10 +42,11 @@ def write_to_checkpoint(
 
 def compare_with_checkpoint(checkpoint: str, provider: ReferenceProvider) -> Any:
     """
-    Refuse to go on against another reference than the one the checkpoint was trained with; restore the provider.
+    Refuse to go on with another reference than the one the checkpoint was trained with. If it is the same, restore the
+    provider's state.
 
     Returns:
-        What the checkpoint says of the probe, as JSON values; `None` if nothing.
+        The answers to the probe that the checkpoint has, as JSON values; `None` if it has none.
 
     Raises:
         ReferenceMismatchError: The identities differ, or a moving reference's state is missing.

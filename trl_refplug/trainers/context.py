@@ -1,4 +1,4 @@
-"""What a provider may know of the run: the [`ReferenceContext`] of a real trainer."""
+"""What a provider gets to see of the run: the [`ReferenceContext`] of a real trainer."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 @dataclass
 class Run:
     """
-    The run that all providers of one trainer serve.
+    One run of a trainer. All providers that its reference is made of share it.
 
     Args:
-        patch_point ([`PatchPoint`]): Where the trainer's class reaches its reference.
+        patch_point ([`PatchPoint`]): Where the trainer's class loads its reference.
         args: The trainer's arguments.
         peft_config: The trainer's `peft_config` argument.
 
@@ -48,17 +48,20 @@ class Run:
 
     @property
     def trainer(self) -> Any:
-        """The trainer, once it is built. Referred to weakly: providers keep their context until it is gone."""
+        """
+        The trainer, once it is built; `None` before. It is a weak reference, because providers keep their context for
+        as long as the trainer exists.
+        """
         return self._trainer()
 
     @property
     def resuming(self) -> bool:
-        """Whether training goes on, or is announced to go on, from a checkpoint."""
+        """Whether training goes on from a checkpoint, or `args.resume_from_checkpoint` says that it will."""
         return self.resumed or bool(self.args.resume_from_checkpoint)
 
     @property
     def temperature(self) -> float:
-        """What the trainer divides logits by. DPO and KTO have no temperature."""
+        """What the trainer divides logits by: 1 for DPO and KTO, which have no temperature."""
         return float(self.args.temperature) if self.patch_point.online else 1.0
 
 
@@ -68,7 +71,8 @@ class TrainerContext:
 
     Args:
         run ([`Run`]): The run.
-        pin_nested (`Callable`): Pins a provider that this one is made of, under a name for messages.
+        pin_nested (`Callable`): Called to pin a provider that this one is made of. It takes the provider, its name for
+            messages, the policy, and `may_load_late`.
         may_load_late (`bool`): Whether this provider may never be asked for a log-prob.
     """
 

@@ -1,4 +1,4 @@
-"""From a trainer's arguments to the session of its reference, before anything is loaded."""
+"""Checking a trainer's arguments, and opening the session of its reference, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from trl_refplug.trainers.trl_patch import PatchPoint, check_flags
 
 logger = logging.getLogger("trl_refplug")
 
-_taken: WeakValueDictionary[int, ReferenceProvider] = WeakValueDictionary()
-"""Provider instances that a trainer was given, by `id`."""
+_instances_in_use: WeakValueDictionary[int, ReferenceProvider] = WeakValueDictionary()
+"""The provider instances that were passed to a trainer as `reference=`, by `id`."""
 
 
 def open_session(
@@ -36,7 +36,8 @@ def open_session(
     train_dataset: Any,
 ) -> ReferenceSession | None:
     """
-    Select a provider from the trainer's arguments, before anything is loaded. `None` leaves TRL alone.
+    Select a provider as the trainer's arguments say, before anything is loaded. Returns `None` if the trainer uses no
+    reference, so that TRL is left alone.
 
     Raises:
         ConfigurationError: Flags or arguments contradict each other, or options are wrong.
@@ -44,16 +45,16 @@ def open_session(
     flags = ReferenceArguments.of(args)
     explicit = reference is not None or flags.ref_provider != "auto" or (ref_model is not None and patch_point.online)
     check_flags(patch_point, args)
-    if not patch_point.needs_reference(args):
+    if not patch_point.needs_reference(args) and not flags.ref_monitor_steps:
         if explicit:
             logger.warning(
                 "`beta=0.0` needs no reference, so %s is not used and nothing is built. Set `beta` to a non-zero "
-                "value to use it.",
+                "value to use it, or `ref_monitor_steps` to log the distance from it.",
                 _asked_for(flags, reference, ref_model),
             )
         return None
     _check_models(model, ref_model, peft_config)
-    # TRL's fused head does not reach into a PEFT model, so that one is placed by us.
+    # TRL cannot put its fused LM head into a PEFT model, so we place such a reference ourselves, later.
     for_trl = None if patch_point.online or is_peft(ref_model) else ref_model
     if reference is not None:
         if flags.ref_provider != "auto" or ref_model is not None:
@@ -66,7 +67,7 @@ def open_session(
                 f"`reference=` takes a ReferenceProvider instance, got {type(reference).__name__}. A model goes into "
                 "`ref_model=`, a provider's name into `ref_provider`."
             )
-        if _taken.get(id(reference)) is reference:
+        if _instances_in_use.get(id(reference)) is reference:
             raise ConfigurationError(
                 f"`reference=` is a {type(reference).__name__} that another trainer was given before. It belongs to "
                 "that trainer's policy, and is closed with it. Make a new one for every trainer."
@@ -81,7 +82,7 @@ def open_session(
             processing_class,
             train_dataset,
         )
-        _taken[id(reference)] = reference
+        _instances_in_use[id(reference)] = reference
         return session
     selection = Selection(
         args=args,
@@ -120,7 +121,7 @@ def _check_models(model: Any, ref_model: Any, peft_config: Any) -> None:
 
 
 def _asked_for(flags: ReferenceArguments, reference: ReferenceProvider | None, ref_model: Any) -> str:
-    """Of several ways to ask for a reference, the one that was taken."""
+    """How the user asked for a reference, for a message."""
     if reference is not None:
         return f"reference={type(reference).__name__}(...)"
     return "`ref_model`" if ref_model is not None else f"ref_provider={flags.ref_provider!r}"

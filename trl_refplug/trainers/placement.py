@@ -1,4 +1,7 @@
-"""Placing a reference that TRL would not have loaded itself: beside a PEFT policy, on another device, or nested."""
+"""
+Placing a reference that TRL does not place itself, because it is beside a PEFT policy, on a device of its own, or part
+of another provider.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,14 @@ from trl_refplug.errors import ConfigurationError
 
 def place(module: Any, trainer: Any, *, temperature: float, device: str | None) -> nn.Module:
     """
-    Do to `module` what TRL does to a reference of its own: dropout, LM head, temperature, sharding, device.
+    Do to `module` what TRL does to its own reference: switch off dropout, fuse the LM head with the temperature, shard
+    it, and move it to its device.
 
     Args:
         module (`nn.Module`): A transformers model or a `PeftModel`, as it was loaded.
-        trainer: The trainer, constructed.
+        trainer: The trainer, after TRL has constructed it.
         temperature (`float`): What logits are divided by.
-        device (`str` or `None`): Where it lives; `None` for wherever the trainer puts models.
+        device (`str` or `None`): The device for it; `None` for the one on which the trainer puts models.
     """
     args = trainer.args
     if device is not None:
@@ -52,18 +56,19 @@ def place(module: Any, trainer: Any, *, temperature: float, device: str | None) 
 
 
 def _moved(module: Any, device: torch.device) -> nn.Module:
-    """All of `module` on one device, with nothing left of having been spread over several."""
+    """Move all of `module` to one device. If it was spread over several, all traces of that are removed."""
     for part in module.modules():
-        if "_hf_hook" in part.__dict__:  # a wrapper of PEFT would answer for what it wraps
+        if "_hf_hook" in part.__dict__:  # not `hasattr`, which PEFT's wrappers answer for the module they wrap
             remove_hook_from_module(part)
-        part.__dict__.pop("hf_device_map", None)  # accelerate refuses quantised models that it says are elsewhere
+        # If it named another device, accelerate would refuse a quantized model.
+        part.__dict__.pop("hf_device_map", None)
     if any(tensor.device != device for tensor in (*module.parameters(), *module.buffers())):
         module = module.to(device)
     return module  # type: ignore[no-any-return]
 
 
 def _cast_lm_head(model: Any) -> None:
-    """`cast_lm_head_to_fp32`, as GRPO applies it to its own reference: the tied embedding keeps its output dtype."""
+    """Do what GRPO does to its own reference for `cast_lm_head_to_fp32`. A tied embedding keeps its output dtype."""
     dtype = model.lm_head.weight.dtype
     model.lm_head = model.lm_head.float()
     if model.config.tie_word_embeddings and dtype != torch.float32:

@@ -1,9 +1,9 @@
 """
-The rows of a tokenised data set as the trainer will ask for them, without collating them.
+The rows of a tokenized data set as the trainer will ask for them, without collating them.
 
-Collating costs some 60 µs a row, which is seconds for a data set of usual size, in every run. What TRL's collators do
-to rows of text is simple enough to do to whole columns; some rows are collated as well, which proves that the release
-of TRL that is installed does just that.
+Collating takes about 60 µs per row. For a data set of usual size that is several seconds, in every run. What TRL's
+collators do to rows of text is simple enough to be done to whole columns at once. To be sure that the installed
+release of TRL does just that, a few rows are collated as well, and compared.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Ints = NDArray[np.int64]
 
 
 class _Column(NamedTuple):
-    """A column of lists: the items of all of them, and where each begins and how long it is."""
+    """A column of lists: the items of all lists in one array, and for each list where it starts and how long it is."""
 
     items: Ints
     starts: Ints
@@ -42,8 +42,8 @@ class _Column(NamedTuple):
 
 def planned_rows(trainer: Any, patch_point: PatchPoint, split: str) -> Iterator[PlannedRows] | None:
     """
-    What [`~requests.planned`] has, cut out of its padding, in blocks and another order; `None` where the rows are not
-    known beforehand or are not TRL's own.
+    The same rows as [`~requested_batches.planned`], but without padding, in blocks, and in another order. `None` if
+    the rows are not known beforehand, or if they are not collated by one of TRL's own collators for text.
     """
     datasets = indexed_datasets(trainer, patch_point, split)
     collator = trainer.data_collator
@@ -55,7 +55,7 @@ def planned_rows(trainer: Any, patch_point: PatchPoint, split: str) -> Iterator[
 
 
 def _is_plain(dataset: Any, collator: Any) -> bool:
-    """Whether `collator` is known, and reads the columns of `dataset` as they are stored."""
+    """Whether `collator` is one of TRL's that we know, and reads the columns of `dataset` as they are stored."""
     known = type(collator).__module__.startswith("trl.") and type(collator).__name__ in _COMPLETIONS
     return (
         known
@@ -68,7 +68,7 @@ def _is_plain(dataset: Any, collator: Any) -> bool:
 
 
 def _agrees(dataset: Dataset, collator: Any) -> bool:
-    """Whether some rows of `dataset` come out of the collator as they come out of here."""
+    """Whether the collator makes of some rows of `dataset` what this module makes of them."""
     if not len(dataset):
         return True
     some = dataset.select(np.unique(np.linspace(0, len(dataset) - 1, _COMPARED_ROWS).astype(int)))
@@ -104,8 +104,12 @@ def _column(table: Any, name: str) -> _Column:
 
 
 def _joined(prompts: _Column, completions: list[_Column], max_length: int | None, keep_end: bool) -> PlannedRows:
-    """Each prompt before each of its completions, truncated; rows of one prompt come one after the other."""
-    # Two pieces a row, [data set rows, completions, 2]: where they begin among all items, and how long they are.
+    """
+    Make the rows: each is a prompt followed by one of its completions, truncated. Rows with the same prompt come one
+    after the other.
+    """
+    # A row has two pieces, the prompt and the completion. `starts` says where each begins among all items, `lengths`
+    # how long it is. The shape of both is [rows of the data set, completions, 2].
     items = np.concatenate([prompts.items, *(column.items for column in completions)])
     begins = np.cumsum([len(prompts.items), *(len(column.items) for column in completions)])
     starts = np.stack(
@@ -118,7 +122,8 @@ def _joined(prompts: _Column, completions: list[_Column], max_length: int | None
     lengths = np.stack([np.stack([prompts.lengths, column.lengths], axis=1) for column in completions], axis=1)
     if max_length is not None:
         excess = np.maximum(lengths.sum(-1) - max_length, 0)
-        near = np.minimum(excess, lengths[..., 0 if keep_end else 1])  # taken from the piece at the end that is cut
+        # Tokens are cut from the piece at the truncated end first, and then from the other one.
+        near = np.minimum(excess, lengths[..., 0 if keep_end else 1])
         cut = np.stack([near, excess - near] if keep_end else [excess - near, near], axis=-1)
         lengths = lengths - cut
         starts = starts + cut if keep_end else starts

@@ -1,4 +1,4 @@
-"""`plug`: any of TRL's reference-using trainers, with its reference taken from a provider."""
+"""`plug`: makes a subclass of one of TRL's trainers that takes its reference from a provider."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from trl_refplug.provider import ReferenceProvider
 from trl_refplug.trainers import policy as policies
 from trl_refplug.trainers.callback import SessionCallback
 from trl_refplug.trainers.checkpoint import write_to_checkpoint
+from trl_refplug.trainers.online import AsksForWholeGenerations, AwaitsAnswers
 from trl_refplug.trainers.open_session import open_session
 from trl_refplug.trainers.session import ReferenceSession
 from trl_refplug.trainers.trl_patch import PatchPoint, flags_masked, unsupported_trl
@@ -48,13 +49,15 @@ def plug(trainer_class: type[T]) -> type[T]:
     """
     if issubclass(trainer_class, Plugged):
         return trainer_class
-    patch_point = PatchPoint.of(trainer_class)
+    patch_point = PatchPoint.find_in(trainer_class)
     plugged = _plugged_owner(patch_point.owner)
-    # Seated between the user's class and TRL's, so that the user's `__init__` sees the trainer with its reference.
+    # `plugged` comes between the user's class and TRL's, so that the user's `__init__`, once it has called
+    # `super().__init__()`, finds the reference in its place.
     bases = (plugged,) if trainer_class is patch_point.owner else (trainer_class, plugged)
+    outermost = (_Outermost, AwaitsAnswers) if patch_point.online else (_Outermost,)
     return type(
         f"RefPlug{trainer_class.__name__}",
-        (_Outermost, *bases),
+        (*outermost, *bases),
         {
             "__doc__": trainer_class.__doc__,
             "__module__": trainer_class.__module__,
@@ -64,7 +67,9 @@ def plug(trainer_class: type[T]) -> type[T]:
 
 
 def _signature(trainer_class: type, *, online: bool) -> inspect.Signature:
-    """What `help()` and editors show: the trainer's own arguments and the ones taken by [`_Outermost`]."""
+    """
+    The signature that `help()` and editors show: the trainer's own arguments and those that [`_Outermost`] takes.
+    """
     own = inspect.signature(trainer_class)
     added = ["ref_model", "reference"] if online else ["reference"]
     kind = inspect.Parameter.KEYWORD_ONLY
@@ -75,7 +80,10 @@ def _signature(trainer_class: type, *, online: bool) -> inspect.Signature:
 
 
 class _Outermost:
-    """Takes the arguments that the trainer's own `__init__`, and those of its subclasses, know nothing about."""
+    """
+    The first class in the method resolution order. It takes the arguments `reference` and `ref_model`, which neither
+    TRL's `__init__` nor that of the user's subclass knows.
+    """
 
     def __init__(self, *args: Any, reference: ReferenceProvider | None = None, **kwargs: Any) -> None:
         self._refplug_reference = reference
@@ -93,9 +101,15 @@ class _Outermost:
         with session.prefetcher.around(self, epoch_iterator) as batches:
             return super().get_batch_samples(batches, *args, **kwargs)  # type: ignore[misc]
 
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        session = self._refplug_session  # type: ignore[attr-defined]
+        if session is not None and session.monitor is not None:
+            session.monitor.look(self, inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+
 
 class Plugged:
-    """Mixed in right above the class of TRL that loads the reference."""
+    """The mixin that comes right before the class of TRL that loads the reference."""
 
     _refplug_patch_point: PatchPoint
     _refplug_reference: ReferenceProvider | None
@@ -134,8 +148,10 @@ class Plugged:
                 session.pin(model)
             with flags_masked(config), policies.default_adapter_known(model), session.loading_replaced(self):
                 super().__init__(*bound.args[1:], **bound.kwargs)
-            self.ref_model = session.start(self, adapters_before)
-        except BaseException:  # Ctrl-C while a store is filled, too
+            reference_model = session.start(self, adapters_before)
+            if session.asked_by_trainer:
+                self.ref_model = reference_model
+        except BaseException:  # also for Ctrl-C while a store is being filled
             session.close()
             raise
         self._refplug_callback = SessionCallback(session)
@@ -146,14 +162,14 @@ class Plugged:
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)  # type: ignore[attr-defined]
-        # If there is none, the trainer says so
+        # If there is no checkpoint to resume from, TRL's `train` raises an error that says so.
         session = self._refplug_session
         with nullcontext() if session is None else session.training(str(checkpoint) if checkpoint else None):
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._refplug_session is not None and self.model.training:  # type: ignore[attr-defined]
-            logs.update(self._refplug_callback.take())
+            logs.update(self._refplug_callback.pop_averages())
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -172,7 +188,8 @@ class Plugged:
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
-        # Inside a checkpoint the model is saved first and `trainer_state.json`, which makes it complete, last.
+        # In a checkpoint the model is saved first. `trainer_state.json` is saved last, and makes the checkpoint
+        # complete.
         if self._refplug_session is not None and self._refplug_saving and output_dir is not None:
             session = self._refplug_session
             main_process = self.args.should_save  # type: ignore[attr-defined]
@@ -182,4 +199,6 @@ class Plugged:
 
 @cache
 def _plugged_owner(owner: type) -> type:
-    return type(f"Plugged{owner.__name__}", (Plugged, owner), {"_refplug_patch_point": PatchPoint.of(owner)})
+    patch_point = PatchPoint.find_in(owner)
+    bases = (Plugged, AsksForWholeGenerations, owner) if patch_point.online else (Plugged, owner)
+    return type(f"Plugged{owner.__name__}", bases, {"_refplug_patch_point": patch_point})

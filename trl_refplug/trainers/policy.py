@@ -1,4 +1,4 @@
-"""The policy around TRL's construction: its adapters, and what it answers."""
+"""What has to be known of the policy, or done to it, while TRL builds its trainer: its adapters, and its log-probs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from trl_refplug.scoring import exact_log_probs
 
 
 def output_dtype(accelerator: Any) -> torch.dtype:
-    """What the policy's log-probs come in: FSDP2's mixed precision casts the outputs of a model, float32 ones too."""
+    """The dtype of the policy's log-probs: FSDP2's mixed precision casts all outputs of a model, even float32 ones."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     dtype: torch.dtype | None = getattr(getattr(plugin, "mixed_precision_policy", None), "output_dtype", None)
     return dtype or torch.float32
 
 
 def output_device(model: Any) -> torch.device | None:
-    """Where the policy's log-probs come out, where that is not where its inputs are: it is spread over devices."""
+    """
+    The device that the policy's log-probs are on, if the policy is spread over several devices; `None` if they are on
+    the device of its inputs.
+    """
     inner = causal_lm(model)
     spread = len(set(getattr(inner, "hf_device_map", {}).values())) > 1
     device: torch.device = inner.get_output_embeddings().weight.device
@@ -32,15 +35,16 @@ def output_device(model: Any) -> torch.device | None:
 
 
 def adapter_names(model: Any) -> frozenset[str]:
-    """Names of the adapters of a PEFT policy; empty for any other, or for a path."""
+    """The names of the adapters of a PEFT policy; empty for any other policy, and for the path of one."""
     return frozenset(model.peft_config) if is_peft(model) else frozenset()
 
 
 @contextmanager
 def default_adapter_known(model: Any) -> Iterator[None]:
     """
-    TRL makes its reference adapter from the configuration of an adapter called `default`. While this lasts, that is
-    the configuration of the policy's own adapter, whatever its name, initialized in a way that leaves the base alone.
+    Show TRL an adapter called `default`, as long as the context lasts. TRL makes its reference adapter from the
+    configuration of that one. It gets the configuration of the policy's own adapter, whatever its name, but with an
+    initialization that does not change the base model.
     """
     if not is_peft(model):
         yield
@@ -60,14 +64,14 @@ def default_adapter_known(model: Any) -> Iterator[None]:
 
 
 def remove_unused_reference_adapter(model: Any, before: frozenset[str], providers: list[ReferenceProvider]) -> None:
-    """Delete the `ref` adapter that TRL adds to a policy with an adapter of its own, unless it is the reference."""
+    """Delete the adapter `ref` that TRL adds to a policy that comes with an adapter, unless it is the reference."""
     used = any(provider.reference_adapter == REFERENCE_ADAPTER for provider in providers)
     if is_peft(model) and REFERENCE_ADAPTER in model.peft_config and REFERENCE_ADAPTER not in before and not used:
         model.delete_adapter(REFERENCE_ADAPTER)
 
 
 def policy_log_probs(model: nn.Module, batch: ReferenceBatch) -> Tensor:
-    """The policy's own log-probs, with dropout off: float32 `[batch, seq - 1]`. Leaves every mode as it was."""
+    """The policy's own log-probs, without dropout: float32 `[batch, seq - 1]`. Every module's mode stays as it was."""
     try:
         with evaluation_mode(model):
             return exact_log_probs(model, batch)

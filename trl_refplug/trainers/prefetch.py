@@ -1,11 +1,14 @@
 """
-Looking ahead: the reference is asked for the next batches while the policy works on this one.
+Prefetching: the reference is asked about the next batches while the policy works on this one.
 
-The trainer takes its batches, one optimiser step's at a time, from an iterator of ours. It reads up to `ref_prefetch`
-batches more than the trainer asks for and submits what the trainer will want to know about them. An answer is used
-only for a question that is equal to the one predicted, bit for bit; any other is asked afresh. Reading ahead leaves no
-trace: what accelerate says about the loader is what it said when the batch at hand was read, and a loader that draws
-from the global random streams is not read ahead.
+The trainer takes the batches of an optimizer step from an iterator of ours. Our iterator reads up to `ref_prefetch`
+batches more than the trainer has asked for, predicts what the trainer will ask its reference about them, and submits
+these requests to the provider. An answer is used only if the trainer's request is equal to the predicted one, bit for
+bit; otherwise the provider is asked again.
+
+The run is the same as without prefetching. Accelerate keeps a state of the loader, for example whether the last batch
+was read: whenever the trainer gets a batch, this state is set to what it was when that batch was read. And a loader
+that draws random numbers from the global streams is not read ahead.
 """
 
 from __future__ import annotations
@@ -30,19 +33,19 @@ from trl_refplug.trainers.requested_batches import predicted_requests
 
 logger = logging.getLogger("trl_refplug")
 
-_PATIENCE = 3  # wrong predictions in a row after which nothing is predicted any more
+_PATIENCE = 3  # after so many wrong predictions in a row, nothing is predicted any more
 
 
 class Prefetcher:
     """
     Asks the provider of one trainer ahead of time.
 
-    Nothing is read or asked ahead before the trainer has shown, with its first batches, how it asks and that its
-    loader draws no random numbers. At most `depth` batches beyond those the trainer holds are in memory or in flight.
+    It begins only after the first batches, which show how the trainer asks and whether its loader draws random
+    numbers. At most `depth` batches beyond those that the trainer has are in memory, or being answered.
 
     Args:
-        provider ([`ReferenceProvider`]): With `capabilities.overlap`.
-        depth (`int`): Batches to look ahead.
+        provider ([`ReferenceProvider`]): A provider with `capabilities.overlap`.
+        depth (`int`): How many batches to read ahead.
     """
 
     def __init__(self, provider: ReferenceProvider, depth: int) -> None:
@@ -58,8 +61,8 @@ class Prefetcher:
     @contextmanager
     def around(self, trainer: Any, epoch_iterator: Iterator[Any]) -> Iterator[Iterator[Any]]:
         """
-        Where the trainer fetches the batches of an optimiser step: gives the iterator it is to take them from instead
-        of `epoch_iterator`, and looks ahead when it has them.
+        Surround the code in which the trainer fetches the batches of an optimizer step. The context gives the iterator
+        to take them from, in place of `epoch_iterator`. As it ends, the next batches are read and asked about.
         """
         if self._epoch is None or self._epoch.source is not epoch_iterator:
             self.cancel()
@@ -79,7 +82,9 @@ class Prefetcher:
         epoch.delivered.clear()
 
     def take(self, batch: ReferenceBatch) -> Future[Tensor] | None:
-        """The answer to `batch` that is on its way, if it was predicted; `None` to ask now."""
+        """
+        The answer to `batch`, done or still to come, if it was predicted; `None` if the provider has to be asked now.
+        """
         self._autocast = Autocast.current()
         for index, question in enumerate(self._expected):
             if question.autocast == self._autocast and _equal(question.batch, batch):
@@ -91,12 +96,12 @@ class Prefetcher:
                 logger.warning(
                     "The trainer asks its reference for other batches than its loader gave it (it changes them on the "
                     "way), so the reference cannot be asked ahead of time and every step waits for its answer. Change "
-                    "batches in the data collator, or set `ref_prefetch=0`, to have no such work done in vain."
+                    "batches in the data collator instead. Or set `ref_prefetch=0`, so that nothing is scored in vain."
                 )
         return None
 
     def cancel(self) -> None:
-        """Forget all batches read and questions asked ahead. What is being answered is not waited for."""
+        """Forget all batches that were read, and all questions that were asked, ahead. Answers are not waited for."""
         _cancel(self._expected)
         if self._epoch is not None:
             for batch in self._epoch.ahead:
@@ -104,35 +109,38 @@ class Prefetcher:
             self._epoch = None
 
     def _submit(self, request: ReferenceBatch) -> _Question:
-        batch = request.copy()  # the trainer may change its own, in place
+        batch = request.copy()  # a copy, because the trainer may change its own batch in place
         assert self._autocast is not None
         answer: Future[Tensor]
         try:
             with torch.no_grad(), self._autocast.entered():
                 answer = self._provider.submit(batch)
-        except Exception as error:  # belongs to the step that needs the answer
+        except Exception as error:  # to be raised in the step that needs the answer
             answer = Future()
             answer.set_exception(error)
         return _Question(batch, self._autocast, answer)
 
     def _may_read_ahead(self, epoch: _Epoch) -> bool:
-        """Decided once and by all ranks together: reading a loader can be a collective operation."""
+        """
+        Whether batches may be read ahead. All ranks decide this together, and once, because reading a loader can be a
+        collective operation.
+        """
         if self._reads_ahead is None and epoch.read > 1:
             self._reads_ahead = all_ranks(not epoch.draws)
         if epoch.draws and not self._warned_of_draws:
             self._warned_of_draws = True
             logger.warning(
                 "The training data is made with random numbers of the global streams (by the dataset, its transform "
-                "or the data collator). Reading it ahead would change their order, and so the run: %s Give it a "
+                "or the data collator). Reading it ahead changes which numbers it gets, and so the run. %s Give it a "
                 "generator of its own, or make it in worker processes (`dataloader_num_workers=1`).",
-                "use `ref_prefetch=0` for a run without that." if self._reads_ahead else "it is not done.",
+                "Use `ref_prefetch=0` to keep the run as it is." if self._reads_ahead else "So it is not read ahead.",
             )
         return bool(self._reads_ahead)
 
 
 @dataclass
 class _Question:
-    """Something asked ahead of time, under that autocast."""
+    """A batch that the provider was asked about ahead of time, and the autocast state it was asked in."""
 
     batch: ReferenceBatch
     autocast: Autocast
@@ -141,7 +149,10 @@ class _Question:
 
 @dataclass
 class _Batch:
-    """A batch that was read: what accelerate said about the loader then, and what was asked about the batch."""
+    """
+    A batch that was read from the loader, or the error that reading raised. `loader_state` is what accelerate said
+    about the loader at that time, `questions` what the provider was asked about the batch.
+    """
 
     inputs: Any
     error: Exception | None
@@ -161,13 +172,14 @@ class _Epoch:
 
     Args:
         source (`Iterator`): The trainer's own iterator over its loader.
-        gradient_state: Accelerate's, which knows that loader.
+        gradient_state: Accelerate's `GradientState`, which knows that loader.
 
     Attributes:
-        ahead (`deque[_Batch]`): Read, and not delivered yet.
-        delivered (`list[_Batch]`): Delivered, and not looked at yet.
+        ahead (`deque[_Batch]`): Batches that were read, and that the trainer does not have yet.
+        delivered (`list[_Batch]`): Batches of this step that the trainer has been given.
         read (`int`): How many batches were read.
-        draws (`bool`): Whether reading one drew random numbers. The first is not looked at: starting to read may draw.
+        draws (`bool`): Whether reading a batch drew random numbers. The first batch does not count, because a loader
+            may draw some as it starts.
     """
 
     source: Iterator[Any]
@@ -190,7 +202,7 @@ class _Epoch:
         return batch.inputs
 
     def read_ahead(self, count: int) -> None:
-        """Have `count` batches ready, or as many as there are."""
+        """Read until `count` batches are ready, or there are no more."""
         while len(self.ahead) < count and self._more():
             try:
                 self.ahead.append(self._read())
@@ -200,7 +212,7 @@ class _Epoch:
             self._last.restore_loader_state()
 
     def _more(self) -> bool:
-        # To ask a loader that has no more would end its pass, which the trainer may never do.
+        # Asking an exhausted loader for a batch would end its epoch, and the trainer may never ask for that one.
         newest = self.ahead[-1] if self.ahead else self._last
         return newest is None or (newest.error is None and newest.loader is not None and not newest.loader_state[0])
 
@@ -211,7 +223,7 @@ class _Epoch:
             inputs = next(self.source)
         except StopIteration:
             raise
-        except Exception as raised:  # delivered in its turn
+        except Exception as raised:  # raised when the trainer asks for this batch
             error = raised
         self.draws = self.draws or (self.read > 0 and before != random_state())
         self.read += 1

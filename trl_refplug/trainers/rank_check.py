@@ -1,4 +1,7 @@
-"""What ranks must have in common, compared when the trainer is built or training starts, and never in a step."""
+"""
+Comparing what all ranks must agree on about the reference. This is done when the trainer has been built, and never
+within a step.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ from trl_refplug.provider import ReferenceProvider
 
 def compare_ranks(accelerator: Any, provider: ReferenceProvider, name: str) -> None:
     """
-    Compare provider, version and identity over all ranks.
+    Compare the provider, its version and the reference's identity between all ranks.
 
     Raises:
-        ReferenceMismatchError: On every rank, naming who differs.
+        ReferenceMismatchError: Ranks differ. It is raised on every rank, and names one that differs from rank 0.
     """
     if accelerator.num_processes == 1:
         return

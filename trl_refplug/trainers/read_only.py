@@ -1,4 +1,4 @@
-"""Showing the reference's weights without letting anyone change them."""
+"""Showing the reference's weights in a way in which nobody can change them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from trl_refplug.errors import ReferenceMismatchError
 
 
 _READERS = {"requires_grad_", "__setstate__"}
-"""Methods whose names look like they write to a tensor, and that do not change its values."""
+"""Methods whose names look as if they wrote to a tensor, but which do not change its values."""
 
 
 class ReadOnlyParameter(nn.Parameter):
-    """A parameter of the reference: the same memory, and whoever writes to it gets an error."""
+    """A parameter that shares the memory of one of the reference's. Whoever writes to it gets an error."""
 
     @classmethod
     def __torch_function__(
@@ -26,7 +26,7 @@ class ReadOnlyParameter(nn.Parameter):
         kwargs = dict(kwargs or {})
         written = [kwargs["out"]] if kwargs.get("out") is not None else []
         if _writes(name, function) and args:
-            written += args[0] if isinstance(args[0], list | tuple) else [args[0]]  # a list: torch._foreach_add_
+            written += args[0] if isinstance(args[0], list | tuple) else [args[0]]  # torch._foreach_add_ takes a list
         if any(isinstance(tensor, ReadOnlyParameter) for tensor in written):
             raise write_error(f"{name}() on one of its parameters")
         with torch._C.DisableTorchFunctionSubclass():
@@ -35,14 +35,14 @@ class ReadOnlyParameter(nn.Parameter):
 
 
 def _writes(name: str, function: Any) -> bool:
-    """Whether a function writes to its first argument: `add_`, `x[i] = y`, `x.data = y`."""
+    """Whether a function writes to its first argument, as `add_`, `x[i] = y` and `x.data = y` do."""
     in_place = name.endswith("_") and not name.endswith("__") and name not in _READERS
     sets_data = name == "__set__" and function.__self__ is torch.Tensor.data
     return in_place or name == "__setitem__" or sets_data
 
 
 def _guarded(result: Any, args: Any) -> Any:
-    """What a function returned; what is a view of a parameter of the reference stays read-only."""
+    """What a function returned. If it is a view of one of the reference's parameters, it is made read-only as well."""
     if isinstance(result, Tensor) and not isinstance(result, ReadOnlyParameter) and not result.is_meta:
         memory = result.untyped_storage().data_ptr()
         if any(isinstance(each, ReadOnlyParameter) and _memory(each) == memory for each in args):
@@ -56,7 +56,9 @@ def _memory(tensor: Tensor) -> int:
 
 
 def read_only(tensor: Tensor) -> nn.Parameter:
-    """`tensor` as a parameter that cannot be written to. One of a type of its own (quantized) is shown as it is."""
+    """
+    `tensor` as a parameter that cannot be written to. A tensor subclass (a quantized weight) is returned as it is.
+    """
     if type(tensor) not in (Tensor, nn.Parameter):
         return cast(nn.Parameter, tensor)
     with torch._C.DisableTorchFunctionSubclass():

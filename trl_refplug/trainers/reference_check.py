@@ -1,10 +1,10 @@
 """
-`ref_check`: is the reference in use the one that was declared, and is it still?
+`ref_check`: checks that the reference in use is the one that was declared, and that it stays so.
 
-The declared reference is asked about a few rows of text by its ordinary logits before TRL touches anything (see
-`models/probe.py`). The provider is asked about the same rows in the way in which training is answered: when TRL has
-built its trainer, as training begins, with every checkpoint and at the end. The first batch of training is compared
-with the policy's own log-probs as well, where the reference is declared to be the policy.
+Before TRL touches anything, the declared model is asked for its ordinary logits on a few rows of text, the probe (see
+`models/probe.py`). Later the provider is asked about the same rows, in the same way as training asks it: when TRL has
+built its trainer, as training begins, with every checkpoint, and at the end. If the reference is declared to be the
+policy as it starts, the first batch of training is also compared with the policy's own log-probs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ compute the same rows. Where they do not, ten times what two first answers diffe
 
 class ReferenceCheck:
     """
-    Checks the reference of one trainer, and what it is made of.
+    Checks the reference of one trainer, and every provider that it is made of.
 
     Args:
         mode (`str`): The flag `ref_check`: `"error"`, `"warn"` or `"off"`.
@@ -56,23 +56,27 @@ class ReferenceCheck:
         self.rows: Rows | None = None
         self._mode = mode
         self._run = run
+        # The key of both is the `id` of a provider, because a provider need not be hashable.
         self._truths: dict[int, Probe] = {}
-        self._marks: dict[int, dict[str, WeightMark]] = {}  # both by `id`: a provider need not be hashable
-        self._first_answers: dict[int, tuple[Probe, float]] = {}  # as training began, and how far two of them differ
+        self._marks: dict[int, dict[str, WeightMark]] = {}
+        # What each provider said as training began, and how far two such answers differ.
+        self._first_answers: dict[int, tuple[Probe, float]] = {}
         self._held = "when it was pinned"
         self._warned_of_rounding = False
 
     # Before TRL touches anything
 
     def choose_rows(self, policy: Any, processing_class: Any, data: Any) -> None:
-        """Fix the rows of the probe. Without `processing_class`, the tokenizer is the one that TRL will load."""
+        """Choose the rows of the probe. Without `processing_class`, the tokenizer that TRL will load makes them."""
         if self._mode == "off":
             return
         tokenizer = _own_tokenizer(policy) if processing_class is None else processing_class
         self.rows = probe_rows(policy, tokenizer, data)
 
     def ask_declared(self, provider: ReferenceProvider, context: TrainerContext) -> None:
-        """Ask the model that is the reference as it is declared, if there is one now and nobody asked it before."""
+        """
+        Ask the model that the provider declares about the probe, if there is one now, and it was not asked before.
+        """
         if self.rows is None or id(provider) in self._truths:
             return
         with provider.declared_model(context) as model:
@@ -81,7 +85,8 @@ class ReferenceCheck:
             try:
                 said = ordinary_log_probs(model, self.rows, self._run.temperature)
             except (RuntimeError, NotImplementedError, ImportError) as error:
-                # Kernels that do not run where the model is before it is placed. The provider's first answer serves.
+                # Some kernels do not run on the device where the model is before it is placed. In that case the
+                # provider's first answer is taken for the truth.
                 logger.info("The declared reference cannot be asked before it is placed: %s", error)
                 return
         origin = "the policy as it was passed in" if provider.starts_as_policy else "the model that was declared"
@@ -90,14 +95,14 @@ class ReferenceCheck:
     # While the trainer is built and trains
 
     def built(self, provider: ReferenceProvider, context: TrainerContext) -> None:
-        """TRL has built its trainer, and `provider` is set up."""
+        """To be called when TRL has built its trainer and `provider` is set up."""
         self.ask_declared(provider, context)
         self._ask(provider, _BUILT)
         if self._mode != "off":
             self._marks[id(provider)] = mark_weights(provider.weights())
 
     def training_begins(self, providers: Iterable[ReferenceProvider]) -> None:
-        """The policy is placed, and loaded if training goes on from a checkpoint."""
+        """To be called as training begins: the policy is placed, and the checkpoint is loaded if there is one."""
         for provider in providers:
             if not (provider.capabilities.moving and self._run.resumed):
                 found = self._ask(provider, _BEGUN)
@@ -105,12 +110,13 @@ class ReferenceCheck:
                     self._remember_first_answer(provider, found)
             self._compare_weights(provider, _BEGUN)
             if id(provider) in self._marks:
-                self._marks[id(provider)] = mark_weights(provider.weights())  # placing may have cast or sharded them
+                # They are marked again, because placing the policy may have cast or sharded them.
+                self._marks[id(provider)] = mark_weights(provider.weights())
         self._held = _BEGUN
 
     def still_holds(self, providers: Iterable[ReferenceProvider], when: str) -> None:
         """
-        Check every reference that is declared not to move, and what does not move of those that do.
+        Check every reference that is declared not to move. Of a reference that moves, check the weights that must not.
 
         Args:
             when (`str`): The moment, for messages: "at step 10".
@@ -147,7 +153,7 @@ class ReferenceCheck:
         batch = probe_batch(self.rows, self._run.trainer.args.device)
         with torch.no_grad():
             found = provider.probe(batch)
-        if found is None or form_problem(found, batch):  # the first answer of training is refused for its form
+        if found is None or form_problem(found, batch):  # the first answer in training will be refused for its form
             return None
         return found.float().cpu()
 
@@ -187,13 +193,13 @@ class ReferenceCheck:
         elif not self._warned_of_rounding:
             self._warned_of_rounding = True
             logger.warning(
-                "%s They changed by no more than float32 rounds, as merging an adapter and taking it out again leaves "
-                "them, so training goes on. This is said once.",
+                "%s They changed by no more than float32 rounding, which happens when an adapter is merged and taken "
+                "out again, so training goes on. This is said once.",
                 message,
             )
 
     def _last_held(self) -> str:
-        return f"It last held {self._held}. "
+        return f"It was still right at the last check, {self._held}. "
 
     def _fail(self, message: str) -> None:
         if self._mode == "error":
@@ -210,16 +216,18 @@ class ReferenceCheck:
     # Checkpoints
 
     def record(self, providers: Iterable[ReferenceProvider]) -> list[dict[str, Any] | None]:
-        """What a checkpoint keeps of what each provider says about the probe, as JSON values."""
+        """
+        The providers' answers to the probe, as a checkpoint keeps them: JSON values, in the order of the providers.
+        """
         truths = [None if each.capabilities.moving else self._truths.get(id(each)) for each in providers]
         return [None if truth is None else truth.to_dict() for truth in truths]
 
     def compare_with_record(self, providers: Iterable[ReferenceProvider], record: list[Any]) -> None:
         """
-        Ask every reference about the probe of the checkpoint that training goes on from.
+        Ask every provider about the probe that the checkpoint was written with, and compare the answers.
 
         Raises:
-            ReferenceMismatchError: One is not what training was started with (`ref_check="error"`).
+            ReferenceMismatchError: A reference is not the one that training was started with (`ref_check="error"`).
         """
         if self._mode != "off":
             for provider, said in zip(providers, record, strict=False):
@@ -237,7 +245,9 @@ class ReferenceCheck:
     # The first batch
 
     def first_batch(self, provider: ReferenceProvider, batch: ReferenceBatch, log_probs: Tensor) -> None:
-        """Compare the first log-probs with the policy's own, where the reference is declared to be the policy."""
+        """
+        If the reference is declared to be the policy as it starts, compare its first answer with the policy's own.
+        """
         trainer = self._run.trainer
         if self._mode == "off" or self._run.resumed or trainer.state.global_step > 0:
             return
@@ -254,15 +264,20 @@ class ReferenceCheck:
 
 _CAUSES = (
     "a callback, or the code around the trainer, changed the weights or the configuration of the policy's base or of "
-    "the reference; an adapter rewrote the base's weights as it was added, or sits where the fused LM head passes it "
-    "by; an adapter was merged and taken out again in half precision; a server has another model, revision or "
-    "precision (if that is meant, its option is starts_as_policy=false). If this reference is what you want, declare "
-    "it (name a model or an adapter), or set `ref_check` to 'warn' or 'off'."
+    "the reference; an adapter rewrote the base's weights as it was added, or is on a layer that the fused LM head "
+    "does not run; an adapter was merged and taken out again in half precision; a server has another model, revision "
+    "or precision (if that is meant, its option is starts_as_policy=false). If this reference is what you want, "
+    "declare it (name a model or an adapter), or set `ref_check` to 'warn' or 'off'."
 )
 
 
 def difference_from_policy(trainer: Any, batch: ReferenceBatch, log_probs: Tensor, identity: ReferenceIdentity) -> str:
-    """Why the reference's log-probs of a batch are not the policy's, which has not moved yet; empty if they are."""
+    """
+    Compare the reference's log-probs of a batch with those of the policy, which has not moved yet.
+
+    Returns:
+        `str`: What is wrong, if they differ by more than rounding; an empty string if not.
+    """
     expected = policy_log_probs(trainer.model, batch).to(log_probs.device)
     scored = batch.labels[:, 1:] != -100
     difference = torch.where(scored, (log_probs - expected).abs(), 0.0)
@@ -296,8 +311,8 @@ def _table(log_probs: Tensor, expected: Tensor, scored: Tensor) -> str:
 
 
 def _own_tokenizer(policy: Any) -> Any:
-    """The tokenizer that TRL will load for the policy; `None` where there is none."""
+    """The tokenizer that TRL will load for the policy; `None` if it has none."""
     try:
         return AutoTokenizer.from_pretrained(get_config_model_id(policy.config))
-    except Exception:  # TRL says what is wrong
+    except Exception:  # TRL will raise an error that says what is wrong
         return None

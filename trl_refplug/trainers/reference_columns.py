@@ -1,4 +1,4 @@
-"""The reference's log-probs as columns of the trainer's data set, under the names that TRL gives them."""
+"""Adding the reference's log-probs to the trainer's data set, as columns with the names that TRL gives them."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _AT_ONCE = 16  # rows
 
 def reference_columns(trainer: Any, split: str = "train") -> Dataset:
     """
-    The tokenised data set of a DPO or KTO trainer with what its reference says of every row.
+    The tokenized data set of a DPO or KTO trainer, with the reference's log-probs of every row.
 
     Args:
         trainer: A trainer of this package, not trained yet.
-        split (`str`): `"train"`, `"eval"` where there is one evaluation set, or the name of one of several.
+        split (`str`): `"train"`, `"eval"` if there is one evaluation set, or the name of one of several.
 
     Returns:
         `Dataset`: The rows that the trainer kept, in their order, with the float32 columns `ref_chosen_logps` and
-        `ref_rejected_logps` (DPO), or `ref_logps` and, where the loss has a KL term, `ref_KL_logps` (KTO): sums over a
-        completion, as the trainer reduces them (so `ld_alpha` counts).
+        `ref_rejected_logps` (DPO), or `ref_logps` and, if the loss has a KL term, `ref_KL_logps` (KTO). They are sums
+        over a completion, computed as the trainer does it, so `ld_alpha` has its effect.
 
     Raises:
-        ConfigurationError: It is another trainer, or has no such data set.
+        ConfigurationError: It is a trainer of another kind, or it has no such data set.
     """
     session = getattr(trainer, "_refplug_session", None)
     if session is None:

@@ -1,16 +1,17 @@
-"""The module that takes the place of TRL's reference model and hands every batch to the provider."""
+"""The module that takes the place of TRL's reference model, and passes every batch to the provider."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from trl.trainer.utils import FusedCausalLMOutput
 
-from trl_refplug.errors import InvalidLogProbsError, UnsupportedInputError
+from trl_refplug.errors import InvalidLogProbsError, RefPlugError, UnsupportedInputError
 from trl_refplug.plugins import plugin_manager
 from trl_refplug.provider import ReferenceBatch, ReferenceProvider
 from trl_refplug.rows.answers import form_problem
@@ -22,20 +23,21 @@ from trl_refplug.trainers.trl_patch import unsupported_trl
 
 class ReferenceModel(nn.Module):
     """
-    Stands in `trainer.ref_model`. It has no parameters of its own and names those of an in-process copy instead.
+    The module that is in `trainer.ref_model`. It has no parameters of its own. If the provider has a model in this
+    process, it shows the parameters of that one, read-only.
 
     Args:
-        provider ([`ReferenceProvider`]): Who answers.
-        first_call (`Callable`): Called with the first batch and its log-probs, before they are used; with the next
-            ones until it has returned once.
-        prefetcher ([`Prefetcher`], *optional*): Who may have asked already.
-        dtype (`torch.dtype`): What the policy's own log-probs come in.
-        device (`torch.device`, *optional*): Where they come out, if not on the device of the inputs.
+        provider ([`ReferenceProvider`]): The provider that answers.
+        first_call (`Callable`): Called with the first batch and its log-probs, before they are used. If it raises, it
+            is called with the next batch again, until it has returned once.
+        prefetcher ([`Prefetcher`], *optional*): It may have asked the provider about the batch already.
+        dtype (`torch.dtype`): The dtype of the policy's own log-probs, which the answers are cast to.
+        device (`torch.device`, *optional*): The device of the policy's own log-probs, if it is not that of the inputs.
 
     Attributes:
-        calls (`int`): How often the trainer asked.
-        checked (`bool`): Whether `first_call` has returned. Set to `False`, it is called again.
-        seconds (`float`): How long it waited for the answers, all together.
+        calls (`int`): How many times the trainer has asked.
+        checked (`bool`): Whether `first_call` has returned. If it is set to `False`, `first_call` is called again.
+        seconds (`float`): How long the trainer has waited for answers, in all.
     """
 
     provider: ReferenceProvider
@@ -50,7 +52,8 @@ class ReferenceModel(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.provider = provider  # no module itself: the trainer does not find, move, save or train what it holds
+        # The provider is no nn.Module, so that the trainer does not find, move, save or train the model it has.
+        self.provider = provider
         self._first_call = first_call
         self._prefetcher = prefetcher
         self._dtype = dtype
@@ -75,32 +78,83 @@ class ReferenceModel(nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         batch = ReferenceBatch(input_ids, attention_mask, labels, extras, rows_sliceable=ROW_WISE.issuperset(extras))
-        provider = self.provider
-        if not batch.rows_sliceable and not provider.capabilities.multimodal:
-            raise UnsupportedInputError(
-                f"Reference provider {provider.identity().provider!r} scores text only, and this batch has "
-                f"{sorted(set(extras) - ROW_WISE)}. Use ref_provider='frozen' or 'adapter'."
-            )
-        if input_ids.is_cuda:
-            # The policy's forward pass is still on its way there; to wait for it is not to wait for the reference
-            torch.cuda.current_stream(input_ids.device).synchronize()
+        return FusedCausalLMOutput(log_probs=self.ask(batch))
+
+    def ask(self, batch: ReferenceBatch, coming: Sequence[Future[Tensor]] | None = None) -> Tensor:
+        """
+        The answer to a batch: checked, timed, counted, and told to the observers.
+
+        Args:
+            batch ([`ReferenceBatch`]): What the trainer asks.
+            coming (`Sequence[Future[Tensor]]`, *optional*): What `submit(batch)` gave.
+        """
+        if batch.input_ids.is_cuda:
+            # Finish the policy's forward pass, which may still run: the time for it is not the reference's.
+            torch.cuda.current_stream(batch.input_ids.device).synchronize()
         started = time.perf_counter()
         with torch.no_grad():
-            coming = None if self._prefetcher is None else self._prefetcher.take(batch)
-            log_probs = provider.log_probs(batch) if coming is None else coming.result()
-            if problem := form_problem(log_probs, batch):  # which the loss would silently turn into nonsense
-                raise InvalidLogProbsError(
-                    f"Reference provider {provider.identity().provider!r}: {problem}. Nothing was trained on it."
-                )
-            log_probs = log_probs.detach()
+            if coming is None and self._prefetcher is not None:
+                taken = self._prefetcher.take(batch)
+                coming = None if taken is None else [taken]
+            log_probs = self.answered(batch, coming)
         seconds = time.perf_counter() - started
         self.seconds += seconds
         self.calls += 1
         if not self.checked:
-            self._first_call(batch, log_probs)
+            first = batch.in_passes()[0]  # as much as the policy scores at a time
+            self._first_call(first, log_probs[: len(first.input_ids)])
             self.checked = True  # not if it failed: whoever trains on after that is to be told again
-        plugin_manager().scored(identity=provider.identity(), batch=batch, log_probs=log_probs, seconds=seconds)
-        return FusedCausalLMOutput(log_probs=log_probs.to(self._device, self._dtype))
+        plugin_manager().scored(identity=self.provider.identity(), batch=batch, log_probs=log_probs, seconds=seconds)
+        return log_probs.to(self._device, self._dtype)
+
+    def look(self, batch: ReferenceBatch) -> Tensor:
+        """The answer to a batch that somebody else than the trainer asks about: timed, and not counted."""
+        started = time.perf_counter()
+        log_probs = self.answered(batch)
+        self.seconds += time.perf_counter() - started
+        return log_probs
+
+    def submit(self, batch: ReferenceBatch) -> list[Future[Tensor]]:
+        """Have the provider start on a batch, for `ask` to wait for. Only with `capabilities.overlap`."""
+        coming: list[Future[Tensor]] = []
+        try:
+            for part in self._parts(batch):
+                coming.append(self.provider.submit(part))
+        except BaseException:
+            for answer in coming:
+                answer.cancel()
+            raise
+        return coming
+
+    def answered(self, batch: ReferenceBatch, coming: Sequence[Future[Tensor]] | None = None) -> Tensor:
+        """The provider's own answer to a batch, its form checked."""
+        if not batch.rows_sliceable and not self.provider.capabilities.multimodal:
+            raise UnsupportedInputError(
+                f"Reference provider {self.provider.identity().provider!r} scores text only, and this batch has "
+                f"{sorted(set(batch.extras) - ROW_WISE)}. Use ref_provider='frozen' or 'adapter'."
+            )
+        parts = self._parts(batch)
+        if coming is None:
+            answers = [self._checked(part, self.provider.log_probs(part)) for part in parts]
+        else:
+            answers = [self._checked(part, _result(answer)) for part, answer in zip(parts, coming, strict=True)]
+        return answers[0] if len(answers) == 1 else torch.cat(answers)
+
+    def like(self, batch: ReferenceBatch) -> Tensor:
+        """An empty tensor of the dtype and on the device of the answer to a batch."""
+        return torch.empty(0, dtype=self._dtype, device=self._device or batch.input_ids.device)
+
+    def _parts(self, batch: ReferenceBatch) -> list[ReferenceBatch]:
+        """The trainer's own slices, for a model that scores in the trainer's shapes; all rows for any other."""
+        exact = self.provider.capabilities.local_model and self.provider.scoring == "exact"
+        return batch.in_passes() if exact else [batch]
+
+    def _checked(self, batch: ReferenceBatch, answer: Tensor) -> Tensor:
+        if problem := form_problem(answer, batch):  # which the loss would silently turn into nonsense
+            raise InvalidLogProbsError(
+                f"Reference provider {self.provider.identity().provider!r}: {problem}. Nothing was trained on it."
+            )
+        return answer.detach()
 
     def get_parameter(self, target: str) -> nn.Parameter:
         module = self.provider.module
@@ -122,3 +176,13 @@ class ReferenceModel(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.provider.identity())
+
+
+def _result(answer: Future[Tensor]) -> Tensor:
+    try:
+        return answer.result()
+    except CancelledError:
+        raise RefPlugError(
+            "The trainer waited for an answer of its reference that had been cancelled: the provider was closed, or "
+            "cancelled it itself. Nothing was trained on it."
+        ) from None

@@ -1,4 +1,4 @@
-"""From flags to a provider: which one is meant, which combinations contradict each other, and how one is made."""
+"""Finding out which provider the flags mean, refusing flags that contradict each other, and making the provider."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trl_refplug.plugins import plugin_manager
 from trl_refplug.provider import ReferenceProvider
 
 
-# Flags of TRL that ask for a reference with a certain capability.
+# Flags of TRL that ask for a reference with a certain capability, and that capability.
 _FLAG_CAPABILITIES = {"precompute_ref_log_probs": "stored", "sync_ref_model": "moving"}
 
 
@@ -50,7 +50,8 @@ class Selection:
 
 def select_name(selection: Selection) -> str:
     """
-    The name of the provider to use: the one that is named, or what TRL's flags, a plugin or the policy say.
+    The name of the provider to use: the one that `ref_provider` names, or for `auto` the one that TRL's flags, a
+    plugin or the policy decide on.
 
     Raises:
         ConfigurationError: The flags contradict each other.
@@ -73,12 +74,13 @@ def make_provider(
     name: str, options: Mapping[str, Any] | str | None, *, args: Any = None, ref_model: nn.Module | None = None
 ) -> ReferenceProvider:
     """
-    An instance of the provider registered as `name`, its options validated.
+    Make an instance of the provider that is registered as `name`, after validating its options.
 
     Args:
-        name (`str`): Name of the provider.
+        name (`str`): The name of the provider.
         options: Its options, as the user wrote them.
-        args: Training arguments whose flags are options too; `None` for a provider made by another one.
+        args: The training arguments. Some flags of TRL set options of the provider. `None` for a provider that another
+            provider is made of.
         ref_model (`nn.Module`, *optional*): The model that was passed to the trainer as its reference.
 
     Raises:
@@ -103,17 +105,17 @@ def make_provider(
 
 
 def _flags_that_are_options(options_class: type, args: Any) -> dict[str, Any]:
-    """The options whose value is a flag of TRL (`trl_flag` in their metadata), from arguments that have the flag."""
+    """The options that flags of TRL set (`trl_flag` in their metadata), with the values that `args` has for them."""
     flags = {option.name: option.metadata.get("trl_flag") for option in dataclasses.fields(options_class)}
     return {name: getattr(args, flag) for name, flag in flags.items() if flag is not None and hasattr(args, flag)}
 
 
 def check_reference(args: ReferenceArguments, *, policy_is_peft: bool, online: bool) -> None:
     """
-    Refuse an unknown provider and options that do not fit it, before anything slow begins.
+    Refuse an unknown provider, or options that do not fit it, before anything slow begins.
 
     Raises:
-        RefPlugError: What the trainer would raise later, after loading a model and data.
+        RefPlugError: The error that the trainer would raise later, after a model and data were loaded.
     """
     name = select_name(Selection(args=args, policy_is_peft=policy_is_peft, has_ref_model=False, online=online))
     make_provider(name, args.ref_provider_kwargs).close()
@@ -124,8 +126,8 @@ def check_capabilities(provider: ReferenceProvider, name: str, *, temperature: f
     Refuse what the provider says it cannot do.
 
     Raises:
-        ConfigurationError: GRPO or RLOO at another temperature than 1 with a provider that ignores it; a provider that
-            moves and wants to be asked ahead.
+        ConfigurationError: The temperature of GRPO or RLOO is not 1, and the provider ignores it; or the provider both
+            moves and wants to be asked ahead of time.
     """
     if provider.capabilities.moving and provider.capabilities.overlap:
         raise ConfigurationError(

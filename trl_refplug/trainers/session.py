@@ -1,4 +1,4 @@
-"""One trainer's reference from construction to the end: pinned, placed, checked, timed, saved."""
+"""The session of one trainer's reference: it is pinned, placed, checked, asked, saved and closed here."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ from trl_refplug.runtime.ranks import all_ranks
 from trl_refplug.trainers import policy as policies
 from trl_refplug.trainers.checkpoint import compare_with_checkpoint
 from trl_refplug.trainers.context import Run, TrainerContext
+from trl_refplug.trainers.monitor import DriftMonitor
+from trl_refplug.trainers.moving_callbacks import refuse_moving_callbacks
+from trl_refplug.trainers.online import WholeGenerations
 from trl_refplug.trainers.placement import place
 from trl_refplug.trainers.prefetch import Prefetcher
 from trl_refplug.trainers.rank_check import compare_ranks
@@ -36,15 +39,15 @@ logger = logging.getLogger("trl_refplug")
 
 class ReferenceSession:
     """
-    Owns the provider of one trainer.
+    Takes the reference of one trainer through its life, and owns its provider.
 
     Args:
-        patch_point ([`PatchPoint`]): Where the trainer's class reaches its reference.
+        patch_point ([`PatchPoint`]): Where the trainer's class loads its reference.
         provider ([`ReferenceProvider`]): The selected provider.
         name (`str`): What it is called in messages.
         args: The trainer's arguments.
         peft_config: The trainer's `peft_config` argument.
-        ref_model (`nn.Module`, *optional*): The reference model that TRL itself is given, and places.
+        ref_model (`nn.Module`, *optional*): The reference model that TRL itself gets, so that it places it.
         processing_class (*optional*), train_dataset (*optional*): The trainer's arguments of these names.
     """
 
@@ -66,10 +69,13 @@ class ReferenceSession:
         self.check = ReferenceCheck(self.flags.ref_check, self.run)
         self.reference_model: ReferenceModel | None = None
         self.prefetcher: Prefetcher | None = None
+        self.generations: WholeGenerations | None = None
+        self.monitor: DriftMonitor | None = None
+        self.asked_by_trainer = patch_point.needs_reference(args)  # else by the monitor alone
         self._ref_model = ref_model
         self._processing_class = processing_class
         self._train_dataset = train_dataset
-        self._record: Any = None  # of the probe, in the checkpoint that training goes on from
+        self._record: Any = None  # the answers to the probe in the checkpoint that training goes on from
         self._began = False
         self._calls_before: int | None = None
         self._context = TrainerContext(self.run, self._pin_nested)
@@ -84,13 +90,13 @@ class ReferenceSession:
 
     @property
     def gives_trl_its_model(self) -> bool:
-        """Whether TRL is given the reference model that was passed to the trainer, to place it."""
+        """Whether TRL itself gets the reference model that was passed to the trainer, so that it places it."""
         return self._ref_model is not None
 
     # Before TRL touches anything
 
     def pin(self, policy: nn.Module) -> None:
-        """Fix the reference: `policy` is exactly as it was passed in."""
+        """Fix the reference, while `policy` is exactly as it was passed in."""
         with rng_kept():
             self.check.choose_rows(policy, self._processing_class, self._train_dataset)
             self._pin(self.provider, self._context, policy)
@@ -100,7 +106,7 @@ class ReferenceSession:
     def _pin_nested(self, provider: ReferenceProvider, name: str, policy: nn.Module, may_load_late: bool) -> None:
         """Pin a provider that another one is made of."""
         context = TrainerContext(self.run, self._pin_nested, may_load_late)
-        self._nested.append((provider, context))  # before anything can fail: closed with the others
+        self._nested.append((provider, context))  # before anything can fail, so that it is closed with the others
         check_capabilities(provider, name, temperature=self.run.temperature)
         self._pin(provider, context, policy)
 
@@ -121,10 +127,12 @@ class ReferenceSession:
     # While TRL constructs
 
     def loading_replaced(self, trainer: Any) -> AbstractContextManager[None]:
-        """TRL's loading of its own reference replaced by ours."""
+        """While the context lasts, TRL gets our reference where it would load its own."""
 
         def expected() -> int:
-            return int(self._ref_model is None and not is_peft_model(trainer.model))  # what TRL asks
+            # TRL loads a reference under the same condition.
+            loads = self._ref_model is None and not is_peft_model(trainer.model)
+            return int(loads and self.asked_by_trainer)
 
         return loading_replaced(
             self.run.patch_point,
@@ -137,28 +145,31 @@ class ReferenceSession:
     def _reference_for_trl(self) -> nn.Module | None:
         if not self._pinned:
             raise unsupported_trl("TRL asked for its reference before it loaded the policy")
-        # On a device of its own, or as a PEFT model, it is placed by us, later.
+        # We place a reference ourselves, later, if it has a device of its own or is a PEFT model.
         placed_by_us = self.provider.device is not None or is_peft(self._context.reference_model)
         return None if placed_by_us else self._context.reference_model
 
     # When TRL has constructed
 
     def start(self, trainer: Any, adapters_before: frozenset[str]) -> ReferenceModel:
-        """Set the provider up and return what takes the place of `trainer.ref_model`."""
+        """Set the provider up, and return the module that goes into `trainer.ref_model`."""
         self.run._trainer = weakref.ref(trainer)
         self.run.args = trainer.args
         if not self._pinned:
             raise unsupported_trl("TRL constructed its trainer without loading the policy through the expected name")
         with rng_kept():
-            for provider, context in reversed(self._nested):  # what others are made of first
+            for provider, context in reversed(self._nested):  # those that others are made of come first
                 self._set_up(provider, context, trainer)
             self._set_up(self.provider, self._context, trainer)
         policies.remove_unused_reference_adapter(trainer.model, adapters_before, self.providers)
-        self._match_dropout(trainer)
+        if self.asked_by_trainer:
+            self._match_dropout(trainer)
         compare_ranks(trainer.accelerator, self.provider, self.name)
         weakref.finalize(trainer, _close, self.providers)
-        check_capabilities(self.provider, self.name, temperature=self.run.temperature)  # as it is, set up
-        # A device may be the policy's on one rank only, and reading a loader can be a collective operation.
+        # Once more, because setup may have changed the capabilities.
+        check_capabilities(self.provider, self.name, temperature=self.run.temperature)
+        # All ranks must decide alike, because reading a loader can be a collective operation. But their providers may
+        # differ: the device of the reference can be that of the policy on one rank only.
         overlap = all_ranks(self.provider.capabilities.overlap)
         if overlap and self.flags.ref_prefetch and not self.run.patch_point.online:
             self.prefetcher = Prefetcher(self.provider, self.flags.ref_prefetch)
@@ -169,18 +180,22 @@ class ReferenceSession:
             self._output_dtype(trainer.accelerator),
             policies.output_device(trainer.model),
         )
+        if self.flags.ref_monitor_steps:
+            self.monitor = DriftMonitor(self.reference_model, self.flags.ref_monitor_steps)
+        if self.run.patch_point.online:
+            self.generations = WholeGenerations(self.reference_model, overlap=overlap and self.flags.ref_prefetch > 0)
         return self.reference_model
 
     def _set_up(self, provider: ReferenceProvider, context: TrainerContext, trainer: Any) -> None:
         pinned = context.reference_model
-        # What TRL was given, or has loaded through us, it has placed.
+        # TRL has placed the model that was passed to it, or that it got from us where it would load its own.
         placed = trainer.ref_model if provider is self.provider or pinned is self._ref_model else None
         if placed is None and pinned is not None:
             placed = place(pinned, trainer, temperature=self.run.temperature, device=provider.device)
         context.reference_model = placed
         provider.setup(context)
         self.check.built(provider, context)
-        context.reference_model = None  # it is the provider's, which lets go of it in close()
+        context.reference_model = None  # from here on only the provider holds it, and releases it in close()
 
     def _match_dropout(self, trainer: Any) -> None:
         if trainer.args.disable_dropout:
@@ -207,18 +222,26 @@ class ReferenceSession:
 
     @property
     def providers(self) -> list[ReferenceProvider]:
-        """The selected provider and those it is made of."""
+        """The selected provider, and those that it is made of."""
         return [self.provider, *(provider for provider, _ in self._nested)]
 
     def close(self) -> None:
-        """Close all providers, the selected one first: whatever one of them raises keeps no other open."""
+        """
+        Close all providers, the selected one first. If one of them raises an error, the others are closed all the
+        same.
+        """
         _close(self.providers)
 
     # While training
 
     @contextmanager
     def training(self, checkpoint: str | None) -> Iterator[None]:
-        """One call of `train()`; from `checkpoint`, the reference must be the one it was started with."""
+        """
+        Surround one call of `train()`. If training goes on from `checkpoint`, the reference has to be the one that the
+        checkpoint was trained with.
+        """
+        trainer = self.run.trainer
+        refuse_moving_callbacks(trainer.callback_handler.callbacks, trainer.ref_model, trainer.args)
         before = self.run.resumed, self.run.policy_moved
         self._began = False
         try:
@@ -227,7 +250,7 @@ class ReferenceSession:
                 self.run.resumed = self.run.policy_moved = True
             yield
         except BaseException:
-            if not self._began:  # the policy is what it was, and to be checked when training does begin
+            if not self._began:  # the policy has not changed, and still has to be checked when training does begin
                 self.run.resumed, self.run.policy_moved = before
             raise
         finally:
@@ -235,11 +258,14 @@ class ReferenceSession:
                 self.prefetcher.cancel()
 
     def training_begins(self) -> None:
-        """The policy is placed, and loaded if training goes on from a checkpoint."""
+        """To be called as training begins: the policy is placed, and the checkpoint is loaded if there is one."""
         assert self.reference_model is not None
         self._began = True
+        if self.monitor is not None:
+            self.monitor.training_begins()
         if not self.run.policy_moved:
-            self.reference_model.checked = False  # an evaluation may have been long ago
+            # It may have been checked in an evaluation, and the policy may have been changed since.
+            self.reference_model.checked = False
         with rng_kept():
             for provider in self.providers:
                 provider.on_train_begin()
@@ -249,40 +275,52 @@ class ReferenceSession:
                 self._record = None
 
     def step_begins(self) -> None:
-        """An optimiser step begins."""
+        """To be called as an optimizer step begins."""
         if self._calls_before is None and self.reference_model is not None:
             self._calls_before = self.reference_model.calls
 
     def rewound(self, checkpoint: str) -> None:
-        """The policy is that of `checkpoint` again, the best one, and so must be a reference that follows it."""
+        """
+        To be called when the policy was set back to `checkpoint`, the best one. A reference that follows the policy
+        has to go back with it.
+        """
         if self.provider.capabilities.moving:
             compare_with_checkpoint(checkpoint, self.provider)
 
     def step_ended(self, step: int) -> None:
-        """An optimiser step is over."""
+        """
+        To be called when an optimizer step is over. Raises an error if the trainer has not asked for its reference
+        since the first step began.
+        """
         self.run.policy_moved = True
         assert self.reference_model is not None
-        if self.run.trainer.ref_model is not self.reference_model:
+        if self.asked_by_trainer:
+            self._check_that_it_was_asked(self.reference_model, step)
+        if self.provider.capabilities.moving:
+            self.provider.on_step_end(step)
+
+    def _check_that_it_was_asked(self, reference: ReferenceModel, step: int) -> None:
+        if self.run.trainer.ref_model is not reference:
             raise SeamError(
                 f"By the end of step {step} `trainer.ref_model` had been replaced by a "
                 f"{type(self.run.trainer.ref_model).__name__}, so training went on against another reference than the "
                 "one that was declared. Declare it instead: `ref_model=`, or option 'model' of a provider."
             )
-        if self.reference_model.calls == self._calls_before:
+        if reference.calls == self._calls_before:
             raise SeamError(
                 f"Step {step} ended and the trainer never asked for its reference. It was trained without one: "
                 f"{type(self.run.trainer).__name__} overrides the loss, or ref_model was replaced after construction."
             )
-        if self.provider.capabilities.moving:
-            self.provider.on_step_end(step)
 
     def checkpoint_begins(self, step: int) -> None:
-        """A checkpoint is about to be written: it must not be one that was trained against another reference."""
+        """To be called before a checkpoint is written: it must not have been trained with another reference."""
         with rng_kept():
             self.check.still_holds(self.providers, f"at the checkpoint of step {step}")
 
     def training_ended(self, step: int) -> None:
-        """Training is over, as planned or early."""
+        """To be called when training is over, as planned or early."""
+        if self.prefetcher is not None:
+            self.prefetcher.cancel()  # the probe must not wait for answers that nobody needs any more
         for provider in self.providers:
             provider.on_train_end()
         with rng_kept():

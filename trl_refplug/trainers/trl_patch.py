@@ -1,10 +1,11 @@
 """
-What TRL does with its reference, and the one place where we change it.
+The patch of TRL: the one place where we change what TRL does with its reference.
 
-All four trainers load their own reference inside `__init__` by calling `create_model_from_path`, a name imported into
-each trainer's module, and later call `self.ref_model(..., labels=..., fused_lm_head=True).log_probs`. For the time of
-`__init__` that name is replaced, so that TRL's second copy is never loaded; everything else TRL does to a reference
-(dropout, LM head, temperature, DeepSpeed, FSDP, device) it goes on doing to the module it is given instead.
+All four trainers load their own reference inside `__init__`, by calling `create_model_from_path`, a name that is
+imported into each trainer's module. Later they call `self.ref_model(..., labels=..., fused_lm_head=True).log_probs`.
+While `__init__` runs, we replace that name by a function of ours, so that TRL never loads a second copy and gets our
+module instead. TRL then does to our module all else that it does to a reference: dropout, LM head, temperature,
+DeepSpeed, FSDP, device.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import trl
 from trl.trainer.utils import get_config_model_id
 
 from trl_refplug.errors import ConfigurationError, SeamError
+from trl_refplug.trainers.reach import why_not
 
 
 SUPPORTED = ">=1.15"
@@ -30,13 +32,13 @@ _MASKED_FLAGS = ("precompute_ref_log_probs", "sync_ref_model")
 @dataclass(frozen=True)
 class PatchPoint:
     """
-    Where one TRL trainer class reaches its reference.
+    Where one of TRL's trainer classes loads its reference: the point at which we patch it.
 
     Args:
         owner (`type`): The class of TRL whose `__init__` loads the reference.
-        signature (`inspect.Signature`): Of that `__init__`.
-        online (`bool`): Whether the trainer generates its completions (GRPO, RLOO): no `ref_model` argument, a
-            temperature, and no reference at all when `beta` is 0.
+        signature (`inspect.Signature`): The signature of that `__init__`.
+        online (`bool`): Whether the trainer generates its completions (GRPO, RLOO). Such a trainer has no argument
+            `ref_model`, but a temperature, and it uses no reference at all when `beta` is 0.
     """
 
     owner: type
@@ -44,9 +46,9 @@ class PatchPoint:
     online: bool
 
     @classmethod
-    def of(cls, trainer_class: type) -> PatchPoint:
+    def find_in(cls, trainer_class: type) -> PatchPoint:
         """
-        Find the seam of a trainer of TRL or of a subclass of one.
+        Find where a trainer of TRL, or a subclass of one, loads its reference.
 
         Raises:
             SeamError: The class has no reference, or TRL reaches it in a way this release does not know.
@@ -60,16 +62,21 @@ class PatchPoint:
             if _LOADER in names and "ref_model" in names and hasattr(module, _LOADER):
                 signature = inspect.signature(init)
                 return cls(candidate, signature, online="ref_model" not in signature.parameters)
+        if reason := why_not(trainer_class):
+            raise SeamError(
+                f"{trainer_class.__name__} cannot take its reference from a provider: {reason}. Use it as it is, "
+                "without `plug`. The page 'Which trainers' lists what works."
+            )
         raise unsupported_trl(
             f"{trainer_class.__name__} does not load a reference in the way of TRL's DPO, KTO, GRPO or RLOO"
         )
 
     def needs_reference(self, args: Any) -> bool:
-        """Whether TRL uses a reference at all: GRPO and RLOO do not when `beta` is 0."""
+        """Whether TRL uses a reference at all. GRPO and RLOO use none when `beta` is 0."""
         return not (self.online and args.beta == 0.0)
 
     def default_args(self, model: Any) -> Any:
-        """What TRL makes of `args=None`."""
+        """The arguments that TRL uses if it gets `args=None`."""
         owner: Any = self.owner
         config_class = getattr(sys.modules[owner.__module__], owner.__name__.replace("Trainer", "Config"))
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -77,7 +84,7 @@ class PatchPoint:
 
 
 def unsupported_trl(found: str) -> SeamError:
-    """The error for a TRL that is not as expected."""
+    """The error for a release of TRL that does not work as we expect."""
     return SeamError(
         f"{found}. trl {trl.__version__} is installed; trl-refplug supports trl{SUPPORTED} where the reference is "
         "called with `fused_lm_head=True`. Install a supported release, or use TRL's own trainer."
@@ -85,7 +92,10 @@ def unsupported_trl(found: str) -> SeamError:
 
 
 def check_flags(patch_point: PatchPoint, args: Any) -> None:
-    """Combinations of TRL's own flags that TRL refuses, and that masking the flags would hide from it."""
+    """
+    Refuse combinations of flags that TRL itself refuses. TRL does not see them, because [`flags_masked`] hides the
+    flags from it.
+    """
     if getattr(args, "sync_ref_model", False):
         if getattr(args, "precompute_ref_log_probs", False):
             raise ConfigurationError(
@@ -94,7 +104,7 @@ def check_flags(patch_point: PatchPoint, args: Any) -> None:
             )
         if not patch_point.needs_reference(args):
             raise ConfigurationError(
-                "`sync_ref_model=True` has nothing to synchronise: with `beta=0.0` no reference is used. "
+                "`sync_ref_model=True` has nothing to synchronize: with `beta=0.0` no reference is used. "
                 "Set `beta` to a non-zero value, or `sync_ref_model=False`."
             )
 
@@ -102,8 +112,8 @@ def check_flags(patch_point: PatchPoint, args: Any) -> None:
 @contextmanager
 def flags_masked(args: Any) -> Iterator[None]:
     """
-    TRL's own reference flags switched off while it constructs: the first would precompute inside `__init__`, past the
-    stand-in, and the second raises for PEFT.
+    Switch off TRL's own flags for the reference while TRL constructs its trainer: with `precompute_ref_log_probs` it
+    would precompute inside `__init__`, without our reference, and `sync_ref_model` is an error with PEFT.
     """
     kept = {name: getattr(args, name) for name in _MASKED_FLAGS if getattr(args, name, False)}
     for name in kept:
@@ -125,17 +135,17 @@ def loading_replaced(
     expected: Callable[[], int],
 ) -> Iterator[None]:
     """
-    Replace TRL's loading of its reference for the duration of `__init__`.
+    Replace the function with which TRL loads its reference, as long as the context lasts: during `__init__`.
 
     Args:
-        seam ([`PatchPoint`]): Where.
+        patch_point ([`PatchPoint`]): Where the trainer's class loads its reference.
         trainer: The trainer under construction.
-        policy_loaded: Called with the policy when TRL loads it from a string, before TRL touches it.
-        reference: Called where TRL would load its reference; what it returns, possibly `None`, is used instead.
-        expected: How many loads must have been replaced by the end.
+        policy_loaded: Called with the policy when TRL has loaded it from a path, before TRL changes anything in it.
+        reference: Called when TRL wants to load its reference. TRL gets what it returns, which may be `None`.
+        expected: Called at the end. It says how many loads must have been replaced.
 
     Raises:
-        SeamError: TRL did not load its reference exactly as often as expected, through this name.
+        SeamError: TRL did not call the function for its reference exactly as often as expected.
     """
     module = sys.modules[patch_point.owner.__module__]
     original = getattr(module, _LOADER)
@@ -144,7 +154,8 @@ def loading_replaced(
 
     def load(model_id: str, *args: Any, **kwargs: Any) -> Any:
         nonlocal replaced, policy_seen
-        # `trainer.model` exists from `Trainer.__init__` on, and so tells the policy's own load from the reference's.
+        # TRL loads the policy before it calls `Trainer.__init__`, which sets `trainer.model`, and the reference after
+        # it.
         policy = getattr(trainer, "model", None)
         if policy is not None and model_id == get_config_model_id(policy.config):
             replaced += 1

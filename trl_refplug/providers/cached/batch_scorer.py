@@ -1,4 +1,4 @@
-"""Rows in bulk for a source that answers one batch at a time, on one rank or on several in step."""
+"""Scoring many rows with a source that takes one batch at a time, on one rank or on several ranks in step."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ _WINDOW_BATCHES = 16
 
 class BatchScorer:
     """
+    Scores a stream of rows in padded batches.
+
     Args:
-        source ([`ReferenceProvider`]): Answers.
-        device (`torch.device`): Of the batches it is given.
-        any_rank (`Callable[[bool], bool]`, *optional*): Whether something holds on any rank. Given where a forward
-            pass takes all of them: a rank that has no rows left goes on with one that counts for nothing.
+        source ([`ReferenceProvider`]): The provider that scores.
+        device (`torch.device`): The device for the batches.
+        any_rank (`Callable[[bool], bool]`, *optional*): Tells whether its argument is true on any rank. It is given if
+            all ranks have to take part in each forward pass. A rank that has no rows left then goes on with a row
+            whose answer is thrown away.
     """
 
     def __init__(
@@ -35,8 +38,8 @@ class BatchScorer:
     def score_passes(self, rows: Iterable[Row]) -> Iterator[list[tuple[int, Tensor]]]:
         """
         Yields:
-            `list[tuple[int, Tensor]]`: Of the rows of one batch, the index and the log-probabilities of the scored
-            tokens, in order: float32 `[scored]` on the CPU.
+            `list[tuple[int, Tensor]]`: For each row of one batch, its index in `rows` and the log-probabilities of its
+            scored tokens, in order: float32 `[scored]` on the CPU.
         """
         batches = _batches(iter(rows))
         while True:
@@ -55,7 +58,7 @@ class BatchScorer:
 
 
 def _batches(rows: Iterator[Row]) -> Iterator[list[tuple[int, Row]]]:
-    """Rows of similar length together, and the index of each."""
+    """Batches of rows of similar length. Each row comes with its index in `rows`."""
     indexed = enumerate(rows)
     while window := list(islice(indexed, _WINDOW_BATCHES * _BATCH_ROWS)):
         window.sort(key=lambda item: len(item[1]))

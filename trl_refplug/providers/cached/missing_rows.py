@@ -1,4 +1,4 @@
-"""What a store misses of the rows that training will ask for."""
+"""Finding the rows that training will ask for and that a store does not have."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from trl_refplug.store import KEY_BYTES, LogProbStore
 
 
 RowBlock = BatchRows | TailScoredRows
-_SHARE = 128  # rows in a row that one rank scores: neighbours have prompts in common
+_SHARE = 128  # so many successive rows are scored by the same rank, because they often have the same prompt
 
 
 @dataclass(frozen=True)
 class _Descending:
-    """A key that is smaller the larger it is: heaps keep the smallest."""
+    """
+    A key that sorts in descending order. Of a heap's entries the smallest is the first, and we need the largest key.
+    """
 
     key: bytes
 
@@ -32,7 +34,7 @@ class _Descending:
 
 @dataclass(frozen=True)
 class MissingRow:
-    """A row the store does not have: its number among the planned ones, and its tokens."""
+    """A row that the store does not have: its number among the planned rows, and its tokens."""
 
     number: int
     row: Row
@@ -41,15 +43,15 @@ class MissingRow:
 @dataclass
 class MissingRows:
     """
-    What a store has of the rows planned.
+    Which of the planned rows a store has, and which it does not have.
 
     Args:
-        rows (`int`): Different rows planned.
-        missing (`set[bytes]`): Keys of those the store misses.
-        mine (`set[bytes]`): The part of `missing` that is this rank's to score.
-        tokens (`int`): Log-probs in `mine`.
-        first (`MissingRow` or `None`): The first that is missing.
-        sample (`list[tuple[Row, Values]]`): Some rows the store has, chosen by their keys, for verification.
+        rows (`int`): How many different rows are planned.
+        missing (`set[bytes]`): The keys of those that the store does not have.
+        mine (`set[bytes]`): The part of `missing` that this rank has to score.
+        tokens (`int`): How many log-probs the rows in `mine` have.
+        first (`MissingRow` or `None`): The first row that is missing.
+        sample (`list[tuple[Row, Values]]`): A few rows that the store has, with its values, for verification.
     """
 
     rows: int = 0
@@ -62,7 +64,7 @@ class MissingRows:
 
 def check_known_ahead(context: ReferenceContext, source: ReferenceProvider) -> None:
     """
-    Refuse to fill ahead what is not known ahead.
+    Refuse fill='ahead' if the rows of the run are not known before training.
 
     Raises:
         ConfigurationError: The data set is a stream, or its completions are generated.
@@ -82,13 +84,13 @@ def check_known_ahead(context: ReferenceContext, source: ReferenceProvider) -> N
 
 
 def planned_blocks(context: ReferenceContext, keys: RowKeys) -> Iterator[RowBlock]:
-    """All rows that training and evaluation are going to ask for."""
+    """All rows that training and evaluation will ask for, in blocks."""
     for split in ("train", "eval"):
         plain = context.planned_rows(split) if isinstance(context, PlansRows) else None
         if plain is not None:
-            yield from map(keys.of_planned, plain)
+            yield from map(keys.rows_of_plan, plain)
         else:
-            yield from map(keys.of, context.planned(split) or ())
+            yield from map(keys.rows_of_batch, context.planned(split) or ())
 
 
 def find_missing(
@@ -101,21 +103,23 @@ def find_missing(
     ranks: int = 1,
 ) -> MissingRows:
     """
-    Look up every row planned.
+    Look up every planned row.
 
     Args:
-        blocks (`Iterable[BatchRows | TailScoredRows]`): The same on every rank, in the same order.
-        verify (`int`): How many of the rows found are kept as a sample.
+        blocks (`Iterable[BatchRows | TailScoredRows]`): The planned rows: the same on every rank, in the same order.
+        verify (`int`): How many of the stored rows are returned as a sample.
+        rank (`int`), ranks (`int`): This rank, and how many there are: the missing rows are divided between them.
     """
     report = MissingRows()
     every: list[bytes] = []
-    # The largest of the keys kept comes first: keys are hashes, so those with the smallest ones are a random sample.
+    # The sample are the rows with the smallest keys: keys are hashes, so that is as good as a random choice. It is a
+    # heap whose first entry has the largest key.
     sample: list[tuple[_Descending, Row, Values]] = []
     number = 0
     for rows in blocks:
         packed = rows.keys(keys.packed)
         counts = rows.scored_counts()
-        there = store.contains(packed) | (counts == 0)  # what has no scored token has nothing to be stored
+        there = store.contains(packed) | (counts == 0)  # a row without scored tokens needs no values
         missed = np.flatnonzero(~there)
         if len(missed):
             there[missed] = store.contains(rows.keys(keys.exact, missed.tolist()))

@@ -1,4 +1,4 @@
-"""The policy as its own reference, for as long as it has not moved: no second model, ever."""
+"""The policy as its own reference, for as long as it has not been trained. This needs no second model at all."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from trl_refplug.scoring import Scorer
 
 class PolicySource(ReferenceProvider):
     """
-    Scores with a fully fine-tuned policy before its first step; afterwards it is not the reference any more.
+    Scores with the policy of full fine-tuning before its first step. After that, the policy is not the reference any
+    more.
 
-    Only a part of other providers: it is not registered, as it cannot answer while training.
+    It is not registered, and can only be a part of another provider, because it cannot answer during training.
     """
 
     capabilities = Capabilities(
@@ -42,7 +43,7 @@ class PolicySource(ReferenceProvider):
         self._dtypes = tensor_dtypes(context.policy)
         self._rounded = self._tensors
         dtype = _engine_dtype(context.args)
-        if dtype is not None:  # DeepSpeed casts the policy itself, where others cast what it computes with
+        if dtype is not None:  # DeepSpeed casts the weights themselves, unlike autocast
             dtypes = {name: dtype if known.is_floating_point else known for name, known in self._dtypes.items()}
             self._rounded = digest_tensors(context.policy, dtypes=dtypes)
         digest = combine_digests(context.policy, self._tensors)
@@ -66,7 +67,9 @@ class PolicySource(ReferenceProvider):
 
     @contextmanager
     def bulk_scorer(self) -> Iterator[Scorer]:
-        """A packed scorer of the reference; the policy is borrowed while the context lasts."""
+        """
+        A packed scorer of the reference. It uses the policy, which must be left alone as long as the context lasts.
+        """
         context = self._usable()
         yield trainer_scorer(context.policy, context, "packed")
 
@@ -80,7 +83,7 @@ class PolicySource(ReferenceProvider):
                 "the policy's own path (the same weights give the same keys), or fill the store before training."
             )
         policy: Any = context.policy
-        # Looked at before every use, and digested again only if something wrote to the weights since.
+        # This is checked before every use. The weights are digested again only if something has written to them since.
         state = [(tensor.data_ptr(), tensor._version) for tensor in policy.state_dict(keep_vars=True).values()]
         if state != self._unmoved:
             found = digest_tensors(policy, dtypes=self._dtypes)
@@ -102,7 +105,7 @@ class PolicySource(ReferenceProvider):
 
 
 def _engine_dtype(args: Any) -> torch.dtype | None:
-    """What DeepSpeed will cast a policy to; `None` if nothing does."""
+    """The dtype that DeepSpeed will cast the policy to; `None` if it is not cast."""
     if args.deepspeed_plugin is None:
         return None
     asked = (name for name in AUTOCAST_DTYPES if getattr(args, name) or getattr(args, f"{name}_full_eval"))

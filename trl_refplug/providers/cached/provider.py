@@ -1,4 +1,4 @@
-"""The `cached` provider: log-probs of another provider, kept on disk and keyed by content."""
+"""The `cached` provider: log-probs of another provider, kept in a store on disk and found by the content of rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trl_refplug.models.adapters import is_peft
 from trl_refplug.models.tolerances import AUTOCAST_DTYPES, rounds_float32, tolerance_for
 from trl_refplug.models.traits import traits_of
 from trl_refplug.provider import ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider, SampleCheck
-from trl_refplug.providers.cached.filling import Filler
+from trl_refplug.providers.cached.filler import Filler
 from trl_refplug.providers.cached.missing_rows import check_known_ahead
 from trl_refplug.providers.cached.policy_source import PolicySource
 from trl_refplug.providers.cached.row_keys import RowKeys
@@ -32,10 +32,11 @@ logger = logging.getLogger("trl_refplug")
 
 class CachedProvider(ReferenceProvider):
     """
-    Looks log-probs up in a store, and has what is missing scored once.
+    Looks log-probs up in a store, and has those that are missing scored, once.
 
-    Rows are found by what they are (tokens, scored positions, the reference's digest, precision), so nothing that
-    only changes how they are batched, shuffled or reduced misses, and nothing that changes a value hits.
+    Rows are found by their content: tokens, scored positions, the reference's digest and the precision. So they are
+    found however they are batched, shuffled or reduced, and they are not found if anything changes that decides their
+    values.
     """
 
     Options = CachedOptions
@@ -120,7 +121,7 @@ class CachedProvider(ReferenceProvider):
         if self.options.fill != "lazy" and not self.fills_as_training_begins:
             self._prepare()
         if self.options.fill == "lazy":
-            self._filler.compare_probe(self._store)
+            self._filler.probe.compare_with(self._store)
         if self.options.fill == "lazy" and context.online:
             logger.warning(
                 "ref_provider='cached' with a trainer that generates its completions: they are new in every step, so "
@@ -129,7 +130,9 @@ class CachedProvider(ReferenceProvider):
 
     @property
     def fills_as_training_begins(self) -> bool:
-        """Whether missing rows are scored not in `setup` but in `on_train_begin`: a policy is not sharded before."""
+        """
+        Whether missing rows are scored in `on_train_begin`, and not in `setup`, because a policy is sharded only then.
+        """
         return self._filler.waits_for_training
 
     def on_train_begin(self) -> None:
@@ -141,7 +144,7 @@ class CachedProvider(ReferenceProvider):
         accelerator = self._context.accelerator
         if accelerator.num_processes > 1 and self.options.fill == "ahead":
             accelerator.wait_for_everyone()
-            # Opened anew, so that of rows with one key all ranks read the same.
+            # It is opened again, so that all ranks read the same values for a key that the store has twice.
             self._store.close()
             self._store = self._open(self._store.location)
             self._filler.check_complete(self._store)
@@ -150,7 +153,7 @@ class CachedProvider(ReferenceProvider):
         source = self._scored_by.identity()
         return ReferenceIdentity("cached", source.digest, {"source": source.provider}, (source,))
 
-    # What scores is asked itself: a store repeats what it said.
+    # The probe is asked of the source itself, because a store only repeats the source's answers.
 
     def declared_model(self, context: ReferenceContext) -> AbstractContextManager[None]:
         return nullcontext()
@@ -162,13 +165,13 @@ class CachedProvider(ReferenceProvider):
         return ()
 
     def log_probs(self, batch: ReferenceBatch) -> Tensor:
-        rows = self._keys.of(batch)
-        values = self._keys.find(self._store, rows)
+        rows = self._keys.rows_of_batch(batch)
+        values = self._keys.look_up(self._store, rows)
         missing = [index for index, value in enumerate(values) if value is None]
         self._hits += len(rows) - len(missing)
         self._misses += len(missing)
         if missing:
-            scored = self._filler.score(self._store, batch, rows, missing)
+            scored = self._filler.score_missing(self._store, batch, rows, missing)
             for index, found in zip(missing, scored, strict=True):
                 values[index] = found
             facts = self._keys.packed if self._scores_packed else self._keys.exact
@@ -215,7 +218,7 @@ class CachedProvider(ReferenceProvider):
             computed_in = "tf32"
         engine = context.args.deepspeed_plugin if self._scored_by.capabilities.local_model else None
         if engine is not None and computed_in not in (None, self._traits.dtype):
-            computed_in = f"{computed_in} weights"  # DeepSpeed rounds these too, autocast only what is computed
+            computed_in = f"{computed_in} weights"  # DeepSpeed rounds the weights, too, unlike autocast
 
         def facts(mode: str) -> ScoringFacts:
             return ScoringFacts(
@@ -231,5 +234,5 @@ class CachedProvider(ReferenceProvider):
 
 
 def default_path() -> str:
-    """Where log-probs are kept unless `path` says otherwise: one store a user, for all runs."""
+    """Where log-probs are kept if the option `path` is not set: in one store per user, for all runs."""
     return str(cache_directory("log-probs"))

@@ -1,4 +1,4 @@
-"""From a batch to the keys of its rows, and from stored rows back to the shape of the batch."""
+"""Cutting batches into rows, giving the rows their keys in a store, and looking them up."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ class BatchRows:
     The rows of one batch.
 
     Args:
-        padded ([`PaddedRows`]): One a row of the batch.
-        offsets (`Sequence[int]`): Position of each first token where absolute positions make that matter, else 0.
+        padded ([`PaddedRows`]): The rows, and where they are in the batch.
+        offsets (`Sequence[int]`): The position of each row's first token if the model has absolute positions, so that
+            log-probs depend on it; otherwise zeros.
     """
 
     padded: PaddedRows
@@ -33,7 +34,7 @@ class BatchRows:
         return len(self.padded)
 
     def keys(self, facts: ScoringFacts, indices: Sequence[int] | None = None) -> list[bytes]:
-        """The keys of some rows, of all by default."""
+        """The keys of the rows with these indices; of all rows by default."""
         every = range(len(self)) if indices is None else indices
         rows = [(self.row(index), self.offsets[index]) for index in every]
         return [RowKey(facts, row.input_ids, row.scored, padding_offset=offset).digest() for row, offset in rows]
@@ -42,17 +43,19 @@ class BatchRows:
         return self.padded.rows[index]
 
     def padding_offset(self, index: int) -> int:
-        """Position of the first token of row `index`, where absolute positions make that matter."""
+        """The position of the first token of row `index` if log-probs depend on it; otherwise 0."""
         return self.offsets[index]
 
     def scored_counts(self) -> Ints:
-        """`[batch]`, how many."""
+        """How many scored tokens each row has: int64 `[batch]`."""
         return np.array([len(row.scored) for row in self.padded.rows], np.int64)
 
 
 @dataclass(frozen=True)
 class TailScoredRows:
-    """Rows as the trainer plans them, with the interface of [`BatchRows`] as far as filling a store needs it."""
+    """
+    Rows in the form in which the trainer plans them. It has those methods of [`BatchRows`] that filling a store needs.
+    """
 
     planned: PlannedRows
 
@@ -60,38 +63,39 @@ class TailScoredRows:
         return len(self.planned)
 
     def keys(self, facts: ScoringFacts, indices: Sequence[int] | None = None) -> list[bytes]:
-        """The keys of some rows, of all by default."""
+        """The keys of the rows with these indices; of all rows by default."""
         planned = self.planned
-        if indices is None or 4 * len(indices) > len(self):  # all at once are that much faster
+        if indices is None or 4 * len(indices) > len(self):  # making all keys at once is so much faster
             keys = tail_scored_keys(facts, planned.token_ids, planned.offsets.tolist(), planned.first_scored.tolist())
             return keys if indices is None else [keys[index] for index in indices]
         return [RowKey(facts, row.input_ids, row.scored).digest() for row in map(self.row, indices)]
 
     def row(self, index: int) -> Row:
-        """A copy of row `index`: it may outlive the block."""
+        """A copy of row `index`, because it may be kept longer than the block."""
         ids = self.planned.token_ids[self.planned.offsets[index] : self.planned.offsets[index + 1]].copy()
         labels = ids.copy()
         labels[: self.planned.first_scored[index]] = IGNORED
         return Row(ids, labels)
 
     def padding_offset(self, index: int) -> int:
-        """Rows as they are planned are not padded."""
+        """Always 0, because planned rows are not padded."""
         return 0
 
     def scored_counts(self) -> Ints:
-        """`[rows]`, how many."""
+        """How many scored tokens each row has: int64 `[rows]`."""
         counts: Ints = np.maximum(np.diff(self.planned.offsets) - self.planned.first_scored, 0)
         return counts
 
 
 class RowKeys:
     """
-    Cuts batches into rows that have keys.
+    Cuts batches into rows that have keys, and looks them up in a store.
 
     Args:
-        packed, exact ([`ScoringFacts`]): Of rows scored in bulk and of rows scored in the trainer's own batches. They
-            agree within rounding, so a row under either key is a hit.
-        model ([`ModelTraits`]): Of the reference.
+        packed, exact ([`ScoringFacts`]): What goes into the keys of rows that were scored in bulk, and of rows that
+            were scored in the trainer's own batches. Their values are the same but for rounding, so a row is a hit if
+            the store has it under either key.
+        model ([`ModelTraits`]): The traits of the reference's model.
     """
 
     def __init__(self, packed: ScoringFacts, exact: ScoringFacts, model: ModelTraits) -> None:
@@ -100,12 +104,12 @@ class RowKeys:
         self._absolute = model.absolute_positions
         self._length_limit = model.length_limit
 
-    def of(self, batch: ReferenceBatch) -> BatchRows:
+    def rows_of_batch(self, batch: ReferenceBatch) -> BatchRows:
         """
         The rows of `batch`.
 
         Raises:
-            UnsupportedInputError: They are not plain token sequences.
+            UnsupportedInputError: They are not plain sequences of tokens.
         """
         if batch.extras or not batch.rows_sliceable:
             raise UnsupportedInputError(
@@ -123,12 +127,12 @@ class RowKeys:
             ) from None
         return BatchRows(padded, padded.lefts if self._absolute else [0] * len(padded))
 
-    def of_planned(self, planned: PlannedRows) -> TailScoredRows:
+    def rows_of_plan(self, planned: PlannedRows) -> TailScoredRows:
         """
-        The same for rows that are cut already.
+        The same for rows as the trainer plans them, which need not be cut out of a batch.
 
         Raises:
-            UnsupportedInputError: One is so long that its log-probs depend on the rows beside it.
+            UnsupportedInputError: A row is so long that its log-probs depend on the other rows of its batch.
         """
         self._check_length(int(np.diff(planned.offsets).max(initial=0)))
         return TailScoredRows(planned)
@@ -141,22 +145,22 @@ class RowKeys:
                 "depend on other rows. Lower `max_length`, or use ref_provider='frozen' or 'adapter'."
             )
 
-    def find(self, store: LogProbStore, batch: BatchRows) -> list[Values | None]:
-        """What the store has of `batch`: float32 `[scored]` for each row, `None` for those it misses."""
-        # Always in this order, so that all runs that read one store read the same bits.
+    def look_up(self, store: LogProbStore, batch: BatchRows) -> list[Values | None]:
+        """The stored values of the rows of `batch`: float32 `[scored]` for each, `None` for those that are missing."""
+        # Packed keys are always looked up first, so that all runs that read a store read the same bits.
         answer = store.lookup(batch.keys(self.packed))
         found = [answer[index] for index in range(len(batch))]
         missing = [index for index, values in enumerate(found) if values is None]
         if missing:
             answer = store.lookup(batch.keys(self.exact, missing))
             for line, index in enumerate(missing):
-                # What has no scored token has nothing to be stored
+                # A row without scored tokens has no values, and is never stored.
                 found[index] = answer[line] if len(batch.row(index).scored) else np.empty(0, np.float32)
         return found
 
 
-def select(batch: ReferenceBatch, indices: list[int]) -> ReferenceBatch:
-    """Some rows of a batch without extras, in its own columns."""
+def select_rows(batch: ReferenceBatch, indices: list[int]) -> ReferenceBatch:
+    """The rows of a batch with these indices, with all columns of the batch. The batch must have no extras."""
     if len(indices) == len(batch.input_ids):
         return batch
     chosen: Any = torch.tensor(indices, device=batch.input_ids.device)

@@ -1,4 +1,6 @@
-"""Several processes that fill one store at once: each scores its part first, and then what others left undone."""
+"""
+Dividing the work between processes that fill one store: each scores its own part, and then what others have left.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +12,22 @@ from trl_refplug.store import LogProbStore
 
 
 _LOOKING_SHARE = 50
-"""The store is looked at again as often as takes one part in this many of the time, ..."""
+"""Looking at the store again may take one part in this many of the time."""
 _LOOKING_SECONDS = 10.0
-"""... and at least this often."""
+"""But the store is looked at again after this many seconds in any case."""
 
 
 class SharedWork:
     """
     Decides when this process scores which rows of a store that others may fill, too.
 
-    Nothing is claimed and nobody waits, so a process that dies holds nothing up. Every window of rows has a weight of
-    its own for every writer. The writer for whom it weighs most scores it in its first turn; the others come to it in
-    a later turn, when their own are done, and by then it mostly is there (rendezvous hashing, Thaler and Ravishankar
-    1996).
+    No process claims rows or waits for another one, so it does no harm if a process dies. Every window of rows has a
+    weight for every process, made by hashing. The process with the largest weight scores the window in its first turn.
+    The others come to it in a later turn, when their own windows are done; by then, it is usually in the store. This
+    is rendezvous hashing (Thaler and Ravishankar 1996).
 
     Args:
-        store ([`LogProbStore`]): What is being filled.
+        store ([`LogProbStore`]): The store that is being filled.
     """
 
     def __init__(self, store: LogProbStore) -> None:
@@ -36,11 +38,12 @@ class SharedWork:
         """The turn, from 0, in which this process scores the window whose first row has this key."""
         mine = _weight(self._store.writer, key)
         before = sum(_weight(other, key) > mine for other in self._store.other_writers)
-        # Every second window of another process is left for later: so this one overtakes it and does not follow it.
+        # Of the windows of another process, every second one is left for a later turn. So this process gets ahead of
+        # the other one, and does not score the same windows right behind it.
         return 2 * before - (before > 0 and mine[-1] % 2)
 
     def look(self) -> None:
-        """See what others have put since. Called before every window; does nothing if that was a moment ago."""
+        """Look at what others have stored. Called before every window; does nothing if it was done a moment ago."""
         started = time.monotonic()
         if started >= self._look_again:
             self._store.refresh()

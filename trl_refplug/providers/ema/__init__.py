@@ -1,8 +1,11 @@
 """
-What the `ema` provider is made of.
+The `ema` provider: a reference that follows the policy.
 
-- `model_average`: an average of whole models
-- `adapter_average`, `lora`, `low_rank`: an average of adapters, kept as a second adapter
-- `shards`, `tensor_files`: parameters of which every rank holds a part, in memory and in checkpoints
-- `export`: the average of a checkpoint as a model of its own
+- `provider`: the provider, which decides when the reference moves
+- `moving_reference`: what the provider asks of whatever moves
+- `moving_model`: what whole models that follow the policy have in common; `model_average` and `bias_corrected` are the
+  two ways in which they move
+- `adapter_average`, `lora`, `low_rank`: an average of adapters, which is a second adapter of the policy
+- `tensor_files`: the reference in checkpoints, where every rank may write a part of it
+- `export`: writes the reference of a checkpoint as a model of its own
 """

@@ -1,4 +1,4 @@
-"""A moving average of LoRA adapters, held in a second adapter of the policy: no second model, no dense delta."""
+"""A moving average of LoRA adapters. It is a second adapter of the policy, so there is no second model."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ class _Product:
     Args:
         matrix ([`LowRank`]): The average of `scaling * B @ A`; with DoRA, of `diag(scale) @ (scaling * B @ A)`.
         scale (`Tensor` or `None`): With DoRA, the average of `magnitude / |W + scaling * B @ A|`, `[rows]`.
-        error (`float`): Bound on the Frobenius norm of what recompression has left out of `matrix`.
+        error (`float`): Bound on the Frobenius norm of all that recompression has left out of `matrix` so far.
     """
 
     matrix: LowRank
     scale: Tensor | None
     error: float = 0.0
 
-    def on(self, device: torch.device) -> _Product:
-        """The same there."""
+    def moved_to(self, device: torch.device) -> _Product:
+        """Return the same average on `device`."""
         matrix = LowRank(self.matrix.left.to(device), self.matrix.right.to(device))
         return _Product(matrix, None if self.scale is None else self.scale.to(device), self.error)
 
@@ -67,15 +67,16 @@ class AdapterAverage:
     """
     `reference = alpha * policy + (1 - alpha) * reference` for the weights that a LoRA policy computes with.
 
-    The masters are kept whole, outside the model; the second adapter holds their rounding, padded with zeros to a
-    rank that never changes. Of a sharded policy one module at a time is gathered.
+    The average is kept in masters outside of the model, which are whole on every rank. The second adapter holds the
+    masters rounded to its own dtype, padded with zeros to a rank that never changes. If the policy is sharded, one
+    module at a time is gathered.
 
     Args:
-        policy (`Callable`): Looks the policy up, as it is wrapped when training starts. It gets the second adapter
-            now, before it is.
-        options ([`EmaOptions`]): `average`, `tolerance` and `max_rank`.
-        dtype (`torch.dtype`): Least precision of the masters.
-        device (`torch.device` or `None`): Where the masters are; `None` for where the policy is.
+        policy (`Callable`): Returns the policy, which the trainer may still wrap before training starts. The policy
+            gets the second adapter at once, before it is wrapped.
+        options ([`EmaOptions`]): Of these, `average`, `tolerance` and `max_rank` are used.
+        dtype (`torch.dtype`): The lowest precision in which the masters may be kept.
+        device (`torch.device` or `None`): The device of the masters; `None` for the policy's.
 
     Raises:
         ConfigurationError: This policy cannot be averaged.
@@ -94,7 +95,7 @@ class AdapterAverage:
         self._exact = options.average == "exact"
         self._tolerance = options.tolerance
         self._dtype, self._device = torch.promote_types(dtype, torch.float32), device
-        self._overflow_told = False
+        self._warned_of_rank = False
         config = model.peft_config[self._source]
         refuse_unsupported(config)
         self._max_ranks: dict[str, int] = {}
@@ -104,26 +105,26 @@ class AdapterAverage:
         _add_second_adapter(model, second_config(config, self._max_ranks))
         second = adapter_parameters(model, REFERENCE_ADAPTER)
         for name, parameter in adapter_parameters(model, self._source).items():
-            second[name].data = second[name].data.to(parameter.dtype)  # the precision the policy computes in
+            second[name].data = second[name].data.to(parameter.dtype)  # the policy computes in this precision
         freeze_adapter(model, REFERENCE_ADAPTER)
         self._products: dict[str, _Product] = {}
         self._values: dict[str, Tensor] = {}
-        self.update(alpha=1.0)
+        self.move_to_policy(alpha=1.0)
 
     @property
     def sharded(self) -> bool:
-        """Whether every rank saves a part: never, as the masters are whole on all of them."""
+        """Whether every rank saves another part: never, because the masters are whole on all of them."""
         return False
 
     @torch.no_grad()
-    def update(self, alpha: float) -> None:
-        """Move the reference towards the policy; with `alpha` 1 it becomes the policy, whatever it was."""
-        overflows: list[tuple[int, str, float]] = []
+    def move_to_policy(self, alpha: float) -> None:
+        """Move the reference towards the policy. With `alpha` 1 it becomes the policy, whatever it was before."""
+        too_high: list[tuple[int, str, float]] = []
         for name, layer in self._layers():
             with added_by(layer, self._source, self._dtype, self._device) as (matrix, scale):
                 product = self._products.get(name)
                 if product is None or alpha == 1:
-                    self._products[name] = product = _Product(_owned(matrix), scale)
+                    self._products[name] = product = _Product(_copied(matrix), scale)
                 else:
                     kept = 1.0 - alpha
                     total = weighted_sum([(kept, product.matrix), (alpha, matrix)])
@@ -133,11 +134,11 @@ class AdapterAverage:
                         scale = kept * product.scale + alpha * scale
                     self._products[name] = product = _Product(smaller.matrix, scale, error)
                     if smaller.needed > self._max_ranks[name]:
-                        overflows.append((smaller.needed, name, smaller.left_out / smaller.norm))
-            self._write(layer, product)
-        if overflows and not self._overflow_told:
-            self._overflow_told = True
-            _tell_overflow(overflows, self._max_ranks, self._tolerance)
+                        too_high.append((smaller.needed, name, smaller.left_out / smaller.norm))
+            self._write_to_adapter(layer, product)
+        if too_high and not self._warned_of_rank:
+            self._warned_of_rank = True
+            _warn_of_rank(too_high, self._max_ranks, self._tolerance)
         for name, theirs, ours in self._other_parameters():
             with gathered([theirs]) as (value,):
                 value = value.to(device=self._device, dtype=self._dtype)
@@ -148,27 +149,33 @@ class AdapterAverage:
             write_part(ours, self._values[name])
 
     def counters(self) -> dict[str, float]:
-        """The largest rank in use, and the largest bound on the relative error that recompression has left."""
+        """Return the highest rank in use, and the largest bound on the relative error that recompression has made."""
         if not self._products:
             return {}
         errors = [p.error / (p.matrix.norm() or 1.0) for p in self._products.values()]
         return {"rank": float(max(p.matrix.rank for p in self._products.values())), "average_error": max(errors)}
 
     @torch.no_grad()
-    def place(self) -> None:
-        """Move the masters to where the policy is by now, unless they have a place of their own."""
+    def training_begins(self) -> None:
+        """Move the masters to the device that the policy is on by now, unless they have a device of their own."""
         if self._device is not None:
             return
         for name, layer in self._layers():
             with added_by(layer, self._source, self._dtype, self._device) as (matrix, _):
-                self._products[name] = self._products[name].on(matrix.left.device)
+                self._products[name] = self._products[name].moved_to(matrix.left.device)
         for name, theirs, _ in self._other_parameters():
             with gathered([theirs]) as (value,):
                 self._values[name] = self._values[name].to(value.device)
 
+    def training_ends(self) -> None:
+        """Nothing has to be done."""
+
     @torch.no_grad()
-    def distance(self) -> float:
-        """`|policy - reference| / |policy|` over what the adapters add; gathers one module at a time if sharded."""
+    def distance_to_policy(self) -> float:
+        """
+        Return `|policy - reference| / |policy|` over what the adapters add to the weights. If the policy is sharded,
+        one module at a time is gathered.
+        """
         difference = size = 0.0
         for name, layer in self._layers():
             with added_by(layer, self._source, self._dtype, self._device) as (matrix, _):
@@ -184,7 +191,7 @@ class AdapterAverage:
     @torch.no_grad()
     def save(self, directory: Path, *, rank: int, writes: bool) -> None:
         """
-        Write the masters, and beside them the second adapter as PEFT saves one, where the trainer `writes`. Called on
+        Write the masters where the trainer `writes`, and beside them the second adapter as PEFT saves one. Called on
         every rank.
         """
         from peft import get_peft_model_state_dict
@@ -224,7 +231,7 @@ class AdapterAverage:
         Restore what [`save`] wrote.
 
         Raises:
-            ReferenceMismatchError: Something is missing, or is not the average of such an adapter.
+            ReferenceMismatchError: Something is missing, or belongs to the average of another adapter.
         """
         with TensorReader(directory) as reader:
             for name, layer in self._layers():
@@ -237,7 +244,7 @@ class AdapterAverage:
                     scale = reader.whole(f"{name}.scale", tuple(scale.shape)).to(left.device)
                 error = float(reader.whole(f"{name}.error", ()))
                 self._products[name] = _Product(LowRank(left, right), scale, error)
-                self._write(layer, self._products[name])
+                self._write_to_adapter(layer, self._products[name])
             for name, _, ours in self._other_parameters():
                 self._values[name].copy_(reader.whole(name, tuple(self._values[name].shape)))
                 write_part(ours, self._values[name])
@@ -252,18 +259,18 @@ class AdapterAverage:
         return self._products[name].matrix.left.device
 
     def _layers(self) -> Iterator[tuple[str, Any]]:
-        """The modules whose products are averaged."""
+        """Return the modules whose products are averaged, by name."""
         return lora_layers(self._model, self._source) if self._exact else iter(())
 
     def _other_parameters(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Name, the policy's and the reference's tensor of what is averaged value by value."""
+        """Yield the name, the policy's tensor and the reference's tensor of all that is averaged value by value."""
         ours = adapter_parameters(self._model, REFERENCE_ADAPTER)
         for name, theirs in adapter_parameters(self._model, self._source).items():
             if not (self._exact and ".lora_" in name):
                 yield name, theirs, ours[name]
 
-    def _write(self, layer: Any, product: _Product) -> None:
-        """Into the second adapter: zero-padded, its scaling being 1."""
+    def _write_to_adapter(self, layer: Any, product: _Product) -> None:
+        """Write the average to the second adapter, padded with zeros. The adapter's scaling is 1."""
         left, right = product.matrix.left, product.matrix.right
         right_parameter, left_parameter = factors(layer, REFERENCE_ADAPTER)
         if product.scale is not None:
@@ -280,8 +287,8 @@ class AdapterAverage:
         write_part(right_parameter, padded_right)
 
 
-def _owned(matrix: LowRank) -> LowRank:
-    """A copy; without rank if it is zero, as that of a new adapter."""
+def _copied(matrix: LowRank) -> LowRank:
+    """Return a copy. A matrix of zeros, which is what a new adapter adds, becomes one of rank 0."""
     if not matrix.left.any() or not matrix.right.any():
         return LowRank(matrix.left[:, :0].clone(), matrix.right[:0].clone())
     return LowRank(matrix.left.clone(), matrix.right.clone())
@@ -289,17 +296,17 @@ def _owned(matrix: LowRank) -> LowRank:
 
 def _add_second_adapter(model: Any, config: Any) -> None:
     if REFERENCE_ADAPTER in model.peft_config:
-        model.delete_adapter(REFERENCE_ADAPTER)  # TRL's own, of the policy's rank
+        model.delete_adapter(REFERENCE_ADAPTER)  # this is TRL's own, which has the policy's rank
     add_adapter(model, REFERENCE_ADAPTER, config)
 
 
-def _tell_overflow(overflows: list[tuple[int, str, float]], max_ranks: dict[str, int], tolerance: float) -> None:
-    needed, name, left_out = max(overflows, key=lambda overflow: overflow[2])
+def _warn_of_rank(too_high: list[tuple[int, str, float]], max_ranks: dict[str, int], tolerance: float) -> None:
+    needed, name, left_out = max(too_high, key=lambda each: each[2])
     logger.warning(
-        "The average of %d adapted modules needs a higher rank than max_rank allows: that of %s would need rank %d "
-        "for tolerance=%g, has %d, and leaves out %.2g of its norm in this sync. Told only once; ref/average_error "
-        "in the logs bounds what has been left out in all. Raise max_rank to avoid it.",
-        len(overflows),
+        "The average of %d adapted modules needs a higher rank than max_rank allows. That of %s would need rank %d "
+        "for tolerance=%g. It has rank %d, which leaves out %.2g of its norm in this sync. This warning comes only "
+        "once; ref/average_error in the logs bounds what all syncs have left out. Raise max_rank to avoid it.",
+        len(too_high),
         name,
         needed,
         tolerance,

@@ -1,4 +1,4 @@
-"""The reference of a checkpoint as an ordinary model or adapter."""
+"""Writes the reference of a checkpoint as an ordinary model or adapter."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def export_reference(checkpoint: Path, out: Path) -> str:
 
     Args:
         checkpoint (`Path`): A checkpoint of a run with `ref_provider="ema"`, saved on any number of ranks.
-        out (`Path`): Directory to write; must not have anything in it.
+        out (`Path`): Directory to write to. It must be empty, or not there yet.
 
     Returns:
-        `str`: `"model"` or `"adapter"`, what was written.
+        `str`: What was written, `"model"` or `"adapter"`.
 
     Raises:
         ConfigurationError: There is no such checkpoint, `out` is in use, or the model's class is not one of
@@ -97,7 +97,7 @@ def _model(directory: Path, architecture: str) -> Any:
         )
         for name, tensor in tensors.items():
             known = strip_wrappers(name)
-            # stored as it is averaged, written as it scores
+            # It is stored in the precision of the average, and written in the one in which it scores.
             tensor.data = reader.whole(known, tuple(tensor.shape)).to(reader.dtypes[known])
         model.tie_weights()
     return model

@@ -1,4 +1,4 @@
-"""What LoRA adapters add to the weights of their layers, and the shape of one that can hold an average of them."""
+"""What LoRA adapters add to the weights of their layers, and the configuration of one that can hold their average."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from trl_refplug.providers.options import EmaOptions
 
 
-_DEFAULT_MAX_RANK = 4  # times the policy's rank: enough for a tolerance of 1e-4 at any alpha in the runs measured
+# Times the policy's rank. In the runs that were measured, this was enough for a tolerance of 1e-4 at any alpha.
+_DEFAULT_MAX_RANK = 4
 _UNSUPPORTED = (
     "lora_bias",
     "target_parameters",
@@ -39,7 +40,12 @@ _UNSUPPORTED = (
 
 
 def refuse_unsupported(config: Any) -> None:
-    """Raise a [`ConfigurationError`] if adapters with such a configuration cannot be averaged."""
+    """
+    Refuse an adapter that cannot be averaged.
+
+    Raises:
+        ConfigurationError: Its configuration has something in it that is not supported.
+    """
     from peft import PeftType
 
     if config.peft_type != PeftType.LORA:
@@ -56,7 +62,7 @@ def refuse_unsupported(config: Any) -> None:
 
 
 def lora_layers(model: Any, adapter: str) -> Iterator[tuple[str, Any]]:
-    """The modules that have such an adapter, by the name they have in the model itself."""
+    """Yield the modules that `adapter` adapts, by the name they have in the model itself."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in model.base_model.model.named_modules():
@@ -65,7 +71,7 @@ def lora_layers(model: Any, adapter: str) -> Iterator[tuple[str, Any]]:
 
 
 def factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
-    """The parameters `A`, `[rank, columns]`, and `B`, `[rows, rank]`."""
+    """Return the parameters `A`, `[rank, columns]`, and `B`, `[rows, rank]`, of a module's adapter."""
     if adapter in layer.lora_embedding_A:
         return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
     return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
@@ -76,8 +82,8 @@ def added_by(
     layer: Any, adapter: str, dtype: torch.dtype, device: torch.device | None
 ) -> Iterator[tuple[LowRank, Tensor | None]]:
     """
-    What an adapter adds to a module's weight, gathered if it is sharded, and with DoRA the factor on every row:
-    the module's weight is `scale * W + matrix`.
+    Give what an adapter adds to a module's weight, gathered if it is sharded, and with DoRA the factor on every row.
+    The module then computes with the weight `scale * W + matrix`.
     """
     right_parameter, left_parameter = factors(layer, adapter)
     dora = layer.use_dora.get(adapter, False)
@@ -97,7 +103,7 @@ def added_by(
 
 @contextmanager
 def base_weight(layer: Any, device: torch.device) -> Iterator[Tensor]:
-    """The weight that DoRA scales, `[rows, columns]`."""
+    """Give the weight that DoRA scales, `[rows, columns]`, gathered if it is sharded."""
     from peft.utils.integrations import dequantize_module_weight
 
     base = layer.get_base_layer()
@@ -111,10 +117,10 @@ def base_weight(layer: Any, device: torch.device) -> Iterator[Tensor]:
 
 def max_rank(name: str, layer: Any, adapter: str, options: EmaOptions) -> int:
     """
-    The rank that an average of a layer's adapter may have.
+    Return the highest rank that the average of a layer's adapter may have.
 
     Raises:
-        ConfigurationError: It cannot be averaged exactly, or `max_rank` is too small.
+        ConfigurationError: The adapter cannot be averaged exactly, or the option `max_rank` is too small.
     """
     right, left = factors(layer, adapter)
     if len(full_shape(right)) != 2 or (layer.use_dora.get(adapter) and adapter in layer.lora_embedding_A):
@@ -134,9 +140,9 @@ def max_rank(name: str, layer: Any, adapter: str, options: EmaOptions) -> int:
 
 
 def second_config(config: Any, max_ranks: dict[str, int]) -> Any:
-    """The configuration of the second adapter: with `max_ranks`, of these ranks and with scaling 1."""
+    """Return the configuration of the second adapter. With `max_ranks`, it has these ranks, and the scaling 1."""
     second = copy.deepcopy(config)
-    # Other initialisations would rewrite the base, or draw on data; what it holds is written right after.
+    # Other initializations would rewrite the base, or need data. The average is written to the adapter right after.
     second.init_lora_weights = True
     second.loftq_config = {}
     for name in ("eva_config", "corda_config", "lora_ga_config"):

@@ -1,4 +1,4 @@
-"""Matrices kept as the product of two thin factors: weighted sums and recompression, never forming the matrix."""
+"""Matrices that are kept as two thin factors: they are summed and recompressed, and never formed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Products of float32 matrices in float32, even where training uses TF32: of its 10 bits no average is made."""
+    """Multiply float32 matrices in float32, even where training uses TF32, whose 10 bits are too few here."""
     everywhere: Any = torch.backends
     matmul = everywhere.cuda.matmul
     before = matmul.fp32_precision
@@ -46,11 +46,11 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """Number of columns of `left`; the matrix may have less."""
+        """The number of columns of `left`. The rank of the matrix itself may be lower."""
         return self.left.shape[1]
 
     def norm(self) -> float:
-        """Frobenius norm."""
+        """Return the Frobenius norm."""
         left, right = _double(self.left), _double(self.right)
         squared = ((left.T @ left) * (right @ right.T)).sum()
         return float(squared.clamp(min=0).sqrt())
@@ -58,7 +58,7 @@ class LowRank:
     @full_float32()
     def row_norms(self, weight: Tensor) -> Tensor:
         """
-        Euclidean norm of every row of `weight + left @ right`.
+        Return the Euclidean norm of every row of `weight + left @ right`.
 
         Args:
             weight (`Tensor`): `[rows, columns]`.
@@ -75,16 +75,16 @@ class LowRank:
     @full_float32()
     def recompressed(self, tolerance: float, max_rank: int) -> Recompressed:
         """
-        The same matrix with as small a rank as an error of `tolerance` allows, and at most `max_rank`.
+        Return the same matrix with as low a rank as an error of `tolerance` allows, and at most `max_rank`.
 
         Args:
             tolerance (`float`): Frobenius norm of what may be left out, relative to that of the matrix.
-            max_rank (`int`): What `tolerance` would need beyond this is left out nevertheless.
+            max_rank (`int`): The highest rank. If `tolerance` needs a higher one, more is left out than it allows.
         """
         orthogonal_left, upper_left = torch.linalg.qr(self.left)
         orthogonal_right, upper_right = torch.linalg.qr(self.right.T)
         u, singular, vh = torch.linalg.svd(upper_left @ upper_right.T, full_matrices=False)
-        # tails[k]: norm of what is left out when k singular values are kept
+        # tails[k] is the norm of what is left out if k singular values are kept.
         tails = singular.cpu().double().square().flip(0).cumsum(0).sqrt().flip(0)
         tails = torch.cat([tails, tails.new_zeros(1)])
         needed = int((tails > tolerance * tails[0]).sum())
@@ -97,13 +97,13 @@ class LowRank:
 @dataclass(frozen=True)
 class Recompressed:
     """
-    What came of a recompression.
+    The result of a recompression.
 
     Args:
         matrix ([`LowRank`]): The matrix, of lower rank.
-        needed (`int`): The rank that the tolerance asked for.
+        needed (`int`): The rank that the tolerance needs.
         left_out (`float`): Frobenius norm of the difference to the matrix before.
-        norm (`float`): Frobenius norm of the matrix before.
+        norm (`float`): Frobenius norm of the matrix before it was recompressed.
     """
 
     matrix: LowRank
@@ -113,6 +113,6 @@ class Recompressed:
 
 
 def weighted_sum(terms: Sequence[tuple[float, LowRank]]) -> LowRank:
-    """`sum(weight * matrix)`: its rank is the sum of theirs."""
+    """Return `sum(weight * matrix)`, whose rank is the sum of the ranks."""
     left = torch.cat([weight * matrix.left for weight, matrix in terms], dim=1)
     return LowRank(left, torch.cat([matrix.right for _, matrix in terms]))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,9 @@ from trl_refplug.models.modes import stay_in_evaluation_mode
 from trl_refplug.models.purity import check_policy
 from trl_refplug.provider import ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
 from trl_refplug.providers.ema.adapter_average import AdapterAverage
-from trl_refplug.providers.ema.model_average import ModelAverage, MovingAverage
+from trl_refplug.providers.ema.bias_corrected import BiasCorrectedAverage
+from trl_refplug.providers.ema.model_average import ModelAverage
+from trl_refplug.providers.ema.moving_reference import MovingAverage, MovingReference
 from trl_refplug.providers.ema.tensor_files import clear_tensors
 from trl_refplug.providers.options import EMA_CAPABILITIES, EmaOptions
 from trl_refplug.providers.scorers import trainer_scorer
@@ -41,12 +43,13 @@ _STATE = "ema.json"
 
 class EmaProvider(ReferenceProvider):
     """
-    Scores with a moving average of the policy (TR-DPO, arXiv 2404.09656): in full fine-tuning a copy held in the
-    trainer's process, with a LoRA policy a second adapter of it.
+    Scores with a moving average of the policy (TR-DPO, arXiv 2404.09656; BEMA, arXiv 2508.00180). In full fine-tuning
+    it is a second model in the trainer's process, and with a LoRA policy a second adapter of the policy.
 
     Args:
         options ([`EmaOptions`]): How the reference moves.
-        model (`nn.Module`, *optional*): Where it starts; by default at the policy as it was passed in.
+        model (`nn.Module`, *optional*): The model that the reference is at the start. By default this is the policy as
+            it was passed in.
     """
 
     Options = EmaOptions
@@ -60,7 +63,8 @@ class EmaProvider(ReferenceProvider):
         self._architecture = ""
         self._context: ReferenceContext | None = None
         self._module: nn.Module | None = None
-        self._kept_average: MovingAverage | None = None
+        self._kept_moving: MovingReference | None = None
+        self._moves: Callable[[int], bool] | None = None
         self._scorers: dict[tuple[nn.Module, str], Scorer] = {}
         self._is_peft = False
         self._syncs = 0
@@ -76,12 +80,18 @@ class EmaProvider(ReferenceProvider):
 
     @property
     def reference_adapter(self) -> str | None:
-        """Name of the policy's adapter that is the reference, for PEFT."""
+        """With PEFT, the name of the policy's adapter that is the reference."""
         return REFERENCE_ADAPTER if self._is_peft else None
 
     def pin(self, context: ReferenceContext) -> nn.Module | None:
         self._is_peft = context.peft_config is not None or is_peft(context.policy)
         if self._is_peft:
+            if self.options.average == "bema":
+                raise ConfigurationError(
+                    "ref_provider='ema': average='bema' averages whole models, and the policy is a PEFT model, whose "
+                    "reference is an adapter. Use average='exact', which averages what the adapter adds to the "
+                    "weights, or train the whole model."
+                )
             if self._given is not None:
                 raise ConfigurationError(
                     "A reference model was passed (`ref_model=`), and with a PEFT policy the 'ema' reference is an "
@@ -107,11 +117,16 @@ class EmaProvider(ReferenceProvider):
 
     def _setup_model(self, context: ReferenceContext, dtype: torch.dtype, device: torch.device | None) -> None:
         self._module = context.reference_model
-        assert self._module is not None, "the seam places what pin() returned"
+        assert self._module is not None, "the trainer places what pin() returned"
         stay_in_evaluation_mode(self._module)  # a model passed as `ref_model=` may still be in train mode
-        average = ModelAverage(self._module, lambda: context.policy, dtype, device)
-        average.check()
-        self._kept_average = average
+        if self.options.average == "bema":
+            corrected = BiasCorrectedAverage(self._module, lambda: context.policy, self.options, dtype, device)
+            corrected.check_same_architecture()
+            self._kept_moving, self._moves = corrected, corrected.step_ended
+        else:
+            average = ModelAverage(self._module, lambda: context.policy, dtype, device)
+            average.check_same_architecture()
+            self._keep_average(average)
 
     def _setup_adapter(self, context: ReferenceContext, dtype: torch.dtype, device: torch.device | None) -> None:
         policy = peft_model_of(context.policy)
@@ -121,14 +136,27 @@ class EmaProvider(ReferenceProvider):
             self._start = combine_digests(base_model_of(policy), digest_tensors(policy))
         else:
             self._start = combine_digests(policy, digest_tensors(policy, adapter), adapter)
-        self._kept_average = AdapterAverage(lambda: context.policy, self.options, dtype, device)
+        self._keep_average(AdapterAverage(lambda: context.policy, self.options, dtype, device))
         assert self.reference_adapter is not None
         save_without(policy, self.reference_adapter)
 
+    def _keep_average(self, average: MovingAverage) -> None:
+        """Move the reference by mixing the policy into it, every `sync_steps` steps."""
+
+        def sync(step: int) -> bool:
+            # A sync falls on a multiple of `sync_steps`, as TRL counts. With alpha 0 it would only cost time.
+            options = self.options
+            if not options.alpha or step < options.start_step or step % options.sync_steps:
+                return False
+            average.move_to_policy(options.alpha)
+            return True
+
+        self._kept_moving, self._moves = average, sync
+
     @property
-    def _average(self) -> MovingAverage:
-        assert self._kept_average is not None, "setup() comes first"
-        return self._kept_average
+    def _moving(self) -> MovingReference:
+        assert self._kept_moving is not None, "setup() comes first"
+        return self._kept_moving
 
     def identity(self) -> ReferenceIdentity:
         assert self._start, "identity() before setup()"
@@ -137,17 +165,21 @@ class EmaProvider(ReferenceProvider):
         return ReferenceIdentity("ema", digest, {"start": self._start[:12], **schedule})
 
     def _schedule(self) -> dict[str, Any]:
-        """The options that decide where the reference is after so many steps."""
+        """Return the options that decide where the reference is after a number of steps."""
         options = asdict(self.options)
-        names = ["alpha", "sync_steps", "start_step", "master_dtype"]
-        if self._is_peft:
-            names += ["average", "tolerance", "max_rank"] if self.options.average == "exact" else ["average"]
+        if self.options.average == "bema":
+            of_bema = [option.name for option in fields(self.options) if "bema" in option.metadata.get("averages", ())]
+            names = ["average", *of_bema, "master_dtype"]
+        else:
+            names = ["alpha", "sync_steps", "start_step", "master_dtype"]
+            if self._is_peft:
+                names += ["average", "tolerance", "max_rank"] if self.options.average == "exact" else ["average"]
         return {name: options[name] for name in names}
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
         if self._context is None or not self._is_peft:
             return []
-        return canonical_tensors(peft_model_of(self._context.policy), None)  # the base, under the adapter that moves
+        return canonical_tensors(peft_model_of(self._context.policy), None)  # the base model, which must not move
 
     def log_probs(self, batch: ReferenceBatch) -> Tensor:
         assert self._context is not None, "log_probs() before setup()"
@@ -164,23 +196,21 @@ class EmaProvider(ReferenceProvider):
 
     def _score(self, model: nn.Module, mode: Literal["exact", "packed"], batch: ReferenceBatch) -> Tensor:
         assert self._context is not None
-        if (model, mode) not in self._scorers:  # FSDP and DeepSpeed put another policy in its place as training starts
+        if (model, mode) not in self._scorers:  # FSDP and DeepSpeed replace the policy as training starts
             self._scorers[model, mode] = trainer_scorer(model, self._context, mode)
         return self._scorers[model, mode].log_probs(batch)
 
     def on_step_end(self, step: int) -> None:
-        # Multiples of `sync_steps`, as TRL counts; with alpha 0 a sync would only cost time.
-        if self.options.alpha and step >= self.options.start_step and step % self.options.sync_steps == 0:
-            self._average.update(self.options.alpha)
-            self._syncs += 1
+        assert self._moves is not None, "setup() comes first"
+        self._syncs += self._moves(step)
 
     def counters(self) -> dict[str, float]:
         assert self._context is not None
         policy = self._context.policy
         counters = {
             "syncs": float(self._syncs),
-            "distance": self._average.distance(),
-            **self._average.counters(),
+            "distance": self._moving.distance_to_policy(),
+            **self._moving.counters(),
         }
         if self._last is not None:
             counters["log_ratio"] = self._log_ratio(policy, *self._last)
@@ -188,7 +218,7 @@ class EmaProvider(ReferenceProvider):
         return counters
 
     def _log_ratio(self, policy: nn.Module, batch: ReferenceBatch, reference: Tensor) -> float:
-        """Mean over the scored tokens of this rank's last batch of `log policy - log reference`, in nats."""
+        """Return the mean of `log policy - log reference` over the scored tokens of a batch, in nats."""
         log_probs = self._score(policy, "exact", batch)
         scored = batch.labels[:, 1:] != -100
         return float((log_probs - reference)[scored].mean()) if scored.any() else 0.0
@@ -201,31 +231,35 @@ class EmaProvider(ReferenceProvider):
         accelerator, writes = self._context.accelerator, self._context.args.should_save
         if writes:
             clear_tensors(directory)
-        if self._average.sharded:
+        if self._moving.sharded:
             accelerator.wait_for_everyone()
-        self._average.save(directory, rank=accelerator.process_index, writes=writes)
+        self._moving.save(directory, rank=accelerator.process_index, writes=writes)
         if writes:
             state: dict[str, Any] = {"kind": "adapter", "syncs": self._syncs}
             if self._module is not None:
                 state.update(kind="model", architecture=self._architecture)
                 accelerator.unwrap_model(self._module).config.save_pretrained(directory)
             (directory / _STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
-        if self._average.sharded:
+        if self._moving.sharded:
             accelerator.wait_for_everyone()  # the checkpoint counts as complete soon after this returns
 
     def on_train_begin(self) -> None:
-        self._average.place()
+        self._moving.training_begins()
+
+    def on_train_end(self) -> None:
+        self._moving.training_ends()
 
     def load_state(self, directory: Path) -> None:
         state = read_state(directory)
-        self._average.load(directory)
+        self._moving.load(directory)
         self._syncs = state["syncs"]
 
     def close(self) -> None:
-        # The trainer's objects may outlive training; the copy must not.
+        # The trainer's objects may outlive training, and must not keep the reference in memory.
         self._module = None
         self._given = None
-        self._kept_average = None
+        self._kept_moving = None
+        self._moves = None
         self._context = None
         self._last = None
         self._scorers.clear()
@@ -242,10 +276,10 @@ def _refuse_fsdp1(accelerator: Any) -> None:
 
 def read_state(directory: Path) -> dict[str, Any]:
     """
-    What a checkpoint says about its moving reference, tensors aside.
+    Return what a checkpoint says about its moving reference, without the tensors.
 
     Raises:
-        ReferenceMismatchError: There is none.
+        ReferenceMismatchError: The checkpoint has no moving reference, or what it says cannot be read.
     """
     try:
         state: dict[str, Any] = json.loads((directory / _STATE).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Tensors on disk as safetensors, whole or in the parts that ranks hold, readable on any number of ranks."""
+"""Tensors in safetensors files, whole or in the parts that the ranks hold. Any number of ranks can read them again."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ if TYPE_CHECKING:
 
 
 _PATTERN = "reference-{rank:05d}-{number:05d}.safetensors"
-_BYTES_PER_FILE = 4 * 2**30  # bounds what is copied to the CPU at once
+_BYTES_PER_FILE = 4 * 2**30  # so much is copied to the CPU at once, at most
 
 
 def write_tensors(directory: Path, rank: int, tensors: Iterable[tuple[str, Tensor, Part, torch.dtype]]) -> None:
     """
-    Write this rank's parts.
+    Write this rank's parts of tensors.
 
     Args:
-        directory (`Path`): Where, the same for all ranks.
+        directory (`Path`): Where they are written, the same for all ranks.
         rank (`int`): This rank.
-        tensors: Name, part, where it sits in the whole, and the dtype in which the reference computes with it.
+        tensors: For each, its name, the part, where the part sits in the whole tensor, and the dtype in which the
+            reference computes with it.
     """
     number = size = 0
     batch: dict[str, Tensor] = {}
@@ -49,7 +50,7 @@ def write_tensors(directory: Path, rank: int, tensors: Iterable[tuple[str, Tenso
     for name, tensor, part, dtype in tensors:
         if size and size + tensor.nbytes > _BYTES_PER_FILE:
             flush()
-        # A copy even on the CPU: ZeRO-3 cuts its parts from one buffer, and safetensors refuses shared memory.
+        # It is copied even on the CPU: ZeRO-3 cuts its parts from one buffer, and safetensors refuses shared memory.
         batch[name] = tensor.detach().to("cpu", copy=True).contiguous()
         layout[name] = json.dumps([part.shape, part.offset, str(dtype).removeprefix("torch.")])
         size += tensor.nbytes
@@ -57,20 +58,20 @@ def write_tensors(directory: Path, rank: int, tensors: Iterable[tuple[str, Tenso
 
 
 def clear_tensors(directory: Path) -> None:
-    """Remove what another run has left in a checkpoint that is written anew: more ranks leave more files."""
+    """Remove what another run left in a checkpoint that is written anew: one with more ranks left more files."""
     for path in directory.glob("reference-*.safetensors"):
         path.unlink()
 
 
 class TensorReader:
-    """The whole tensors of a directory that all ranks have written to. A context manager."""
+    """A context manager that reads whole tensors from a directory to which all ranks have written their parts."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._stack = ExitStack()
         self._parts: dict[str, list[tuple[Any, Part]]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        """The dtype in which the reference computes with each tensor; it may be stored in a wider one."""
+        """The dtype in which the reference computes with each tensor, by name. It may be stored in a wider one."""
 
     def __enter__(self) -> TensorReader:
         for path in sorted(self._directory.glob("reference-*.safetensors")):
@@ -90,17 +91,17 @@ class TensorReader:
 
     @property
     def names(self) -> list[str]:
-        """Names of all tensors."""
+        """The names of all tensors."""
         return list(self._parts)
 
     def whole(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """
-        The whole tensor called `name`, on the CPU.
+        Return the whole tensor called `name`, on the CPU.
 
         Raises:
             ReferenceMismatchError: There is no such tensor, it has another shape, or a rank's part is missing.
         """
-        parts = self._found(name)
+        parts = self._parts_of(name)
         cut = parts[0][1].shape
         if cut not in (shape, (prod(shape),)):
             raise ReferenceMismatchError(f"{self._directory}: {name!r} is {list(cut)}; expected {list(shape)}.")
@@ -108,7 +109,7 @@ class TensorReader:
             tensor: Tensor = parts[0][0].get_tensor(name)
             return tensor.reshape(shape)
         whole = torch.empty(cut, dtype=parts[0][0].get_tensor(name).dtype)
-        # A part is known by its offset: replicas write the same one more than once.
+        # Parts with the same offset are the same part, which replicas write more than once.
         for file, part in parts:
             part.slice_of(whole).copy_(file.get_tensor(name))
         if sum({part.offset: prod(part.size) for _, part in parts if prod(part.size)}.values()) != prod(cut):
@@ -119,14 +120,14 @@ class TensorReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """
-        Shape in which the tensor was cut into parts: its own, or flat under ZeRO-3.
+        Return the shape in which the tensor was cut into parts: its own, or under ZeRO-3 a flat one.
 
         Raises:
             ReferenceMismatchError: There is no such tensor.
         """
-        return self._found(name)[0][1].shape
+        return self._parts_of(name)[0][1].shape
 
-    def _found(self, name: str) -> list[tuple[Any, Part]]:
+    def _parts_of(self, name: str) -> list[tuple[Any, Part]]:
         if name not in self._parts:
             raise ReferenceMismatchError(f"{self._directory} has no {name!r}; the checkpoint is damaged.")
         return self._parts[name]

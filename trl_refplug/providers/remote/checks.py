@@ -1,4 +1,4 @@
-"""Is this the server that the run means? What `remote` compares before the first step."""
+"""Connecting to a server, and checking before the first step that it has the reference that the run declares."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def connect(
     transport: Transport, context: ReferenceContext, options: RemoteOptions
 ) -> tuple[ScoringClient, ReferenceIdentity]:
     """
-    A client of `trl-refplug serve` whose server has the reference that is declared.
+    Connect to a server of `trl-refplug serve`, and check that it has the reference that is declared.
 
     Raises:
-        RemoteError: No server answers, or not as it should.
-        ReferenceMismatchError: It serves something else.
+        RemoteError: No server answers, or its answer is wrong.
+        ReferenceMismatchError: It serves another model.
     """
     client = RefPlugClient(transport)
     facts = client.served_model
@@ -55,7 +55,7 @@ def connect(
         )
     digest = facts.digest
     if _mixed_precision(context) != "no":
-        # The same weights in the trainer's process would compute under autocast, and say something else
+        # In the trainer's process, the same weights would compute under autocast, and give other values.
         digest = xxhash.xxh3_128_hexdigest(f"{digest} computed in {facts.dtype}".encode())
     details = {"model": facts.model, "adapter": facts.adapter, "dtype": facts.dtype, "protocol": "refplug"}
     return client, ReferenceIdentity("remote", digest, details)
@@ -65,15 +65,15 @@ def connect_vllm(
     transport: Transport, context: ReferenceContext, options: RemoteOptions
 ) -> tuple[ScoringClient, ReferenceIdentity]:
     """
-    A client of an OpenAI-compatible server. Such a server cannot say which weights it has, so a row of the probe
-    travels with every request.
+    Connect to an OpenAI-compatible server. Such a server cannot say which weights it has, so a row of the probe is
+    sent with every request, and its answer is compared.
 
     Raises:
-        RemoteError: No server answers, or not as it should.
-        ReferenceMismatchError: It serves something else.
+        RemoteError: No server answers, or its answer is wrong.
+        ReferenceMismatchError: It serves another model.
     """
     policy: Any = context.policy
-    tolerance = TOLERANCES[torch.bfloat16]  # nothing says what an unknown server computes in
+    tolerance = TOLERANCES[torch.bfloat16]  # it is not known what the server computes in
     if options.starts_as_policy:
         tolerance = tolerance_for(_mixed_precision(context), policy.dtype, context.args.device.type)
     model = causal_lm(policy)
@@ -93,7 +93,7 @@ def connect_vllm(
 
 
 def dtype_of(client: ScoringClient, options: RemoteOptions) -> str | None:
-    """The dtype that a server computes in; `None` for that of the policy."""
+    """The dtype that the server computes in; `None` if it is that of the policy."""
     if isinstance(client, RefPlugClient):
         return client.served_model.dtype
     return None if options.starts_as_policy else "bfloat16"  # nothing says what an unknown server computes in
@@ -101,10 +101,11 @@ def dtype_of(client: ScoringClient, options: RemoteOptions) -> str | None:
 
 def check_tokenizer(client: ScoringClient, processing_class: Any) -> None:
     """
-    Compare what ids stand for; warn where only the run knows it.
+    Check that the run's token ids stand for the same text on the server. If the server has no tokenizer to compare
+    with, only warn.
 
     Raises:
-        ReferenceMismatchError: The reference was trained on other ids.
+        ReferenceMismatchError: The server's model has another tokenizer, or a smaller vocabulary.
     """
     if not isinstance(client, RefPlugClient):
         return
@@ -130,7 +131,7 @@ def check_tokenizer(client: ScoringClient, processing_class: Any) -> None:
 
 
 def _policy_digests(context: ReferenceContext) -> list[str]:
-    """What the policy as it starts may be called: with the adapter it came with, and without."""
+    """The digests that the policy as it starts may have: with the adapter that it came with, and without it."""
     policy: Any = context.policy
     digests = [digest_model(policy)]
     if is_peft(policy) and isinstance(policy.active_adapter, str):

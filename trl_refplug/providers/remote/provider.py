@@ -1,4 +1,4 @@
-"""The `remote` provider: a reference that is served elsewhere."""
+"""The `remote` provider: a reference that a server has."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ if TYPE_CHECKING:  # what talks to servers needs an extra, and is imported when 
 
 class RemoteProvider(ReferenceProvider):
     """
-    Asks a server for the reference's log-probs: no reference in the trainer's process, or on its machine.
+    Asks a server for the reference's log-probs, so that there is no reference in the trainer's process, or on its
+    machine.
 
-    Every answer is checked: as many values as asked for, undamaged, finite, of the reference of the start.
-    Several ranks ask independently of each other.
+    Every answer is checked: it must have as many values as were asked for, be undamaged and finite, and come from the
+    reference that the run was started with. Each rank asks independently of the others.
     """
 
     Options = RemoteOptions
@@ -53,7 +54,7 @@ class RemoteProvider(ReferenceProvider):
                     f"ref_provider='remote': option {name!r} is a number of seconds above 0, and finite, found "
                     f"{getattr(options, name)}."
                 )
-        if options.protocol == "vllm":  # it ignores the temperature when it scores a prompt
+        if options.protocol == "vllm":  # vLLM ignores the temperature when it scores a prompt
             self.capabilities = replace(type(self).capabilities, temperature=False)
         self._transport: Transport | None = None
         self._client: ScoringClient | None = None
@@ -160,7 +161,7 @@ def _checked_urls(given: str | list[str]) -> list[str]:
         parts = urlsplit(url)
         try:
             sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:  # of a port that is no number
+        except ValueError:  # the port is not a number
             sound = False
         if not sound or parts.query or parts.fragment:
             raise ConfigurationError(

@@ -1,4 +1,4 @@
-"""Scoring some of the rows once more that a store has: are they this reference's?"""
+"""Scoring a few stored rows once more, to see whether they were scored with this reference."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_sample(
     found: MissingRows, source: ReferenceProvider, device: torch.device, tolerance: Tolerance
 ) -> SampleCheck | None:
     """
-    Score some stored rows again. `None` if there are none.
+    Score the sample of stored rows again. Returns `None` if there is none.
 
     Raises:
         ReferenceMismatchError: They differ by more than rounding.
@@ -37,7 +37,7 @@ def check_sample(
         ]
     every = np.concatenate(differences)
     check = SampleCheck(len(sample), float(every.max()), float(every.mean()))
-    if not (check.largest <= tolerance.largest and check.mean <= tolerance.mean):  # so that NaN is refused
+    if not (check.largest <= tolerance.largest and check.mean <= tolerance.mean):  # written so that NaN is refused
         raise ReferenceMismatchError(
             f"{check.rows} rows of the store were scored again, and differ from what it has by up to "
             f"{check.largest:.3g} nats per token (tolerance {tolerance.largest:g}), {check.mean:.3g} on average "
