@@ -72,9 +72,9 @@ def score(
     require_extra("The plot of the benchmark", "demo", "matplotlib")
     started = time.monotonic()
     _check_shapes(shape or [])
+    check_writable("--output", output)
     check_name("--model", model)
     file_pairs = None if data is None else read_pairs(data, None if sample else rows)
-    check_writable("--output", output)
 
     import torch
     from tqdm import tqdm  # type: ignore[import-untyped]

@@ -7,8 +7,8 @@ Nothing here imports torch or TRL. All commands that train or load a model share
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from trl_refplug.cli.given_flags import GivenFlags
 from trl_refplug.data_files import LOADERS, check_data_file
@@ -120,8 +120,10 @@ def check_writable(option: str, path: Path) -> None:
         there = there.parent
     if not there.is_dir():
         raise ConfigurationError(f"{option} {path} cannot be written to: {there} is a file.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigurationError(f"{option} {path} cannot be written to: no permission to write in {there}.")
+    try:
+        TemporaryFile(dir=there).close()  # it has no name, so that nothing is left of it
+    except OSError as error:
+        raise ConfigurationError(f"{option} {path} cannot be written to: {error.strerror} ({there}).") from None
 
 
 def check_output(option: str, path: Path) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from trl_refplug.errors import ConfigurationError
+from trl_refplug.errors import ConfigurationError, RefPlugWarning
 
 
 if TYPE_CHECKING:
@@ -54,3 +55,18 @@ def exit_on_interrupt(message: str, *, err: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo(f"\nInterrupted. {message}", err=err)
         raise typer.Exit(130) from None
+
+
+_python_format = warnings.formatwarning
+
+
+def show_own_warnings_in_one_line() -> None:
+    """Show the warnings of this package without the place in the code, which would tell a user nothing."""
+    warnings.formatwarning = _formatted_warning
+
+
+def _formatted_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
+    """Format a warning of this package as one line, and any other as Python does."""
+    if issubclass(category, RefPlugWarning):
+        return f"Warning: {message}\n"
+    return _python_format(message, category, *place, **more)

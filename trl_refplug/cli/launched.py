@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from trl_refplug.cli.common import show_own_warnings_in_one_line
 from trl_refplug.cli.failures import INTERRUPTED, LAUNCHED_DIFFERS, concerns_data, report
 from trl_refplug.cli.tasks import Task, decode
 from trl_refplug.cli.trl_scripts import PREFIXES, load, make_parser, our_classes, use_file
@@ -94,6 +95,7 @@ def train(method: str, arguments: Sequence[str], task: Task | None = None) -> No
 
 
 def _main() -> None:
+    show_own_warnings_in_one_line()
     task = decode(sys.argv[1])
     method, *arguments = sys.argv[1:] if task is None else sys.argv[2:]
     try:

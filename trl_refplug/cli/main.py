@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import io
 import sys
-import warnings
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 import trl_refplug
 from trl_refplug.cli import bench, check, compare, demo, ema, new_plugin, plugins, serve, store, train
+from trl_refplug.cli.common import show_own_warnings_in_one_line
 from trl_refplug.cli.failures import INTERRUPTED, report
-from trl_refplug.errors import RefPlugWarning
 
-
-_python_format = warnings.formatwarning
 
 # The panels of `--help`, in the order in which it shows them
 _TRAIN = "Train"
@@ -67,7 +64,7 @@ def main() -> None:
     Exit codes: 0 if it did what was asked and what it compared agrees, 1 if what it compared differs, 2 if it cannot
     be done, 130 after Ctrl-C.
     """
-    warnings.formatwarning = _formatted_warning
+    show_own_warnings_in_one_line()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show an arrow shows a question mark
@@ -77,13 +74,6 @@ def main() -> None:
         sys.exit(INTERRUPTED)
     except Exception as error:
         sys.exit(report(error))
-
-
-def _formatted_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
-    """Format our own warnings as one line, without the place in the code, which would tell a user nothing."""
-    if issubclass(category, RefPlugWarning):
-        return f"Warning: {message}\n"
-    return _python_format(message, category, *place, **more)
 
 
 if __name__ == "__main__":

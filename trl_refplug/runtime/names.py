@@ -91,6 +91,6 @@ def _why_not_on_the_hub(name: str, kind: Kind) -> str:
         return "it is not in the cache, and HF_HUB_OFFLINE keeps it from being looked for"
     except Exception as error:  # of the library for HTTP, which differs between releases of huggingface_hub
         if "Connect" in type(error).__name__ or isinstance(error, ConnectionError):
-            return f"it is not in the cache, and the hub cannot be reached ({str(error).splitlines()[0]})"
+            return f"it is not in the cache, and the hub cannot be reached ({error or type(error).__name__})"
         return ""  # loading it will say
     return ""
