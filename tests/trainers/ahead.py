@@ -33,7 +33,8 @@ class Ahead(FrozenProvider):
         return super().submit(batch).result()
 
     def probe(self, batch):
-        return super().submit(batch).result()  # this is not a question of training's
+        # This is not a question of training's, so it is not counted.
+        return super().log_probs(batch) if self._thread is None else super().submit(batch).result()
 
     def submit(self, batch):
         self.asked.append(batch.input_ids.clone())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -165,7 +165,7 @@ def reference_active(model: nn.Module, adapter: str | None) -> Iterator[None]:
     """
     peft_model = peft_model_of(model)
     with ExitStack() as stack:
-        stack.enter_context(_flags_kept(peft_model))
+        restore_flags = stack.enter_context(_flags_kept(peft_model))
         # Autocast must not reuse casts from under no_grad in the policy's own pass: they would have no gradient.
         stack.callback(torch.clear_autocast_cache)
         stack.enter_context(evaluation_mode(model))
@@ -173,6 +173,8 @@ def reference_active(model: nn.Module, adapter: str | None) -> Iterator[None]:
             stack.enter_context(peft_model.disable_adapter())
         else:
             stack.enter_context(_active(peft_model, adapter))
+        # In its first forward pass FSDP2 learns from the flags what is trained, so that they must be the policy's.
+        restore_flags()
         yield
 
 
@@ -201,14 +203,19 @@ def _active(peft_model: Any, adapter: str) -> Iterator[None]:
 
 
 @contextmanager
-def _flags_kept(model: nn.Module) -> Iterator[None]:
+def _flags_kept(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Restore every `requires_grad` flag when the context ends, and when what it gives is called."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for parameter, flag in flags:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
+
+    try:
+        yield restore
+    finally:
+        restore()
 
 
 def active_adapter(model: Any) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -10,7 +11,7 @@ from torch import nn
 
 from trl_refplug.errors import UnsupportedInputError
 from trl_refplug.models.causal_lm import causal_lm
-from trl_refplug.models.sharding import full_shape, is_sharded
+from trl_refplug.models.sharding import full_shape
 
 
 def check_output_embedding(model: nn.Module) -> None:
@@ -40,9 +41,17 @@ def check_output_embedding(model: nn.Module) -> None:
             "Use a model whose output embedding is a torch.nn.Linear. With PEFT's `trainable_token_indices`, choose "
             "a model whose embeddings are not tied, or train them whole (`modules_to_save=['embed_tokens']`).",
         )
-    # DeepSpeed and FSDP fetch sharded weights in hooks
-    if (head._forward_hooks or head._forward_pre_hooks) and not is_sharded(head.weight):
+    hooks = (*head._forward_hooks.values(), *head._forward_pre_hooks.values())
+    if any(not _fetches_weights(hook) for hook in hooks):
         raise _left_out("The model's output embedding has forward hooks", "Remove them.")
+
+
+def _fetches_weights(hook: Any) -> bool:
+    """Whether a hook is one of those with which FSDP, DeepSpeed and accelerate fetch the weights of a module."""
+    while isinstance(hook, partial):
+        hook = hook.func
+    module = getattr(hook, "__module__", None) or type(hook).__module__
+    return module.startswith(("torch.distributed.", "deepspeed.", "accelerate."))
 
 
 def _left_out(found: str, remedy: str) -> UnsupportedInputError:

@@ -12,6 +12,7 @@ from trl_refplug.models.sharding import local_part
 
 
 _LANES = 4096  # a tensor is first summed in this many separate sums
+_PIECE = 16 * _LANES
 _SAMPLE = 64
 _ROUNDING = 1e-5
 """Most by which a float32 weight may change, relative to the size of its tensor's weights, where an adapter was merged
@@ -98,11 +99,15 @@ def _total(flat: Tensor) -> int:
     if not flat.is_contiguous():
         flat = flat.contiguous()
     bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
-    whole = len(bits) // _LANES * _LANES
     weights = torch.arange(1, 2 * _LANES, 2, dtype=torch.int64, device=bits.device)
-    total = bits[whole:].to(torch.int64).mul(weights[: len(bits) - whole]).sum()
-    if whole:
-        total = total + bits[:whole].view(-1, _LANES).sum(0, dtype=torch.int64).mul(weights).sum()
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, len(bits), _PIECE):  # in pieces, because each becomes int64 while it is added up
+        piece = bits[start : start + _PIECE]
+        whole = len(piece) // _LANES * _LANES
+        rest = piece[whole:].to(torch.int64)
+        total = 31 * total + rest.mul(weights[: len(rest)]).sum()
+        if whole:
+            total = total + piece[:whole].view(-1, _LANES).sum(0, dtype=torch.int64).mul(weights).sum()
     return int(total)
 
 
