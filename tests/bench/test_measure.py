@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.scoring.models import tiny
-from tests.scoring.test_safety import LeakyLayer
+from tests.scoring.test_packable import LeakyLayer
 from trl_refplug.bench.measure import Result, measure, measure_pass
 from trl_refplug.bench.report import as_markdown
 from trl_refplug.bench.workloads import Pair, workload

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from tests.scoring.models import batch_of, random_batch, tiny
-from tests.scoring.test_safety import LeakyLayer
+from tests.scoring.test_packable import LeakyLayer
 from tests.scoring.test_scorer import TOLERANCE, trl_log_probs
 from trl_refplug.errors import UnsupportedInputError
 from trl_refplug.rows import Row

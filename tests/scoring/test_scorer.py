@@ -65,7 +65,7 @@ def test_exact_is_trls_call_bit_for_bit(kind):
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_packed_agrees_with_trl(kind, side):
     if side == "left" and kind not in PADDED_LEFT:
-        pytest.skip("declined: see test_safety.py")
+        pytest.skip("declined: see test_packable.py")
     model, batch = tiny(kind), random_batch(size=3, side=side)
     scorer = trusted(model)
     found, expected = scorer.log_probs(batch), trl_log_probs(model, batch)

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from tests.scoring.models import ARCHITECTURES, VOCAB, batch_of, random_batch, tiny
-from tests.scoring.test_safety import LeakyLayer, ScarceMemory, stream
+from tests.scoring.test_packable import LeakyLayer, ScarceMemory, stream
 from tests.scoring.test_scorer import TOLERANCE, trl_log_probs
 from trl_refplug.models.causal_lm import causal_lm
 from trl_refplug.rows import Row

@@ -7,7 +7,7 @@ import pytest
 
 import trl_refplug.testing
 from trl_refplug.testing import Bench, tiny_policy, tiny_tokenizer
-from trl_refplug.testing.setting import Setting
+from trl_refplug.testing.fixtures import Setting
 
 from .planted_faults import NoFault
 

@@ -9,8 +9,8 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from trl_refplug import ConfigurationError, ImpureReferenceError
+from trl_refplug.models.adapter_purity import rewritten_tensors
 from trl_refplug.models.identity import digest_tensors, tensor_dtypes
-from trl_refplug.models.purity import rewritten_tensors
 
 from .. import tiny
 from .runs import KINDS, ONLINE, assert_same, build, train

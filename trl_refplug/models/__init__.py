@@ -7,7 +7,7 @@ What is known of a model, without scoring anything with it.
 - `copies`: a second, frozen model from the policy in memory
 - `causal_lm`: the causal language model inside its wrappers
 - `adapters`: a PEFT policy as its own reference
-- `purity`: PEFT configurations with which a reference would drift
+- `adapter_purity`: PEFT configurations with which a reference would drift
 - `weights`: notice that weights were changed
 - `sharding`: tensors of which every rank holds a part
 - `modes`, `dropout`: evaluation mode, and the dropout that TRL does not switch off

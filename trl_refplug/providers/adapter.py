@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trl_refplug.errors import ConfigurationError, ImpureReferenceError, did_you_mean
+from trl_refplug.models.adapter_purity import check_policy, rewritten_tensors
 from trl_refplug.models.adapters import (
     add_reference_adapter,
     base_model_of,
@@ -20,10 +21,9 @@ from trl_refplug.models.adapters import (
     starts_as_identity,
 )
 from trl_refplug.models.identity import canonical_tensors, combine_digests, digest_tensors, tensor_dtypes
-from trl_refplug.models.purity import check_policy, rewritten_tensors
 from trl_refplug.provider import ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
 from trl_refplug.providers.options import ADAPTER_CAPABILITIES, AdapterOptions
-from trl_refplug.providers.scorers import trainer_scorer
+from trl_refplug.providers.trainer_scoring import trainer_scorer
 from trl_refplug.scoring import Scorer
 
 

@@ -27,7 +27,7 @@ from trl_refplug.provider import (
 )
 from trl_refplug.providers.named_model import NamedModel
 from trl_refplug.providers.options import FROZEN_CAPABILITIES, FrozenOptions
-from trl_refplug.providers.scorers import trainer_scorer
+from trl_refplug.providers.trainer_scoring import trainer_scorer
 from trl_refplug.runtime.threads import ScoringThread
 from trl_refplug.scoring import Scorer
 

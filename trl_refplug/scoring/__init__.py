@@ -9,7 +9,7 @@ From a model and rows of tokens to per-token log-probabilities.
 - `attention`: attention along the tree of shared prefixes
 - `head`: the LM head, without ever holding the logits of the whole vocabulary
 - `operations`: counts the floating-point operations of a forward pass
-- `safety`: tells from a configuration when packed answers would not be the exact ones
+- `packable`: tells from a configuration when packed answers would not be the exact ones
 - `verification`: compares packed answers with exact ones before they are trusted
 - `stats`: what a scorer counts
 """

@@ -19,7 +19,7 @@ from trl_refplug.models.sharding import forward_is_collective
 from trl_refplug.provider import ReferenceBatch
 from trl_refplug.rows import IGNORED, Ints, PaddedRows, Row, check_labels
 from trl_refplug.runtime.memory import ran_out_of_memory
-from trl_refplug.scoring import safety
+from trl_refplug.scoring import packable
 from trl_refplug.scoring.attention import CannotPackError
 from trl_refplug.scoring.execution import PackOutput, forward_pack
 from trl_refplug.scoring.head import Head
@@ -59,7 +59,7 @@ class PackedScorer:
         self.config: Any = inner.config
         self.device: torch.device = inner.get_input_embeddings().weight.device
         self.collective = forward_is_collective(model)
-        self.limit, self.limit_reason = safety.length_limit(inner)
+        self.limit, self.limit_reason = packable.length_limit(inner)
         # Where a forward pass is collective, TRL's head is used. While this rank packs, another one may have to score
         # its batch exactly, and both have to gather the same weights in the same order
         self._head = None if self.collective else head
@@ -72,7 +72,7 @@ class PackedScorer:
         Why no rows may be packed for this model, as a phrase that completes "because of"; `None` if no reason is
         known. The answer can change, as adapters are added to and removed from a model.
         """
-        return safety.reason_not_to_pack(self.model, causal_lm(self.model))
+        return packable.reason_not_to_pack(self.model, causal_lm(self.model))
 
     def check_labels(self, labels: Ints) -> None:
         """

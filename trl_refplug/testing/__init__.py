@@ -20,13 +20,13 @@ class TestUniform(ReferenceProviderTests):
 The modules:
 
 - `kit`: the class that authors subclass, put together from the test classes below
-- `setting`: the fixtures that authors may override
+- `fixtures`: the fixtures that authors may override
 - `answers`: tests that the answers are the log-probs of the declared reference
 - `abilities`: tests of the optional abilities that a provider declares
 - `effects`: tests that asking for the reference changes nothing in the training
 - `identities`: tests that the identity says which reference it is
 - `runs`: tests of whole training runs, with checkpoints, prefetching and two processes
-- `life`: tests of the options, of the declared capabilities and of `close`
+- `lifecycle`: tests of the options, of the declared capabilities and of `close`
 - `bench`: attaches a provider to a small, real trainer, and compares its answers
 - `ranks`: starts two processes and runs a function on both
 - `samples`: makes tiny models, tokenizers, data sets and batches

@@ -13,8 +13,8 @@ from trl_refplug.plugins import plugin_manager
 from trl_refplug.provider import ScoresInBulk
 from trl_refplug.rows import PaddedRows
 from trl_refplug.testing.bench import Attached, Bench, require
+from trl_refplug.testing.fixtures import Setting
 from trl_refplug.testing.samples import plain_log_probs, scored
-from trl_refplug.testing.setting import Setting
 
 
 class AbilityTests(Setting):

@@ -13,8 +13,8 @@ from trl_refplug.errors import ConfigurationError
 from trl_refplug.provider import ReferenceBatch
 from trl_refplug.rows.answers import form_problem
 from trl_refplug.testing.bench import Attached, Bench, largest_difference, require
+from trl_refplug.testing.fixtures import Setting
 from trl_refplug.testing.samples import SampleRow, image_preference_data, make_batch, scored, tiny_image_processor
-from trl_refplug.testing.setting import Setting
 
 
 _TEMPERATURE = 0.7

@@ -9,7 +9,7 @@ import torch
 
 from trl_refplug.runtime.random_state import random_state
 from trl_refplug.testing.bench import Attached, Bench, require
-from trl_refplug.testing.setting import Setting
+from trl_refplug.testing.fixtures import Setting
 
 
 class SideEffectTests(Setting):

@@ -14,7 +14,7 @@ import torch
 from trl_refplug.errors import ReferenceMismatchError
 from trl_refplug.provider import ReferenceIdentity
 from trl_refplug.testing.bench import Attached, Bench, require
-from trl_refplug.testing.setting import Setting
+from trl_refplug.testing.fixtures import Setting
 
 
 class IdentityTests(Setting):

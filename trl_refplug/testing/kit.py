@@ -6,7 +6,7 @@ from trl_refplug.testing.abilities import AbilityTests
 from trl_refplug.testing.answers import AnswerTests
 from trl_refplug.testing.effects import SideEffectTests
 from trl_refplug.testing.identities import IdentityTests
-from trl_refplug.testing.life import LifeTests
+from trl_refplug.testing.lifecycle import LifeTests
 from trl_refplug.testing.runs import OverlapTests, RankTests, TrainingTests
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from trl_refplug.testing.bench import Attached, Bench, require
+from trl_refplug.testing.fixtures import Setting
 from trl_refplug.testing.ranks import on_two_ranks
 from trl_refplug.testing.samples import make_batch
-from trl_refplug.testing.setting import Setting
 
 
 class TrainingTests(Setting):

@@ -2,7 +2,7 @@
 The trainers: TRL's, patched so that they ask a provider for their reference. No other part of the package knows how
 TRL's trainers work inside, and this part knows no provider by name.
 
-- `plugged`: makes a subclass of a trainer that takes its reference from a provider
+- `plugged_trainer`: makes a subclass of a trainer that takes its reference from a provider
 - `trl_patch`: replaces the function with which TRL loads a reference
 - `selection`: finds out which provider the flags mean, and makes it
 - `open_session`: checks the trainer's arguments, and opens the session of its reference
@@ -24,7 +24,7 @@ TRL's trainers work inside, and this part knows no provider by name.
 
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer
 
-from trl_refplug.trainers.plugged import plug
+from trl_refplug.trainers.plugged_trainer import plug
 from trl_refplug.trainers.reference_model import ReferenceModel
 from trl_refplug.trainers.trl_patch import PatchPoint
 

@@ -27,7 +27,7 @@ from trl_refplug.providers.cached.missing_rows import RowBlock, find_missing, pl
 from trl_refplug.providers.cached.row_keys import BatchRows, RowKeys, select_rows
 from trl_refplug.providers.cached.sample_check import check_sample
 from trl_refplug.providers.cached.source_probe import SourceProbe
-from trl_refplug.providers.scorers import trainer_precision
+from trl_refplug.providers.trainer_scoring import trainer_precision
 from trl_refplug.rows import Row, Values
 from trl_refplug.runtime.ranks import any_rank, min_over_ranks
 from trl_refplug.store import LogProbStore

@@ -13,7 +13,7 @@ from trl_refplug.errors import MissingRowError, ReferenceMismatchError
 from trl_refplug.models.identity import combine_digests, digest_tensors, tensor_dtypes
 from trl_refplug.models.tolerances import AUTOCAST_DTYPES
 from trl_refplug.provider import Capabilities, ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
-from trl_refplug.providers.scorers import trainer_scorer
+from trl_refplug.providers.trainer_scoring import trainer_scorer
 from trl_refplug.scoring import Scorer
 
 

@@ -9,7 +9,7 @@ from trl_refplug.models.probe import Probe, probe_batch
 from trl_refplug.models.tolerances import Tolerance
 from trl_refplug.models.weights import WeightMark, changed_weights, mark_weights
 from trl_refplug.provider import ReferenceContext, ReferenceProvider
-from trl_refplug.providers.scorers import trainer_precision
+from trl_refplug.providers.trainer_scoring import trainer_precision
 from trl_refplug.store import LogProbStore
 
 

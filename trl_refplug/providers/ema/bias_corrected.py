@@ -10,8 +10,8 @@ import torch
 
 from trl_refplug.models.identity import canonical_parameters
 from trl_refplug.models.sharding import Part, discard_gathered, full_shape, local_part, part_of
-from trl_refplug.providers.ema.moving_model import MovingModel
 from trl_refplug.providers.ema.tensor_files import TensorReader
+from trl_refplug.providers.ema.whole_model import MovingModel
 
 
 if TYPE_CHECKING:

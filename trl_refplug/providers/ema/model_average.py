@@ -9,7 +9,7 @@ import torch
 
 from trl_refplug.models.identity import canonical_parameters
 from trl_refplug.models.sharding import discard_gathered, local_part
-from trl_refplug.providers.ema.moving_model import MovingModel
+from trl_refplug.providers.ema.whole_model import MovingModel
 
 
 if TYPE_CHECKING:

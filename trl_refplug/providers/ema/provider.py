@@ -13,6 +13,7 @@ import xxhash
 from torch import Tensor, nn
 
 from trl_refplug.errors import ConfigurationError, ReferenceMismatchError
+from trl_refplug.models.adapter_purity import check_policy
 from trl_refplug.models.adapters import (
     REFERENCE_ADAPTER,
     base_model_of,
@@ -26,15 +27,14 @@ from trl_refplug.models.adapters import (
 from trl_refplug.models.copies import snapshot
 from trl_refplug.models.identity import canonical_tensors, combine_digests, digest_model, digest_tensors
 from trl_refplug.models.modes import stay_in_evaluation_mode
-from trl_refplug.models.purity import check_policy
 from trl_refplug.provider import ReferenceBatch, ReferenceContext, ReferenceIdentity, ReferenceProvider
 from trl_refplug.providers.ema.adapter_average import AdapterAverage
 from trl_refplug.providers.ema.bias_corrected import BiasCorrectedAverage
 from trl_refplug.providers.ema.model_average import ModelAverage
-from trl_refplug.providers.ema.moving_reference import MovingAverage, MovingReference
+from trl_refplug.providers.ema.protocols import MovingAverage, MovingReference
 from trl_refplug.providers.ema.tensor_files import clear_tensors
 from trl_refplug.providers.options import EMA_CAPABILITIES, EmaOptions
-from trl_refplug.providers.scorers import trainer_scorer
+from trl_refplug.providers.trainer_scoring import trainer_scorer
 from trl_refplug.scoring import Scorer
 
 

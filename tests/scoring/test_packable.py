@@ -16,7 +16,7 @@ from tests.scoring.test_scorer import TOLERANCE, trl_log_probs
 from trl_refplug.errors import UnsupportedInputError
 from trl_refplug.rows import PaddedRows, Row
 from trl_refplug.scoring import ExactFallbackWarning, Scorer
-from trl_refplug.scoring.safety import length_limit
+from trl_refplug.scoring.packable import length_limit
 
 
 SLIDING = {"sliding_window": 8}

@@ -8,7 +8,7 @@ from trl_refplug.errors import OptionsError
 from trl_refplug.options import describe_options, parse_options
 from trl_refplug.provider import ReferenceProvider
 from trl_refplug.testing.bench import Attached, Bench, require
-from trl_refplug.testing.setting import Setting
+from trl_refplug.testing.fixtures import Setting
 
 
 class LifeTests(Setting):
