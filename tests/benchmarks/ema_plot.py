@@ -69,7 +69,7 @@ def main(path: Path) -> None:
             axis.plot([e["step"] for e in entries], [e[name] for e in entries], label=label, linewidth=1.2)
     for axis, title in zip(axes, SHOWN.values(), strict=True):
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("optimiser step")
+        axis.set_xlabel("optimizer step")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.savefig(path, metadata={"Date": None})

@@ -53,7 +53,7 @@ def using(store: Path) -> dict[str, Any]:
 
 
 def preferences(path: Path, rows: int, *, times: int = 1, words: int = 1) -> Any:
-    """`rows` different pairs, `times` over, read from a file so that TRL's tokenisation is kept between runs."""
+    """`rows` different pairs, `times` over, read from a file so that TRL's tokenization is kept between runs."""
     with open(path, "w") as file:
         for row in list(tiny.preference_data(rows)) * times:
             texts = {name: row[name] * words for name in ("prompt", "chosen", "rejected")}

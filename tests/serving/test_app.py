@@ -121,7 +121,7 @@ class TestScoring:
             list(pool.map(act, work))
         assert not failures
 
-    def test_bad_rows_are_refused_by_index_and_their_neighbours_scored(self, served, url):
+    def test_bad_rows_are_refused_by_index_and_their_neighbors_scored(self, served, url):
         wanted = rows(5)
         wanted[1] = Row([5, 400_000, 6], [-100, 400_000, 6])
         wanted[3] = Row([], [])

@@ -26,7 +26,7 @@ def test_equals_trl(kind, provider, tmp_path):
     assert_same(train(kind, tmp_path / "ours", path, args={"ref_provider": provider}, **kwargs), theirs)
 
 
-def test_quantised_reference(tmp_path):
+def test_quantized_reference(tmp_path):
     path = tiny.saved(tmp_path, hidden_size=64, intermediate_size=128)
     options = {"model": path, "quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
     run = train("dpo", tmp_path, path, args={"ref_provider": "frozen", "ref_provider_kwargs": options})
