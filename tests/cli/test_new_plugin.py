@@ -29,10 +29,13 @@ def test_every_file_has_the_new_names(name: str, tmp_path: Path) -> None:
     module, provider = NAMES[name]
     texts = {str(path.relative_to(target)): path.read_text() for path in target.rglob("*") if path.is_file()}
     files = {"pyproject.toml", "README.md", "tests/test_provider.py"}
-    assert texts.keys() == files | {f"{module}/{file}" for file in ("__init__.py", "provider.py", "py.typed")}
+    assert texts.keys() == files | {
+        f"{module}/{file}" for file in ("__init__.py", "options.py", "provider.py", "py.typed")
+    }
     assert "example" not in "".join(texts.values()).lower()
     assert f"class {provider}(ReferenceProvider)" in texts[f"{module}/provider.py"]
-    assert f'register("{name}", "{module}.provider:{provider}")' in texts[f"{module}/__init__.py"]
+    assert f'target = "{module}.provider:{provider}"' in texts[f"{module}/__init__.py"]
+    assert f'register("{name}", target, ' in texts[f"{module}/__init__.py"]
     assert f'{name} = "{module}"' in texts["pyproject.toml"]
 
 

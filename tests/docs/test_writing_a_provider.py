@@ -62,7 +62,7 @@ def test_the_tutorial_works_as_written(tmp_path):
                 assert flat(line).strip() in flat(output), f"{line}\n{output[-5000:]}"
         done.append(block.mark or block.language)
     assert done.count("run") == 7
-    assert done.count("file") == 2
+    assert done.count("file") == 3
     assert (directory / "out" / "model.safetensors").is_file()
 
 

@@ -23,7 +23,7 @@ from .test_cached import assert_close, lora
 
 PACKAGE = Path(trl_refplug.__file__).parent
 BUILT_IN = ("frozen", "adapter", "cached", "ema", "remote")
-COPIED = ("frozen", "adapter", "named_model", "options", "scorers")
+COPIED = ("frozen", "adapter", "named_model", "options", "trainer_scoring")
 
 PLUGIN = """
 from trl_refplug import hookimpl

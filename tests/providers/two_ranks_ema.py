@@ -163,7 +163,7 @@ def copy_step(policy, whole_policy, seed):
     theirs = dict(policy.named_parameters())
     for name, parameter in whole_policy.named_parameters():
         parameter.add_((torch.randn(parameter.shape, generator=generator) * 0.02).to(parameter.dtype))
-        sharding.fill(theirs[name], parameter)
+        sharding.write_part(theirs[name], parameter)
 
 
 def adapter(out):

@@ -221,7 +221,7 @@ def test_a_limit_on_file_size(tmp_path: Path, limit: int, expected: str) -> None
     assert bool(result.stderr) == bool(expected)
     with LogProbStore(tmp_path) as store:
         assert len(store) == {"refused": 0, "kept": 1, "": 2}[expected]
-    assert not summarize(tmp_path).leftovers
+    assert not (any(tmp_path.iterdir()) and summarize(tmp_path).leftovers)  # an empty directory is no store
 
 
 def test_a_shard_that_reads_back_otherwise_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ def kill_at_random_moments(tmp_path: Path, processes: ForkServerContext, times: 
             # Rows whose `put` did not return may be there, but only whole micro-batches and only right values.
             assert len(right_rows(store, after)) in (0, 5)
             assert summarize(path).rows == len(store)
-        assert verify(path).ok
+        assert not any(path.iterdir()) or verify(path).ok  # killed before it put anything
         assert not summarize(path).journals
     assert killed_with_rows > times / 2
 

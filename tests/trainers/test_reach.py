@@ -54,7 +54,7 @@ def test_it_works_as_the_page_says(name):
     works, why = rows()[name]
     trainer_class = trainers()[name]
     if works == "yes":
-        assert PatchPoint.of(trainer_class)
+        assert PatchPoint.find_in(trainer_class)
         return
     with pytest.raises(SeamError) as caught:
         plug(trainer_class)

@@ -11,4 +11,5 @@ API_VERSION = 1  # the version of the plugin interface that this plugin was writ
 @hookimpl
 def refplug_register_providers(register: Register) -> None:
     # With its options and capabilities the provider is listed, and its flags are checked, without importing it.
-    register("example", "refplug_example.provider:ExampleProvider", options=ExampleOptions, capabilities=CAPABILITIES)
+    target = "refplug_example.provider:ExampleProvider"
+    register("example", target, options=ExampleOptions, capabilities=CAPABILITIES)
