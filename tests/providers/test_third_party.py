@@ -138,10 +138,9 @@ class TestAsSource:
         path, store = tiny.saved(tmp_path), tmp_path / "store"
         build("dpo", tmp_path, path, args=cached(store, source))
         with LogProbStore(store) as opened:
-            keys = [bytes(key) for key in opened._published.shards[0].keys]
-        keys = [key.tobytes() if hasattr(key, "tobytes") else key for key in keys]
-        with LogProbStore(store) as opened, LogProbStore(tmp_path / "wrong", mode="a") as wrong:
+            keys = [key.tobytes() for key in opened._shards.shards[0].keys]
             values = opened.lookup(keys)
+        with LogProbStore(tmp_path / "wrong", mode="a") as wrong:
             wrong.put(keys, [value + 1 for value in values])
         with pytest.raises(ReferenceMismatchError, match="scored again"):
             build("dpo", tmp_path, path, args=cached(tmp_path / "wrong", source))
