@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from trl_refplug.models.causal_lm import causal_lm
 from trl_refplug.models.modes import evaluation_mode
 from trl_refplug.models.output_embedding import check_token_ids, vocabulary_sizes
+from trl_refplug.models.sharding import is_sharded
 from trl_refplug.provider import ReferenceBatch
 
 
@@ -139,7 +139,7 @@ def ordinary_log_probs(model: nn.Module, rows: Rows, temperature: float) -> Tens
 
 def runs_alone(model: nn.Module) -> bool:
     """Whether this process can run `model` by itself: it is not sharded, and none of its weights is missing."""
-    return not any(hasattr(p, "ds_id") or isinstance(p, DTensor) or p.is_meta for p in model.parameters())
+    return not any(is_sharded(p) or p.is_meta for p in model.parameters())
 
 
 def _texts_of(data: Any) -> Iterator[str]:

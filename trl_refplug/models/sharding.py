@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 
 if TYPE_CHECKING:
@@ -136,7 +135,7 @@ def forward_is_collective(model: nn.Module) -> bool:
     """
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         return torch.distributed.get_world_size() > 1
-    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()) or any(
+    return any(is_sharded(p) for p in model.parameters()) or any(
         type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
     )
 
